@@ -1,0 +1,467 @@
+"""Records, training sets and the built-in corpus (Gecko, arXiv 2403.20327, sections 3.1 and 3.3).
+
+Every training set has one format, the record of section 3.3: task, input, positive target and
+negative target. This file reads, writes and checks records, makes classification data contrastive,
+draws batches from a mixture, and holds a corpus that needs no download: the documentation of the
+Python standard library, read from the running interpreter.
+
+    python data.py corpus OUT.jsonl          write the built-in corpus
+    python data.py check FILE                what the encoder will see of a training file
+
+Where we fill a gap in the paper:
+1. Mixture (3.3, weights not stated): a weight for each set; one set a batch, see `schedule`.
+2. Unique ids (3.3, their form not stated): the number of the triple, in brackets.
+3. Title-body pairs (3.1, crawled from the web): name, sentence or word span against the passage,
+   and, from source code, a comment against the code below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import inspect
+import io
+import pkgutil
+import re
+import sys
+import sysconfig
+import types
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gecko import (FORMATS, InputError, format_passage, format_query, load, read_jsonl,
+                   read_passages, run, write_jsonl)
+
+Record = dict[str, Any]  # the row described at `record`
+
+# --------------------------------------------------------------------------------------------------
+# The record (section 3.3)
+
+
+def record(task: str, query: str, positive: dict[str, str], negative: dict[str, str] | None = None,
+           symmetric: bool = False, **more: Any) -> Record:
+    """One training row; positive and negative are {"title", "text"}, the negative may be None."""
+    return {"task": task, "query": query, "positive": positive, "negative": negative,
+            "symmetric": symmetric, **more}
+
+
+def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str, str | None]:
+    """The three texts that the encoder sees: input, positive and (or None) negative target.
+
+    Symmetric rows give their targets the input's format, task and all (appendix B).
+    """
+    def target(side: dict[str, str]) -> str:
+        if row["symmetric"]:
+            return format_query(side["text"], row["task"], formats)
+        return format_passage(side["text"], side.get("title", ""), formats)
+
+    negative = target(row["negative"]) if row["negative"] else None
+    return format_query(row["query"], row["task"], formats), target(row["positive"]), negative
+
+
+# --------------------------------------------------------------------------------------------------
+# Classification made contrastive (section 3.3)
+
+
+def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: int = 0,
+                           task: str = "classification", unique_ids: bool = True) -> list[Record]:
+    """For each x: x+ with x's label, x- with any other, one id of the triple's own on all three.
+
+    Without ids, other rows of the same label stand in the batch as false negatives; with them every
+    other row is told apart by its id, and what is left to learn from is x-.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, label in enumerate(labels):
+        groups.setdefault(label, []).append(i)
+    if len(groups) < 2:
+        raise InputError("classification needs at least two labels; check the label column")
+    rng, rows = np.random.default_rng(seed), []
+    for i, label in enumerate(labels):
+        same = [j for j in groups[label] if texts[j] != texts[i]]
+        if not same:
+            continue                                                 # x alone with its label
+        positive = texts[same[rng.integers(len(same))]]
+        while True:
+            j = int(rng.integers(len(texts)))
+            if labels[j] != label and texts[j] not in (texts[i], positive):
+                break
+        tag = f" [{len(rows)}]" if unique_ids else ""
+        rows.append(record(task, texts[i] + tag, {"title": "", "text": positive + tag},
+                           {"title": "", "text": texts[j] + tag}, symmetric=True))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# The mixture (section 3.3)
+
+
+def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, steps: int,
+             seed: int) -> list[tuple[int, np.ndarray]]:
+    """For every step: which set, and the indices of its rows, (batch_size,).
+
+    A batch comes from one set, drawn by weight: its other rows are then negatives of the row's own
+    kind, and symmetric and asymmetric targets, which their format alone tells apart, never meet.
+    Each set is gone through in a new order each time; rows left over at its end are passed over.
+    The whole schedule follows from the seed, so a resumed run continues it at any step.
+    """
+    p = np.asarray(weights, float) / np.sum(weights)
+    which = np.random.default_rng([seed, 0]).choice(len(sizes), size=steps, p=p)
+    plan: list[tuple[int, np.ndarray]] = []
+    for s, size in enumerate(sizes):
+        B, count = min(batch_size, size), int((which == s).sum())
+        rounds = -(-count // (size // B))
+        order = [np.random.default_rng([seed, 1 + s, r]).permutation(size)[:size // B * B]
+                 for r in range(rounds)]
+        batches = np.concatenate(order).reshape(-1, B) if order else np.empty((0, B), int)
+        plan += zip(np.flatnonzero(which == s), [s] * count, batches[:count], strict=True)
+    return [(s, rows) for _, s, rows in sorted(plan, key=lambda step: step[0])]
+
+
+# ==================================================================================================
+# In practice: reading and checking, relevance judgements, the built-in corpus, the command line.
+# ==================================================================================================
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """A training file; the first wrong row is an error that names file:line and the fix."""
+    rows = []
+    for where, row in read_jsonl(path):
+        for key in ("task", "query"):
+            if not isinstance(row.get(key), str) or not row[key].strip():
+                raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
+        for key in ("positive", "negative"):
+            side = row.get(key)
+            if side is None and key == "negative":
+                continue
+            if not isinstance(side, dict) or not str(side.get("text") or "").strip():
+                raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
+        if row.get("negative") and row["negative"]["text"] == row["positive"]["text"]:
+            raise InputError(f"{where}: positive and negative are the same text; remove the negative")
+        rows.append({"negative": None, "symmetric": False, **row})
+    return rows
+
+
+def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
+    """BEIR relevance judgements, TSV with a header: {query id: {passage id: grade > 0}}."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; a BEIR folder has qrels/test.tsv")
+    qrels: dict[str, dict[str, int]] = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        parts = line.split("\t")
+        if number == 1 and "id" in parts[0]:
+            continue
+        try:
+            query, passage, grade = parts[0], parts[1], int(parts[2])
+        except (IndexError, ValueError) as error:
+            raise InputError(f"{path}:{number}: want query-id, corpus-id, score with tabs") from error
+        if grade > 0:
+            qrels.setdefault(query, {})[passage] = grade
+    if not qrels:
+        raise InputError(f"{path}: no relevant passage; nothing to evaluate")
+    return qrels
+
+
+# --------------------------------------------------------------------------------------------------
+# The built-in corpus: documentation, read from the running interpreter
+
+# Importing these does something (prints, opens a browser, patches), or they hold no public names.
+NOT_IMPORTED = set("""antigravity distutils encodings ensurepip idlelib lib2to3 nt ntpath pydoc_data
+    test this turtledemo venv""".split())
+# The same objects under names that nobody types: they give way to os and os.path.
+LAST = ("posix", "posixpath", "genericpath")
+LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
+    torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
+    torch.optim.lr_scheduler torch.distributions torch.utils.data torch.autograd""".split()
+
+
+def builtin_corpus() -> list[dict[str, str]]:
+    """The standard library's documentation: modules, classes, functions, methods, language topics.
+
+    Rows {"_id", "title", "text"}: _id = title = the qualified name; one row an object and a text.
+    The same interpreter gives the same rows.
+    """
+    from pydoc_data.topics import topics
+
+    rows = documentation(stdlib_modules())
+    rows += [passage(f"topics.{name}", text) for name, text in sorted(topics.items())]
+    return rows
+
+
+def passage(name: str, text: str) -> dict[str, str]:
+    return {"_id": name, "title": name, "text": text.strip()}
+
+
+def stdlib_modules() -> dict[str, types.ModuleType]:
+    """Every public module of the standard library that imports here, by name."""
+    found: dict[str, types.ModuleType] = {}
+
+    def visit(name: str) -> None:
+        try:
+            found[name] = quiet_import(name)
+        except ImportError:                                          # another platform's module
+            return
+        for child in pkgutil.iter_modules(getattr(found[name], "__path__", [])):
+            if not child.name.startswith("_") and child.name not in ("test", "tests"):
+                visit(f"{name}.{child.name}")
+
+    for name in sorted(sys.stdlib_module_names):
+        if not name.startswith("_") and name not in NOT_IMPORTED:
+            visit(name)
+    found["os.path"] = quiet_import("os.path")
+    return found
+
+
+def quiet_import(name: str) -> types.ModuleType:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        return importlib.import_module(name)
+
+
+def documentation(modules: dict[str, types.ModuleType]) -> list[dict[str, str]]:
+    """What pydoc would show of each public object, once, under its shortest public name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # deprecated names, on access
+        found = sorted(objects(modules), key=lambda pair: name_order(pair[0]))
+        rows: dict[str, dict[str, str]] = {}                         # text -> row
+        names: set[str] = set()
+        seen: set[int] = set()
+        kept = []                                                    # alive, so that ids stay unique
+        for name, thing in found:
+            thing = getattr(thing, "__func__", thing)                # a bound method's function
+            text = doc_text(name, thing, modules)
+            if text and text not in rows and name not in names and id(thing) not in seen:
+                rows[text] = passage(name, text)
+                names.add(name)
+            seen.add(id(thing))
+            kept.append(thing)
+    return sorted(rows.values(), key=lambda row: row["_id"])
+
+
+def name_order(name: str) -> tuple[Any, ...]:
+    """Of several names for one object the corpus keeps the first in this order."""
+    return (name.split(".")[0] in LAST, name.count("."), not name.startswith("builtins."), len(name), name)
+
+
+def objects(modules: dict[str, types.ModuleType]) -> Iterator[tuple[str, Any]]:
+    """(qualified name, object) of modules, their public functions and classes, and methods."""
+    for module_name, module in modules.items():
+        yield module_name, module
+        for name in public_names(module_name, module):
+            thing = getattr(module, name, None)
+            if inspect.isclass(thing):
+                yield f"{module_name}.{name}", thing
+                yield from members(f"{module_name}.{name}", thing)
+            elif callable(thing):
+                yield f"{module_name}.{name}", thing
+
+
+def public_names(module_name: str, module: types.ModuleType) -> list[str]:
+    """`__all__`, or else what the module (or a private one behind it) defines itself."""
+    if hasattr(module, "__all__"):
+        return sorted(name for name in module.__all__ if not name.startswith("_"))
+    root = module_name.split(".")[0]
+
+    def own(thing: Any) -> bool:
+        home = getattr(thing, "__module__", None)
+        return (not isinstance(home, str) or module_name == "builtins" or home in LAST
+                or home == "builtins" or home.startswith("_") or home.split(".")[0] == root)
+
+    return sorted(name for name, thing in vars(module).items() if not name.startswith("_")
+                  and not isinstance(thing, types.ModuleType) and own(thing))
+
+
+def members(class_name: str, cls: type, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Public methods, properties and nested classes of a class, and of private classes behind it."""
+    for base in cls.__mro__:
+        private = base.__name__.startswith("_") or str(base.__module__).startswith("_")
+        if base is not cls and not private:
+            continue
+        for name, thing in sorted(vars(base).items()):
+            thing = getattr(thing, "__func__", thing)                # static and class methods
+            if name.startswith("_"):
+                continue
+            if inspect.isclass(thing):
+                if thing.__qualname__.startswith(cls.__qualname__ + ".") and depth < 2:
+                    yield f"{class_name}.{name}", thing
+                    yield from members(f"{class_name}.{name}", thing, depth + 1)
+            elif callable(thing) or inspect.isdatadescriptor(thing):
+                yield f"{class_name}.{name}", thing
+
+
+def doc_text(name: str, thing: Any, modules: dict[str, types.ModuleType]) -> str:
+    """The docstring; a class may have it on __init__; an exported name without one, its signature."""
+    if not (isinstance(thing, types.ModuleType) or callable(thing) or inspect.isdatadescriptor(thing)):
+        return ""
+    own = vars(thing).get("__doc__") if inspect.isclass(thing) else getattr(thing, "__doc__", None)
+    if not own and inspect.isclass(thing):
+        own = getattr(vars(thing).get("__init__"), "__doc__", None)
+    if isinstance(own, str) and own.strip():
+        text = inspect.cleandoc(own)
+    else:
+        module, _, last = name.rpartition(".")
+        if last not in getattr(modules.get(module), "__all__", ()):
+            return ""
+        try:
+            text = f"{last}{inspect.signature(thing)}"
+        except (ValueError, TypeError):
+            return ""
+        text = "" if text.endswith(("()", "(*args, **kwargs)")) else text
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text).strip()           # addresses differ from run to run
+
+
+# --------------------------------------------------------------------------------------------------
+# Title-body pairs for pre-finetuning (section 3.1), from documentation and source code
+
+
+def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0) -> list[Record]:
+    """`count` unlabelled pairs: from the corpus, numpy's and torch's documentation, and source code.
+
+    The weights of the three kinds were chosen on the dev questions.
+    """
+    rng = np.random.default_rng(seed)
+    libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
+    roots = [sysconfig.get_paths()["stdlib"], str(Path(np.__file__).parent)]
+    commented = [pair for root in roots for pair in comment_pairs(Path(root))]
+    own = [c for p in corpus for c in chunks(p)]
+    other = [c for p in libraries for c in chunks(p)]
+    rows = []
+    for kind in rng.choice(3, size=count, p=[0.5, 0.2, 0.3]):
+        if kind == 2:
+            query, text = commented[rng.integers(len(commented))]
+            title = ""
+        else:
+            pool = own if kind == 0 else other
+            query, text, title = title_body_pair(pool[rng.integers(len(pool))], rng)
+        task = ("search result", "question answering")[rng.integers(2)]  # the tasks of section 3.1
+        rows.append(record(task, query, {"title": title, "text": text}))
+    return rows
+
+
+def chunks(row: dict[str, str], words: int = 60) -> list[dict[str, str]]:
+    """A long passage in pieces of whole paragraphs, about `words` words each, under its title."""
+    pieces: list[list[str]] = [[]]
+    for paragraph in filter(str.strip, re.split(r"\n\s*\n", row["text"])):
+        if pieces[-1] and len(" ".join(pieces[-1] + [paragraph]).split()) > words:
+            pieces.append([])
+        pieces[-1].append(paragraph)
+    return [passage(row["title"], "\n\n".join(piece)) for piece in pieces]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, at least three words each.
+
+    >>> sentences("Return x. This is the smallest\\ninteger. It may be big!")
+    ['This is the smallest integer.', 'It may be big!']
+    """
+    out = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        line = " ".join(paragraph.split())
+        out += [s for s in re.split(r"(?<=[.!?:])\s+(?=[A-Z`\"'(])", line) if len(s.split()) >= 3]
+    return out
+
+
+def spoken(name: str) -> str:
+    """A qualified name as words.
+
+    >>> spoken("csv.DictReader.line_num")
+    'csv Dict Reader line num'
+    """
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace(".", " ").replace("_", " ")
+
+
+def title_body_pair(row: dict[str, str], rng: np.random.Generator) -> tuple[str, str, str]:
+    """(query, text, title): the name, a sentence or a span of words, against the rest."""
+    title, text = row["title"], row["text"]
+    found, kind = sentences(text), rng.random()
+    if kind < 0.4 or not found:
+        name = spoken(title)
+        query = name if rng.random() < 0.5 else " ".join(name.split()[-2:])
+        return query, text, title if rng.random() < 0.3 else ""
+    if kind < 0.7:
+        i = 0 if rng.random() < 0.5 else int(rng.integers(len(found)))
+        rest = " ".join(found[:i] + found[i + 1:])
+        return found[i], rest or text, title if rng.random() < 0.7 else ""
+    words = text.split()
+    n = int(rng.integers(3, 11))
+    a = int(rng.integers(max(1, len(words) - n + 1)))
+    rest = " ".join(words[:a] + words[a + n:])
+    return " ".join(words[a:a + n]), rest if rest and rng.random() < 0.5 else text, title
+
+
+def comment_pairs(root: Path) -> list[tuple[str, str]]:
+    """(comment, the code lines below it) of every Python file under `root`; nothing is imported."""
+    found: dict[tuple[str, str], None] = {}
+    skip = NOT_IMPORTED | {"tests", "testing", "site-packages"}
+    for path in sorted(root.rglob("*.py")):
+        if not skip & set(path.relative_to(root).parts):
+            with contextlib.suppress(UnicodeDecodeError, OSError):
+                found.update(dict.fromkeys(comments(path.read_text(encoding="utf-8").split("\n"))))
+    return list(found)
+
+
+def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """A block of comment lines with up to six lines of code below it."""
+    i = 0
+    while i < len(lines):
+        comment, code = [], []
+        while i < len(lines) and lines[i].strip().startswith("#"):
+            comment.append(lines[i].strip().lstrip("#! "))
+            i += 1
+        while comment and i < len(lines) and len(code) < 6 and lines[i].strip() and \
+                not lines[i].strip().startswith("#"):
+            code.append(lines[i].strip())
+            i += 1
+        words = re.findall(r"[a-z]{2,}", " ".join(comment))
+        if code and 3 <= len(words) <= 60:
+            yield " ".join(comment), " ".join(code)[:400]
+        i += not comment or not code
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def check(path: str, model_dir: str | None) -> None:
+    """Print what training will see of a file: texts as formatted, counts, doubtful rows."""
+    rows = read_records(path)
+    model = load(model_dir) if model_dir else None
+    texts = [formatted(row, model.formats if model else FORMATS) for row in rows]
+    print(f"{path}: {len(rows)} records, {sum(r['negative'] is not None for r in rows)} with a hard "
+          f"negative, {sum(r['symmetric'] for r in rows)} symmetric")
+    for task, n in Counter(r["task"] for r in rows).most_common(10):
+        print(f"  {n:7d}  {task[:80]}")
+    for name, kind in (("input", 0), ("positive", 1)):
+        twice = len(texts) - len({t[kind] for t in texts})
+        print(f"  {twice} repeated {name} texts (in a batch they are masked, not negatives)")
+    same = sum(r["query"] == r["positive"]["text"] for r in rows)
+    print(f"  {same} rows whose query is their positive (nothing to learn from)")
+    for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
+        print(f"  first {name}: {' '.join((text or '(none)').split())[:100]}")
+    if model:
+        model.tokens([t for row in texts for t in row if t])
+        print(f"  {model.cut} texts are longer than {model.max_length} tokens and will be cut")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    corpus = commands.add_parser("corpus", help="write the built-in corpus")
+    corpus.add_argument("output")
+    checker = commands.add_parser("check", help="what the encoder will see of a training file")
+    checker.add_argument("file")
+    checker.add_argument("--model", help="a model folder: also count the texts that will be cut")
+    args = parser.parse_args()
+    if args.command == "corpus":
+        print(f"wrote {args.output}: {write_jsonl(args.output, builtin_corpus())} passages")
+    else:
+        check(args.file, args.model)
+
+
+if __name__ == "__main__":
+    run(main)

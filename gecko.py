@@ -1,0 +1,677 @@
+"""Gecko's encoder and exact search (arXiv 2403.20327, section 3.1 and appendix B).
+
+Eq. 1 turns a text into a vector: a transformer maps n tokens to W of shape (n, d), the text's
+embedding is the mean of W's rows. This file holds that encoder (BERT's architecture, parameters
+named as Hugging Face names them), the formats of texts, encoding, exact top-k and checkpoints.
+
+    python gecko.py search "round a number up" --model runs/demo/gecko
+    python gecko.py encode IN.jsonl OUT.npy --model runs/demo/gecko --passages
+
+Where we differ from the paper, or fill a gap in it:
+1. Architecture (3.1: a 1.2B language model that is not public): any BERT-style encoder.
+2. A passage without a title (appendix B, silent): its title reads "none".
+3. The smallest encoder, `tiny`, starts as a bag of words; see TINY below for how and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
+#         Q queries, P passages, k neighbours.
+
+# --------------------------------------------------------------------------------------------------
+# Formats of texts (appendix B)
+
+FORMATS = {
+    "query": "task: {task} | query: {text}",       # every input, and the targets of symmetric tasks
+    "passage": "title: {title} | text: {text}",    # the targets of asymmetric tasks
+}
+PLAIN = {"query": "{text}", "passage": "{title} {text}"}   # an encoder that ships no prompts of ours
+
+
+def fill(template: str, **values: str) -> str:
+    """One pass over the template, so that braces inside a task or a passage stay what they are."""
+    return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template).strip()
+
+
+def format_query(text: str, task: str, formats: dict[str, str] = FORMATS) -> str:
+    """Input format of appendix B.
+
+    >>> format_query("round a number up", "question answering")
+    'task: question answering | query: round a number up'
+    """
+    return fill(formats["query"], task=task, text=text)
+
+
+def format_passage(text: str, title: str = "", formats: dict[str, str] = FORMATS) -> str:
+    """Target format of appendix B for asymmetric tasks.
+
+    >>> format_passage("Return the ceiling of x.", "math.ceil")
+    'title: math.ceil | text: Return the ceiling of x.'
+    """
+    untitled = "none" if formats["passage"].startswith("title:") else ""
+    return fill(formats["passage"], title=title or untitled, text=text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pooling and similarity (eq. 1)
+
+
+def mean_pool(
+    W: Tensor,     # (B, T, d) one row a token
+    mask: Tensor,  # (B, T) 1 for a real token, 0 for padding
+) -> Tensor:       # (B, d)
+    """Eq. 1: q = mean over the n real tokens of M(t ++ q). Task tokens count, padding does not."""
+    mask = mask.unsqueeze(-1).to(W.dtype)              # (B, T, 1)
+    return (W * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, d)
+
+
+def normalise(x: Tensor, dim: int | None = None) -> Tensor:
+    """Cut to the first `dim` dimensions (Matryoshka), *then* to length 1: (B, d) -> (B, dim)."""
+    return F.normalize(x[:, :dim].float(), dim=-1)     # (B, dim)
+
+
+def cosine(x: Tensor, y: Tensor) -> Tensor:
+    """sim(x, y) of section 3.1 for every pair of rows: (B, d), (C, d) -> (B, C)."""
+    return normalise(x) @ normalise(y).T               # (B, C)
+
+
+# --------------------------------------------------------------------------------------------------
+# The encoder M: BERT's architecture, every parameter under Hugging Face's name
+
+
+@dataclass
+class EncoderConfig:
+    """The fields of Hugging Face's config.json that shape the encoder."""
+
+    vocab_size: int
+    hidden_size: int = 384                # d; the paper's is 768
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12         # H
+    intermediate_size: int = 1536
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    pad_token_id: int = 0
+    hidden_act: str = "gelu"
+    model_type: str = "bert"
+
+
+class Layer(nn.Module):
+    """One post-norm transformer layer: attention, then a feed-forward net, each with a residual."""
+
+    def __init__(self, c: EncoderConfig) -> None:
+        super().__init__()
+        d, eps = c.hidden_size, c.layer_norm_eps
+        self.heads, self.dropout = c.num_attention_heads, c.hidden_dropout_prob
+        self.attention_dropout = c.attention_probs_dropout_prob
+        project = {name: nn.Linear(d, d) for name in ("query", "key", "value")}
+        self.attention = nn.ModuleDict({
+            "self": nn.ModuleDict(project),
+            "output": nn.ModuleDict({"dense": nn.Linear(d, d), "LayerNorm": nn.LayerNorm(d, eps)}),
+        })
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(d, c.intermediate_size)})
+        self.output = nn.ModuleDict(
+            {"dense": nn.Linear(c.intermediate_size, d), "LayerNorm": nn.LayerNorm(d, eps)})
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        """x: (B, T, d), keep: (B, 1, 1, T) true where a token may be attended to -> (B, T, d)."""
+        B, T, d = x.shape
+        project, out = self.attention["self"], self.attention["output"]
+        q, k, v = (project[name](x).view(B, T, self.heads, -1).transpose(1, 2)
+                   for name in ("query", "key", "value"))            # 3 of (B, H, T, d/H)
+        a = F.scaled_dot_product_attention(
+            q, k, v, keep, self.attention_dropout if self.training else 0.0)  # (B, H, T, d/H)
+        a = out["dense"](a.transpose(1, 2).reshape(B, T, d))         # (B, T, d)
+        x = out["LayerNorm"](x + F.dropout(a, self.dropout, self.training))   # (B, T, d)
+        h = self.output["dense"](F.gelu(self.intermediate["dense"](x)))       # (B, T, d)
+        return self.output["LayerNorm"](x + F.dropout(h, self.dropout, self.training))  # (B, T, d)
+
+
+class Encoder(nn.Module):
+    """M of eq. 1: token ids (B, T) -> one vector a token, W (B, T, d)."""
+
+    def __init__(self, c: EncoderConfig) -> None:
+        super().__init__()
+        self.config = c
+        d = c.hidden_size
+        self.embeddings = nn.ModuleDict({
+            "word_embeddings": nn.Embedding(c.vocab_size, d, padding_idx=c.pad_token_id),
+            "position_embeddings": nn.Embedding(c.max_position_embeddings, d),
+            "token_type_embeddings": nn.Embedding(c.type_vocab_size, d),
+            "LayerNorm": nn.LayerNorm(d, c.layer_norm_eps),
+        })
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))})
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask: (B, T) -> W: (B, T, d)."""
+        _, T = ids.shape
+        e = self.embeddings
+        position = e["position_embeddings"].weight[:T]               # (T, d)
+        kind = e["token_type_embeddings"].weight[0]                  # (d)
+        x = e["LayerNorm"](e["word_embeddings"](ids) + position + kind)  # (B, T, d)
+        x = F.dropout(x, self.config.hidden_dropout_prob, self.training)  # (B, T, d)
+        keep = mask.bool()[:, None, None, :]                         # (B, 1, 1, T)
+        for layer in self.encoder["layer"]:
+            x = layer(x, keep)                                       # (B, T, d)
+        return x
+
+
+def embed(encoder: Encoder, ids: Tensor, mask: Tensor) -> Tensor:
+    """Eq. 1 for a batch: ids, mask (B, T) -> (B, d), not yet of length 1 (see `normalise`)."""
+    return mean_pool(encoder(ids, mask), mask)                       # (B, d)
+
+
+# --------------------------------------------------------------------------------------------------
+# A text embedding model: encoder + tokenizer + formats
+
+
+class Gecko:
+    """The encoder with all that a text needs to become its vector; a folder on disk."""
+
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, max_length: int,
+                 formats: dict[str, str] = FORMATS, dims: Sequence[int] = ()) -> None:
+        self.encoder, self.tokenizer, self.max_length = encoder, tokenizer, max_length
+        self.formats, self.dims = dict(formats), tuple(dims) or (encoder.config.hidden_size,)
+        self.cut = 0
+        tokenizer.no_padding()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.encoder.parameters()).device
+
+    def tokens(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+        """Token ids of each text, cut at max_length; `self.cut` counts the texts that were."""
+        self.tokenizer.enable_truncation(min(max_length or self.max_length, self.max_length))
+        encodings = self.tokenizer.encode_batch_fast(list(texts))
+        self.cut = sum(bool(e.overflowing) for e in encodings)
+        tokens = [e.ids for e in encodings]
+        for text, ids in zip(texts, tokens, strict=True):
+            if not ids:
+                raise InputError(f"a text of no tokens has no embedding: {text!r}; remove it")
+        return tokens
+
+    def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Token ids of B texts -> (B, d) with gradient: `embed` above, or its twin for a bag of words."""
+        return embed_bag(self.encoder, tokens) if is_bag(self.encoder) else embed(
+            self.encoder, *pad(tokens, self.encoder.config.pad_token_id, self.device))
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], dim: int | None = None, batch_tokens: int = 16384,
+               progress: str = "") -> np.ndarray:
+        """Texts, already formatted -> float32 unit vectors (len(texts), dim), in the order given.
+
+        Batches hold texts of like length, at most `batch_tokens` tokens with padding, so that
+        little of the work is spent on padding; `progress` names the bar, none without it.
+        """
+        if dim is not None and not 1 <= dim <= self.encoder.config.hidden_size:
+            raise InputError(f"--dim {dim}: this model has {self.encoder.config.hidden_size} "
+                             f"dimensions, give 1 to that (trained for {self.dims})")
+        tokens = self.tokens(texts)
+        out = np.zeros((len(texts), dim or self.encoder.config.hidden_size), dtype=np.float32)
+        training = self.encoder.training
+        self.encoder.eval()
+        bar = tqdm(total=len(texts), desc=progress, unit="text", disable=not progress)
+        for batch in length_batches([len(t) for t in tokens], batch_tokens):
+            x = self.embed([tokens[i] for i in batch])               # (B, d)
+            out[batch] = normalise(x, dim).cpu().numpy()
+            bar.update(len(batch))
+        bar.close()
+        self.encoder.train(training)
+        return out                                                   # (len(texts), dim)
+
+    def encode_queries(self, texts: Sequence[str], task: str = "question answering",
+                       **how: Any) -> np.ndarray:
+        """Queries of one task -> (len(texts), dim). The task's tokens are in the mean (eq. 1)."""
+        return self.encode([format_query(t, task, self.formats) for t in texts], **how)
+
+    def encode_passages(self, texts: Sequence[str], titles: Sequence[str] | None = None,
+                        **how: Any) -> np.ndarray:
+        """Passages -> (len(texts), dim). A passage gets no task, so one index serves every task."""
+        titles = titles if titles is not None else [""] * len(texts)
+        return self.encode([format_passage(t, title, self.formats)
+                            for t, title in zip(texts, titles, strict=True)], **how)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exact nearest neighbours (section 3.2: the top N of q from C)
+
+
+def topk(
+    queries: np.ndarray | Tensor,   # (Q, d)
+    passages: np.ndarray | Tensor,  # (P, d), may be a memory map
+    k: int,
+    budget: int = 256 << 20,        # bytes for one block of scores
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k passages of largest inner product for each query, exactly: scores and indices (Q, k).
+
+    Blocks over both axes with a running merge, so memory does not grow with P. Equal scores are
+    ordered by lower index, so the answer does not depend on the blocks.
+    """
+    Q, P = len(queries), len(passages)
+    if not 1 <= k <= P:
+        raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")
+    rows = min(Q, 1024)
+    columns = max(k, min(P, budget // 4 // max(1, rows)))
+    scores, indices = np.empty((Q, k), np.float32), np.empty((Q, k), np.int64)
+    for a in range(0, Q, rows):
+        q = torch.as_tensor(queries[a:a + rows]).float()                       # (rows, d)
+        best, which = torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long)
+        for b in range(0, P, columns):
+            s = q @ torch.as_tensor(passages[b:b + columns]).float().T         # (rows, columns)
+            v, i = first_topk(s, min(k, s.shape[1]))                           # (rows, <= k)
+            v, i = torch.cat([best, v], 1), torch.cat([which, i + b], 1)       # (rows, <= 2k)
+            # lower indices stand first already, so a stable sort keeps them first among equals
+            v, order = v.sort(dim=1, descending=True, stable=True)             # (rows, <= 2k)
+            best, which = v[:, :k], i.gather(1, order)[:, :k]                  # (rows, k)
+        scores[a:a + rows], indices[a:a + rows] = best.numpy(), which.numpy()
+    return scores, indices
+
+
+def first_topk(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk with ties by lower index: (rows, columns) -> values and indices (rows, k)."""
+    v, i = s.topk(k, dim=1)                                          # (rows, k)
+    i, order = i.sort(dim=1)                                         # (rows, k)
+    v, order = v.gather(1, order).sort(dim=1, descending=True, stable=True)
+    i = i.gather(1, order)                                           # (rows, k)
+    # subtle: among entries equal to the k-th value topk keeps any; those rows are sorted in full
+    for row in ((s >= v[:, -1:]).sum(1) > k).nonzero().flatten().tolist():
+        full, order_row = s[row].sort(descending=True, stable=True)
+        v[row], i[row] = full[:k], order_row[:k]
+    return v, i
+
+
+# ==================================================================================================
+# In practice. Nothing below changes what is computed above: batches, a faster path for the
+# smallest encoder, checkpoints, errors and the command line.
+# ==================================================================================================
+
+class InputError(ValueError):
+    """A user's mistake: one line that names the file, line or argument and the fix; exit code 2."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+
+def pad(tokens: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu",
+        ) -> tuple[Tensor, Tensor]:
+    """Token ids of B texts -> ids and mask, both (B, T)."""
+    lengths = torch.tensor([len(t) for t in tokens])                 # (B)
+    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]  # (B, T)
+    ids = torch.full(mask.shape, pad_id)                             # (B, T)
+    ids[mask] = torch.tensor([i for t in tokens for i in t])
+    return ids.to(device), mask.to(device)
+
+
+def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, longest first; texts x longest <= budget (or one text)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        B = max(1, budget // max(1, lengths[order[0]]))
+        yield order[:B]
+        order = order[B:]
+
+
+# --------------------------------------------------------------------------------------------------
+# The smallest encoder: BERT's architecture, started as a bag of words
+
+# Trained from random weights in minutes, a transformer learns little more than which words matter.
+# So `tiny` starts there: no position vectors, layers (none by default) whose output starts at zero,
+# and a layer norm whose eps is not small beside the variance, so that it hardly rescales a token:
+# the length of a token's vector stays free to say how much the word counts in the mean (an "idf").
+TINY = {"hidden_size": 384, "num_hidden_layers": 0, "num_attention_heads": 6,
+        "intermediate_size": 768, "max_position_embeddings": 256, "layer_norm_eps": 1.0,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TINY_VOCABULARY = 16000
+
+
+def tiny(texts: Sequence[str], seed: int = 0, vocabulary: int = TINY_VOCABULARY,
+         **config: int | float) -> Gecko:
+    """A small untrained model whose tokenizer is trained on `texts`."""
+    tokenizer = train_tokenizer(texts, vocabulary)
+    c = EncoderConfig(vocab_size=tokenizer.get_vocab_size(), **{**TINY, **config})  # type: ignore
+    encoder = Encoder(c)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in encoder.named_parameters():
+        if "position" in name or "token_type" in name or name.endswith("bias"):
+            nn.init.zeros_(p)
+        elif ".output.dense" in name or "attention.output" in name and "LayerNorm" not in name:
+            nn.init.zeros_(p)                                        # a layer starts as the identity
+        elif "LayerNorm" not in name:
+            nn.init.normal_(p, 0, 0.02, generator=generator)
+    with torch.no_grad():
+        encoder.embeddings["word_embeddings"].weight[c.pad_token_id] = 0
+    encoder.embeddings["position_embeddings"].requires_grad_(c.num_hidden_layers > 0)
+    return Gecko(encoder, tokenizer, max_length=c.max_position_embeddings)
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
+    """Byte-pair encoding of lower-cased words; CamelCase and snake_case fall into their parts.
+
+    No mark for "inside a word": the "tree" of "rmtree" is the word "tree". (A WordPiece trainer
+    would mark it, and its vocabulary differs from run to run; this one's does not.)
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFKC(), normalizers.Replace(Regex("(?<=[a-z])(?=[A-Z])"), " "),
+        normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, min_frequency=2, show_progress=False,
+                                  special_tokens=["[PAD]", "[UNK]"], limit_alphabet=200)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def is_bag(encoder: Encoder) -> bool:
+    """True where W's rows depend on their own token alone: no layers, no positions."""
+    return (encoder.config.num_hidden_layers == 0 and encoder.config.hidden_dropout_prob == 0
+            and not encoder.embeddings["position_embeddings"].weight.any())
+
+
+def embed_bag(encoder: Encoder, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """`embed` for a bag of words: the same numbers from one table lookup, without a W of B x T x d.
+
+    Each row of W is LayerNorm(word + kind), so the norm is taken once a word of the vocabulary.
+    """
+    e = encoder.embeddings
+    table = e["LayerNorm"](e["word_embeddings"].weight + e["token_type_embeddings"].weight[0])  # (V, d)
+    lengths = torch.tensor([0] + [len(t) for t in tokens])           # (B + 1)
+    flat = torch.tensor([i for t in tokens for i in t], device=table.device)  # (total tokens)
+    offsets = lengths.cumsum(0)[:-1].to(table.device)                # (B)
+    return F.embedding_bag(flat, table, offsets, mode="mean")        # (B, d)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: a folder of safetensors, tokenizer.json, config.json and the formats. Never a pickle.
+
+
+def save(model: Gecko, folder: str | Path) -> None:
+    """Write the folder beside its place and rename it: a kill leaves the old one or the new one."""
+    with folder_beside(folder) as new:
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.encoder.state_dict().items()}
+        save_file(weights, str(new / "model.safetensors"), metadata={"format": "pt"})
+        model.tokenizer.no_truncation()
+        model.tokenizer.save(str(new / "tokenizer.json"))
+        for name, content in checkpoint_json(model).items():
+            (new / name).parent.mkdir(exist_ok=True)
+            (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def checkpoint_json(model: Gecko) -> dict[str, Any]:
+    """The small files of a checkpoint; all but gecko.json are for transformers and its family."""
+    config = {"architectures": ["BertModel"], **asdict(model.encoder.config)}
+    return {
+        "config.json": config,
+        "gecko.json": {"formats": model.formats, "dims": model.dims, "max_length": model.max_length},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]",
+            "model_max_length": model.max_length},
+    }
+
+
+def load(folder: str | Path) -> Gecko:
+    """Open a folder that `save` wrote, or a BERT encoder folder of Hugging Face's."""
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name} there; give a model folder, for instance one "
+                             "that `python train.py` wrote (runs/demo/gecko)")
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") != "bert":
+        raise InputError(f"{folder}/config.json: model_type {raw.get('model_type')!r} is not "
+                         "supported; give a folder of a BERT encoder")
+    known = {f.name for f in fields(EncoderConfig)}
+    try:
+        encoder = Encoder(EncoderConfig(**{k: v for k, v in raw.items() if k in known}))
+        weights = load_file(str(folder / "model.safetensors"))
+        wanted = encoder.state_dict()
+        encoder.load_state_dict({k: v for k, v in weights.items() if k in wanted})
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # safetensors and tokenizers raise types of their own
+        raise InputError(f"{folder}: not a readable checkpoint ({first_line(error)}); "
+                         "write or copy it again") from error
+    if tokenizer.get_vocab_size() > encoder.config.vocab_size:
+        raise InputError(f"{folder}/tokenizer.json: {tokenizer.get_vocab_size()} tokens, but the "
+                         f"weights have {encoder.config.vocab_size}; the two files do not belong together")
+    ours = folder / "gecko.json"
+    extra = read_json(ours) if ours.is_file() else {"formats": PLAIN}
+    positions = encoder.config.max_position_embeddings
+    model = Gecko(encoder, tokenizer, min(extra.get("max_length", positions), positions),
+                  extra["formats"], extra.get("dims", ()))
+    if is_bag(encoder):
+        encoder.embeddings["position_embeddings"].requires_grad_(False)
+    model.encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: not readable as JSON ({first_line(error)}); write or copy it again"
+                         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: written beside, then renamed
+
+
+@contextlib.contextmanager
+def file_beside(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to `path` on success, deleted otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # subtle: the ending stays last, because numpy and gzip read their format from it
+    new = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_beside(path: str | Path) -> Iterator[Path]:
+    """The same for a folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new.chmod(0o755)
+    try:
+        yield new
+        if path.exists():
+            old = new.with_name(new.name + ".old")
+            os.replace(path, old)
+            os.replace(new, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def open_text(path: str | Path, mode: str = "rt") -> Any:
+    """Open UTF-8 text, plain or .gz."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    return opener(path, mode, encoding="utf-8")
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", row) for each non-empty line; an error names file:line and the fix."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; check the path")
+    n = 0
+    try:
+        with open_text(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where, n = f"{path}:{number}", n + 1
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{where}: not a JSON object; one JSON object a line")
+                yield where, row
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
+    if not n:
+        raise InputError(f"{path}: no rows; one JSON object a line is needed")
+
+
+def write_jsonl(path: str | Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> int:
+    """Writes rows to a plain or .gz file, whole or not at all; the number of rows."""
+    n = 0
+    with file_beside(path) as new, open_text(new, "wt") as out:
+        for n, row in enumerate(rows, 1):
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return n
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+def flag(default: Any, meaning: str) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": meaning})
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+    """One --flag for each field of a config dataclass, with its default and meaning."""
+    for f in fields(config):
+        name, how = "--" + f.name.replace("_", "-"), {"help": f"{f.metadata['help']} (%(default)s)"}
+        if isinstance(f.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, **how)
+        else:
+            parser.add_argument(name, type=type(f.default), default=f.default, **how)
+
+
+def from_flags(config: type, args: argparse.Namespace) -> Any:
+    return config(**{f.name: getattr(args, f.name) for f in fields(config)})
+
+
+def run(main: Any) -> None:
+    """Call main(); a user's mistake or Ctrl-C becomes one line and an exit code."""
+    try:
+        main()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; run the same command again")
+    except (InputError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def say(**configuration: Any) -> None:
+    """The configuration a command runs with, one line, to stderr."""
+    print("  ".join(f"{k}={v}" for k, v in configuration.items()), file=sys.stderr)
+
+
+def read_passages(path: str | Path) -> list[dict[str, str]]:
+    """A BEIR corpus.jsonl: rows of _id, title (may be empty) and text."""
+    rows: list[dict[str, str]] = []
+    seen: dict[str, str] = {}
+    for where, row in read_jsonl(path):
+        text, key = row.get("text"), str(row.get("_id", ""))
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f'{where}: no "text"; every passage needs one')
+        if not key:
+            raise InputError(f'{where}: no "_id"; every passage needs one of its own')
+        if key in seen:
+            raise InputError(f'{where}: "_id" {key!r} stands already at {seen[key]}; make it unique')
+        seen[key] = where
+        rows.append({"_id": key, "title": str(row.get("title") or ""), "text": text})
+    return rows
+
+
+def search_command(args: argparse.Namespace) -> None:
+    model = load(args.model)
+    corpus = args.corpus or Path(args.model).parent / "corpus.jsonl"
+    passages = read_passages(corpus)
+    k = min(args.k, len(passages))
+    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task,
+        dim=args.dim or model.encoder.config.hidden_size)
+    P = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
+                              dim=args.dim, progress="passages")
+    q = model.encode_queries([args.query], args.task, dim=args.dim)
+    for score, i in zip(*(x[0] for x in topk(q, P, k)), strict=True):
+        text = " ".join(passages[i]["text"].split())
+        print(f"{score:.3f}  {passages[i]['title'] or passages[i]['_id']}  {text[:80]}")
+
+
+def encode_command(args: argparse.Namespace) -> None:
+    model = load(args.model)
+    say(model=args.model, kind="passages" if args.passages else f"queries of task {args.task!r}",
+        dim=args.dim or model.encoder.config.hidden_size)
+    if args.passages:
+        rows = read_passages(args.input)
+        x = model.encode_passages([r["text"] for r in rows], [r["title"] for r in rows],
+                                  dim=args.dim, progress="passages")
+    else:
+        texts = []
+        for where, row in read_jsonl(args.input):
+            texts.append(row.get("query") or row.get("text") or "")
+            if not isinstance(texts[-1], str) or not texts[-1].strip():
+                raise InputError(f'{where}: no "query" or "text"; every row needs one')
+        x = model.encode_queries(texts, args.task, dim=args.dim, progress="queries")
+    with file_beside(args.output) as new, open(new, "wb") as out:
+        np.save(out, x)
+    print(f"wrote {args.output}: float32 {x.shape}; {model.cut} texts were cut at "
+          f"{model.max_length} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    search = commands.add_parser("search", help="the passages nearest to one query")
+    search.add_argument("query")
+    search.add_argument("--corpus", help="corpus.jsonl (default: the one beside the model's folder)")
+    search.add_argument("-k", type=int, default=10, help="how many (%(default)s)")
+    encode = commands.add_parser("encode", help="a file of texts -> a .npy file of unit vectors")
+    encode.add_argument("input", help="JSONL with query or text (and _id, title with --passages)")
+    encode.add_argument("output", help=".npy, float32, one row a text")
+    encode.add_argument("--passages", action="store_true", help="encode as passages, not as queries")
+    for command in (search, encode):
+        command.add_argument("--model", required=True, help="a model folder")
+        command.add_argument("--task", default="question answering", help="queries' task (%(default)s)")
+        command.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
+    args = parser.parse_args()
+    if args.command == "search" and args.k < 1:
+        raise InputError(f"-k {args.k}: give at least 1")
+    search_command(args) if args.command == "search" else encode_command(args)
+
+
+if __name__ == "__main__":
+    run(main)
