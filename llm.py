@@ -173,7 +173,7 @@ def parse_generation(answer: str) -> tuple[str, str]:
     >>> parse_generation("Task: find an answer\\nQuery: what is tea")
     ('find an answer', 'what is tea')
     """
-    match = re.match(r"\s*(?:Task:)?[ \t]*(\S[^\n]*)\n\s*Query:[ \t]*(\S[^\n]*)", answer)
+    match = re.match(r"\s*(?:Task:[ \t]*)?((?!Task:|Query:)\S[^\n]*)\n\s*Query:[ \t]*(\S[^\n]*)", answer)
     if not match:
         raise ValueError("not a Task line and a Query line")
     return match[1].strip(), match[2].strip()
