@@ -157,8 +157,9 @@ def test_offline_query_likelihood_is_the_dirichlet_sum():
     words = [w for p in CORPUS for w in llm.terms(llm.as_text(p))]
     own = llm.terms(llm.as_text(CORPUS[2]))
     total = 0.0
-    for w in ("delete", "file"):  # "delete" paraphrases "remove"
-        tf = own.count(w) + (judge.lam * own.count("remove") if w == "delete" else 0)
+    assert "remove" in judge.paraphrased["delete"]
+    for w in ("delete", "file"):
+        tf = own.count(w) + judge.lam * sum(own.count(u) for u in judge.paraphrased.get(w, ()))
         total += math.log((tf + judge.mu * (words.count(w) + 0.5) / len(words)) / (len(own) + judge.mu))
     assert math.isclose(judge.query_likelihood([("delete file", CORPUS[2])])[0], total)
     scores = judge.query_likelihood([("delete a file", p) for p in CORPUS])
