@@ -982,7 +982,7 @@ def scored_tokens(answer: dict[str, Any], prompt: str) -> tuple[list[str], list[
     scored, usage = choice.get("logprobs") or {}, answer.get("usage") or {}
     tokens, values = scored.get("tokens"), scored.get("token_logprobs")
     if not isinstance(tokens, list) or not isinstance(values, list) \
-            or not str(choice.get("text")).startswith(prompt):
+            or not choice["text"].startswith(prompt):
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
                          f"{usage.get('prompt_tokens')}-token prompt")
@@ -1025,8 +1025,6 @@ def apart(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 def forced_token(answer: dict[str, Any], id: int) -> float:
     """The raw log-probability of the token that a bias forced."""
-    if "completion_probabilities" not in answer:
-        raise CallFailed("no completion_probabilities: not a llama-server")
     token, = answer["completion_probabilities"]
     if token["id"] != id:
         raise CallFailed(f"token {token['id']} came where {id} was forced")
@@ -1049,7 +1047,8 @@ def label_log_probs(answer: dict[str, Any]) -> list[list[Any]]:
     for label in LABELS:
         found = [value for token, value in top
                  if (t := token.strip(" ▁Ġ\n").lower()) and label.strip().lower().startswith(t)]
-        out.append([math.log(math.fsum(map(math.exp, found))), True] if found
+        most = max(found, default=0.0)
+        out.append([most + math.log(sum(math.exp(v - most) for v in found)), True] if found
                    else [min(value for _, value in top), False])
     return out
 
@@ -1057,7 +1056,7 @@ def label_log_probs(answer: dict[str, Any]) -> list[list[Any]]:
 def said(answer: dict[str, Any]) -> str:
     """The text of an answer, without a last line that was cut at max_tokens."""
     choice = answer["choices"][0]
-    text = choice["message"].get("content") if "message" in choice else choice["text"]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
     if not isinstance(text, str) or not text.strip():
         raise CallFailed(f"no text, finish_reason {choice.get('finish_reason')}: does the model think first?")
     return text.rpartition("\n")[0] if choice.get("finish_reason") == "length" else text
@@ -1156,7 +1155,7 @@ def probe_scores(e: Endpoint, prompts: Sequence[tuple[str, str]]) -> tuple[Way |
             except (CallFailed, LLMError):
                 e.can.group = 1
             evidence += f"; {e.can.group} prompts a request"
-        return a != b, evidence
+        return not math.isclose(a / n, b / m), evidence              # not the same for every token
 
     return tried((("echo", {}), ("forced", {})), attempt)
 
