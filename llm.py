@@ -953,20 +953,29 @@ class Endpoint:
     def forced(self, chunk: Sequence[tuple[str, str]]) -> list[list[Any]]:
         """llama-server: one request a token, which a bias makes it generate; the log-prob is the raw one."""
         (prefix, text), = chunk
-        ids, head = self.ids(prefix + text), self.ids(prefix)
-        if ids[:len(head)] != head or len(ids) == len(head):
+        tokens, head = self.pieces(prefix + text), self.pieces(prefix)
+        if tokens[:len(head)] != head or len(tokens) == len(head):
             raise CallFailed(f"a token crosses the prompt's end before {text!r}")
-        values = []
+        ids, values = [id for id, _ in tokens], []
         for n in range(len(head), len(ids)):
-            body = {"model": self.model, "prompt": ids[:n], "n_predict": 1, "n_probs": 1, "temperature": 0,
-                    "logit_bias": [[ids[n], 1000]], "cache_prompt": True}
-            values.append(self.server.call("/completion", body, functools.partial(forced_token, id=ids[n])))
+            # subtle: it withholds half a character and its log-prob; then the prefix's last token is
+            # forced, and the one that is wanted found in the list beside it
+            beside = head[-1][0]
+            for forced, k in ((ids[n], 1),) if tokens[n][1] else ((beside, 1000), (beside, 10 ** 6)):
+                body = {"model": self.model, "prompt": ids[:n], "n_predict": 1, "n_probs": k,
+                        "temperature": 0, "logit_bias": [[forced, 1000]], "cache_prompt": True}
+                value = self.server.call("/completion", body, functools.partial(
+                    forced_token, forced=forced, wanted=ids[n]))
+                if value is not None:
+                    break
+            values.append(log_prob(value))
         return [[math.fsum(values), len(values)]]
 
-    def ids(self, text: str) -> list[int]:
-        # what a passage says is never a control token
-        return self.server.call("/tokenize", {"content": text, "add_special": True, "parse_special": False},
-                                lambda answer: [int(i) for i in answer["tokens"]])
+    def pieces(self, text: str) -> list[tuple[int, bool]]:
+        """(token id, is it whole characters) of a text; what a passage says is never a control token."""
+        body = {"content": text, "add_special": True, "parse_special": False, "with_pieces": True}
+        return self.server.call("/tokenize", body, lambda answer: [
+            (int(t["id"]), isinstance(t["piece"], str)) for t in answer["tokens"]])
 
 
 def log_prob(value: Any) -> float:
@@ -1023,12 +1032,13 @@ def apart(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:
             for c, n in zip(choices, lengths, strict=True)]
 
 
-def forced_token(answer: dict[str, Any], id: int) -> float:
-    """The raw log-probability of the token that a bias forced."""
+def forced_token(answer: dict[str, Any], forced: int, wanted: int) -> float | None:
+    """The raw log-probability of a token where one was forced; None where it is not listed."""
     token, = answer["completion_probabilities"]
-    if token["id"] != id:
-        raise CallFailed(f"token {token['id']} came where {id} was forced")
-    return log_prob(token["logprob"])
+    if token["id"] != forced:
+        raise CallFailed(f"token {token['id']} came where {forced} was forced")
+    values = {t["id"]: t["logprob"] for t in [*token["top_logprobs"], token]}
+    return log_prob(values[wanted]) if wanted in values else None
 
 
 def top_tokens(answer: dict[str, Any]) -> list[tuple[str, float]]:

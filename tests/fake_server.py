@@ -99,7 +99,8 @@ def relevance_top(prompt: str) -> list[tuple[str, float]]:
 class FakeServer:
     """`with FakeServer("vllm") as server: Endpoint(server.url)`. `faults`: share of replies spoiled."""
 
-    def __init__(self, kind: str = "vllm", faults: float = 0.0, latency: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, kind: str = "vllm", faults: float = 0.0, latency: float = 0.0,
+                 seed: int = 0) -> None:
         self.kind, self.faults, self.latency, self.rng = kind, faults, latency, random.Random(seed)
         self.bodies: list[tuple[str, Any]] = []
         self.keys: set[str] = set()
@@ -173,17 +174,22 @@ class FakeServer:
         if path == "/v1/completions":
             prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
             if self.kind == "llama-cpp-python" and isinstance(body["prompt"], list):
-                return 500, {"error": {"message": "1 validation error: prompt", "type": "internal_server_error"}}
+                return 500, {"error": {"message": "1 validation error: prompt"}}
             if self.kind in ("openai", "thinking") and body.get("echo"):
                 return 400, {"error": {"message": "Setting 'echo' and 'logprobs' is not supported"}}
             return 200, self.completions(prompts, body)
         if self.kind == "llama-server" and path == "/tokenize":
-            return 200, {"tokens": [number(t) for t in [BOS, *tokenize(body["content"])]]}
+            return 200, {"tokens": [{"id": number(t), "piece": t.decode() if t.isascii() else list(t)}
+                                    for t in [BOS, *tokenize(body["content"])]]}
         if self.kind == "llama-server" and path == "/completion":
             (forced, _), = body["logit_bias"]
-            value = log_p([NAMES[i] for i in body["prompt"]], NAMES[forced])
-            return 200, {"completion_probabilities": [{"id": forced, "logprob": value}],
-                         "tokens_evaluated": len(body["prompt"]), "tokens_predicted": 1}
+            before, usage = [NAMES[i] for i in body["prompt"]], {"tokens_evaluated": len(body["prompt"])}
+            if NAMES[forced][0] >= 0xC0:                 # half a character is withheld
+                return 200, usage
+            few = body["n_probs"] <= 1000                # as if the vocabulary were larger
+            top = [{"id": i, "logprob": log_p(before, NAMES[i])} for i in range(few, len(NAMES), 1 + few)]
+            return 200, usage | {"completion_probabilities": [
+                {"id": forced, "logprob": log_p(before, NAMES[forced]), "top_logprobs": top}]}
         return 404, {"error": {"message": "Not Found"}}
 
     def completions(self, prompts: list[str], body: dict[str, Any]) -> dict[str, Any]:

@@ -218,7 +218,8 @@ def test_nobody_there_is_one_line(monkeypatch):
 @pytest.mark.parametrize("kind", ["vllm", "llama-cpp-python", "llama-server"])
 def test_every_score_is_right_or_none_through_faults(kind):
     """300 queries, a fifth of the replies spoiled in eleven ways: no value is wrong."""
-    pairs = [(f"{list(TEXTS.values())[i % 4]} {i}", passage(i)) for i in range(300)]
+    texts = [*TEXTS.values(), *["mild tea"] * 20]
+    pairs = [(f"{texts[i % len(texts)]} {i}", passage(i)) for i in range(300)]
     with FakeServer(kind, faults=0.2, seed=3) as server:
         e = endpoint(server, threads=16)
         ql, rc, answers = e.query_likelihood(pairs), e.relevance(pairs), e.generate([p for _, p in pairs])
@@ -361,7 +362,8 @@ def test_records_say_who_scored_them(undisturbed, work, tmp_path, monkeypatch):
     (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
     with FakeServer("openai") as server, FakeServer("llama-server") as scorer:
         mine = commands(work, tmp_path, server.url)[1]
-        main(monkeypatch, [*mine, "--scorer-llm", scorer.url, "--scorer-model", "small", "--score", "expected"])
+        main(monkeypatch, [*mine, "--scorer-llm", scorer.url, "--scorer-model", "small",
+                           "--score", "expected"])
         row, *_ = [json.loads(line) for line in open(tmp_path / "fret.jsonl")]
         assert row["scored_by"] == {"ql": "small: forced", "rc": "tiny: expected by top tokens of chat"}
         assert not any("logit_bias" in body for _, body in server.bodies)
