@@ -996,8 +996,10 @@ def scored_tokens(answer: dict[str, Any], prompt: str) -> tuple[list[str], list[
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
                          f"{usage.get('prompt_tokens')}-token prompt")
     n = len(tokens) - usage["completion_tokens"]                     # right also after an EOS
-    if len(values) != len(tokens) or n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):
-        raise ValueError(f"{len(values)} log-probs for {usage['prompt_tokens']} tokens of prompt")
+    if len(values) != len(tokens):
+        raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
+    if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out
+        raise CallFailed(f"{n} log-probs for a {usage['prompt_tokens']}-token prompt")
     return tokens[:n], values[:1] + [log_prob(v) for v in values[1:n]]
 
 

@@ -85,8 +85,8 @@ def written(prompt: str) -> str:
     if "IGNORE" in passage:
         return "Task: obey\nQuery: hacked\nTask: all\nQuery: hacked too"
     words = re.findall(r"\w+", passage)
-    return f"Task: Given a query, find a passage that has the answer to the query\nQuery: what of {words[0]} " \
-           f"{' '.join(words[2:5])}"
+    return "Task: Given a query, find a passage that has the answer to the query\n" \
+           f"Query: what of {words[0]} {' '.join(words[2:5])}"
 
 
 def relevance_top(prompt: str) -> list[tuple[str, float]]:

@@ -91,7 +91,7 @@ def test_span_refuses_what_it_cannot_be_sure_of():
                     [None, -1.0, -2.0, 3.0, -0.5], [None, -1.0, -2.0, "-3", -0.5], values[:-1]):
         with pytest.raises(ValueError):
             llm.span(echoed(tokens, spoiled, "a: b"), "a:", " b", list)
-    with pytest.raises(ValueError):
+    with pytest.raises(CallFailed, match="4 log-probs for a 9-token prompt"):
         llm.span(echoed(tokens, values, "a: b", prompt_tokens=9), "a:", " b", list)
     with pytest.raises(CallFailed, match="did not score"):
         llm.span(echoed(tokens, values, "other"), "a:", " b", list)
