@@ -714,7 +714,7 @@ class Server:
                     reply = connection.getresponse()
                     break
                 except ConnectionError:
-                    if connection is not kept:                       # a kept one may have been closed
+                    if connection is not kept or self.halt.is_set():  # a kept one may have been closed
                         raise
             parts = []
             while part := reply.read1(65536):
@@ -874,7 +874,7 @@ class Endpoint:
         if way[0] in ("echo", "forced"):                             # the whole label's log-likelihood
             scored = iter(self.scores(way, [(prompt, label) for prompt in prompts for label in wanted]))
             rows = [[next(scored) for _ in wanted] for _ in prompts]
-            return [None if None in row else graded([s[0] for s in row]) for row in rows]
+            return [None if None in row else graded([s[0] for s in row if s]) for row in rows]
         tops = self.all(prompts, lambda prompt: self.top(way, prompt), lambda chunk: [
             self.server.call(*self.top(way, prompt), label_log_probs) for prompt in chunk])
         listed = [at for top in tops if top is not None for _, at in top[:len(wanted)]]

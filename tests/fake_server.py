@@ -15,6 +15,7 @@ import json
 import math
 import random
 import re
+import signal
 import sys
 import threading
 import time
@@ -259,5 +260,6 @@ FAULTS = {
 def run_llm(argv: list[str]) -> None:
     """llm.py's command line in a process of its own, quietly; for the tests that kill it."""
     import llm
+    signal.signal(signal.SIGINT, signal.default_int_handler)         # a job in the background ignores it
     sys.argv, sys.stdout, sys.stderr = ["llm.py", *argv], open("/dev/null", "w"), open("/dev/null", "w")
-    llm.main()
+    llm.run(llm.main)

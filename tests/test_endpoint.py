@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
 import random
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -412,6 +414,26 @@ def test_kill_at_any_moment_then_run_again(undisturbed, work, tmp_path):
         paid = 30 + 30 * 5 * 2                             # queries, QL and RC of five candidates
         probes = 25                                       # a start, and what was in flight at a kill
         assert sum(requests) <= finished * paid + (kills + 2 * finished) * probes
+
+
+def test_interrupted_does_not_wait_for_slow_answers(undisturbed, work, tmp_path):
+    """Ctrl-C ends the run at once, though eight answers are outstanding."""
+    (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
+    argv = commands(work, tmp_path, "URL")[1]
+    with FakeServer("llama-cpp-python") as server:
+        argv[argv.index("URL")] = server.url
+        child = multiprocessing.get_context("forkserver").Process(target=fake_server.run_llm, args=(argv,))
+        child.start()
+        deadline = time.monotonic() + 30
+        while len(server.bodies) < 40:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        server.latency = 60.0
+        time.sleep(0.2)
+        os.kill(child.pid, signal.SIGINT)
+        child.join(10)
+        assert child.exitcode == 1                         # KeyboardInterrupt came up
+    assert not (tmp_path / "fret.jsonl").exists()
 
 
 def test_torn_and_foreign_lines_of_a_cache_are_passed_over(tmp_path):
