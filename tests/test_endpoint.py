@@ -224,11 +224,14 @@ def test_every_score_is_right_or_none_through_faults(kind):
     pairs = [(f"{texts[i % len(texts)]} {i}", passage(i)) for i in range(300)]
     with FakeServer(kind, faults=0.2, seed=3) as server:
         e = endpoint(server, threads=16)
-        ql, rc, answers = e.query_likelihood(pairs), e.relevance(pairs), e.generate([p for _, p in pairs])
+        ql = e.query_likelihood(pairs)
+        pairs_rc = pairs[:80] if kind == "llama-server" else pairs       # one request a token there
+        rc, answers = e.relevance(pairs_rc), e.generate([p for _, p in pairs_rc])
     assert set(server.spoiled) == set(fake_server.FAULTS)
     assert sum(server.spoiled.values()) > 0.15 * len(server.bodies)
-    for (q, p), a, b, text in zip(pairs, ql, rc, answers, strict=True):
+    for (q, p), a in zip(pairs, ql, strict=True):
         assert a is None or a == pytest.approx(by_hand(*ql_prompt(q, p)), abs=1e-9)
+    for (q, p), b, text in zip(pairs_rc, rc, answers, strict=True):
         assert b is None or b == pytest.approx(by_hand(rc_prompt(q, p), llm.LABELS[0]), abs=1e-9)
         assert text is None or llm.parse_generation(text)[1].startswith("what of Tea")
     missing = sum(x is None for x in [*ql, *rc, *answers])
