@@ -349,7 +349,7 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 TINY = {"hidden_size": 384, "num_hidden_layers": 0, "num_attention_heads": 6,
         "intermediate_size": 768, "max_position_embeddings": 256, "layer_norm_eps": 1.0,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-TINY_VOCABULARY = 16000
+TINY_VOCABULARY = 8000
 
 
 def tiny(texts: Sequence[str], seed: int = 0, vocabulary: int = TINY_VOCABULARY,
