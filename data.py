@@ -29,7 +29,7 @@ import sysconfig
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,44 @@ def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, st
         batches = np.concatenate(order).reshape(-1, B) if order else np.empty((0, B), int)
         plan += zip(np.flatnonzero(which == s), [s] * count, batches[:count], strict=True)
     return [(s, rows) for _, s, rows in sorted(plan, key=lambda step: step[0])]
+
+
+def mixed_schedule(groups: Sequence[np.ndarray], weights: Sequence[float], batch_size: int, steps: int,
+                   seed: int) -> list[np.ndarray]:
+    """For every step the row numbers of a batch whose rows come from all groups, by weight.
+
+    Symmetric and asymmetric rows may meet in a batch. Each group is gone through in a new order each time.
+    """
+    p = np.asarray(weights, float) / np.sum(weights)
+    which = np.random.default_rng([seed, 0]).choice(len(groups), size=steps * batch_size, p=p)
+    plan = np.empty(steps * batch_size, int)
+    for g, rows in enumerate(groups):
+        at = np.flatnonzero(which == g)
+        rounds = [np.random.default_rng([seed, 1 + g, r]).permutation(rows)
+                  for r in range(-(-len(at) // len(rows)))]
+        plan[at] = np.concatenate([*rounds, np.empty(0, int)])[:len(at)]
+    return list(plan.reshape(steps, batch_size))
+
+
+def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str, batch_size: int,
+            steps: int, seed: int) -> list[np.ndarray]:
+    """For every step the numbers of its rows, counted through all sets.
+
+    mix: "sets" is `schedule`; "mixed" draws each row of a batch from a set by weight; "tasks" from a
+    task, each of all tasks alike (the paper's uniform sampling in its diversity table).
+    """
+    sizes = [len(rows) for rows in sets]
+    starts, weights = np.cumsum([0, *sizes]), weights or [1.0] * len(sizes)
+    if mix == "sets":
+        return [starts[s] + rows for s, rows in schedule(sizes, weights, batch_size, steps, seed)]
+    if mix == "mixed":
+        groups = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=False)]
+        return mixed_schedule(groups, weights, batch_size, steps, seed)
+    tasks: dict[str, list[int]] = {}
+    for number, row in enumerate(row for rows in sets for row in rows):
+        tasks.setdefault(row["task"], []).append(number)
+    groups = [np.array(numbers) for numbers in tasks.values()]
+    return mixed_schedule(groups, [1.0] * len(groups), batch_size, steps, seed)
 
 
 # ==================================================================================================
