@@ -571,7 +571,7 @@ def read_checkpoint(folder: Path, model: Gecko, optimiser: torch.optim.Optimizer
             number, _, kind = name.partition(".")
             moments.setdefault(int(number), {})[kind] = value
     except Exception as error:  # safetensors raises types of its own
-        raise InputError(f"{folder}: not a readable checkpoint ({error}); start anew in another --out") from error
+        raise InputError(f"{folder}: not a readable checkpoint ({error}); use another --out") from error
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
