@@ -76,7 +76,7 @@ def gradients(loss, x):
 def same(ours, spec, x):
     """Value and gradients, and that there is a gradient to compare."""
     a, b = gradients(ours, x), gradients(spec, x)
-    assert any(g.abs().max() > 1e-6 for g in b)
+    assert any(g.abs().max() > 1e-6 for g in a)
     return torch.allclose(ours, spec, rtol=1e-9, atol=1e-12) and all(
         torch.allclose(u, v, rtol=1e-7, atol=1e-10) for u, v in zip(a, b, strict=True))
 
