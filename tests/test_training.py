@@ -12,10 +12,7 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +20,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file
 
+import data
 import train
-from data import batches, mixed_schedule, record, schedule
-from gecko import InputError, load, save, tiny
+from data import batches, mixed_schedule, read_records, record, schedule
+from gecko import InputError, load, run, save, tiny
 from test_losses import main_spec, mrl_spec, pre_spec
 from train import TrainConfig, backward, micro_batches, seed_of
 
@@ -57,7 +53,8 @@ def records(count, seed=0, negatives=True):
 
 def small_model(layers=1, dropout=0.2, seed=0):
     rows = records(40)
-    texts = [f"task: search result | query: {r['query']} title: none | text: {r['positive']['text']}" for r in rows]
+    texts = [f"task: search result | query: {r['query']} title: none | text: {r['positive']['text']}"
+             for r in rows]
     model = tiny(texts, seed, vocabulary=200, hidden_size=8, num_hidden_layers=layers, num_attention_heads=2,
                  intermediate_size=12, max_position_embeddings=32, layer_norm_eps=1e-6,
                  hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
@@ -73,7 +70,8 @@ def small_model(layers=1, dropout=0.2, seed=0):
 B = 7
 TOKENS = [[2 + (i * k) % 60 for k in range(1, 2 + i % 5)] for i in range(40)]
 IDS = {"distinct": torch.stack([torch.arange(B), torch.arange(B) + 10, torch.arange(B) + 20]),
-       "duplicates": torch.tensor([[0, 1, 2, 3, 4, 2, 6], [10, 11, 12, 13, 11, 15, 3], [20, 21, 22, 23, 24, 21, 20]])}
+       "duplicates": torch.tensor([[0, 1, 2, 3, 4, 2, 6], [10, 11, 12, 13, 11, 15, 3],
+                                   [20, 21, 22, 23, 24, 21, 20]])}
 MISSING = torch.tensor([0, 0, 1, 0, 1, 0, 0]).bool()
 TAU, STEP = 0.3, 5
 
@@ -230,8 +228,8 @@ def first_hits(model, rows):
 @pytest.mark.parametrize("micro_batch", [0, 4])
 def test_same_seed_same_bytes(micro_batch):
     def trained(seed):
-        model = small_model()
-        return train.train(model, "finetune", [records(40)], replace(LOOP, seed=seed, micro_batch=micro_batch)), model
+        model, c = small_model(), replace(LOOP, seed=seed, micro_batch=micro_batch)
+        return train.train(model, "finetune", [records(40)], c), model
 
     (a, x), (b, y), (other, z) = trained(0), trained(0), trained(1)
     assert a == b and weights_of(x) == weights_of(y)
@@ -273,7 +271,7 @@ def test_an_infinite_loss_names_step_rows_and_checkpoint(tmp_path, monkeypatch):
 RESUMED = replace(LOOP, steps=60, save_every=1, micro_batch=4, resume=True)
 
 
-def run_in(folder, c, steps_seen=None):
+def run_in(folder, c):
     """Train from the same start in `folder`; the model ends in folder/model.safetensors."""
     torch.set_num_threads(1)
     model = small_model(1, 0.1)
@@ -396,3 +394,127 @@ def test_mixed_batches_go_through_each_group_before_any_row_again():
     plan = np.concatenate(mixed_schedule([np.arange(10), np.arange(10, 40)], [1, 1], 8, 40, seed=3))
     first = plan[plan < 10]
     assert all(sorted(first[k:k + 10]) == list(range(10)) for k in range(0, len(first) - 10, 10))
+
+
+# --------------------------------------------------------------------------------------------------
+# Converters, on files as their publishers write them
+
+
+def lines(path, *rows):
+    path.write_text("".join((json.dumps(r) if isinstance(r, dict) else r) + "\n" for r in rows))
+    return str(path)
+
+
+def converted(tmp_path, kind, *arguments):
+    command(data.main, "convert", kind, *arguments, str(tmp_path / "out.jsonl"))
+    return read_records(tmp_path / "out.jsonl")
+
+
+def command(main, *arguments):
+    """Run a module's command line as from a shell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["prog", *map(str, arguments)])
+        run(main)
+
+
+def texts(row):
+    return row["query"], row["positive"]["text"], row["negative"] and row["negative"]["text"]
+
+
+@pytest.mark.parametrize("style", ["snli", "numbers"])
+def test_nli_sets_entailment_against_contradiction_of_the_same_premise(tmp_path, style):
+    triples = [("a man eats", "a man is eating", "entailment"), ("a man eats", "he sleeps", "contradiction"),
+               ("a man eats", "he is old", "neutral"), ("a dog runs", "an animal runs", "entailment"),
+               ("a dog runs", "it is fast", "-"), ("a cat", "no cat", "contradiction")]
+    if style == "snli":
+        rows = [{"sentence1": a, "sentence2": b, "gold_label": c, "annotator_labels": [c]} for a, b, c in triples]
+    else:
+        number = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}
+        rows = [{"premise": a, "hypothesis": b, "label": number[c]} for a, b, c in triples]
+    out = converted(tmp_path, "nli", lines(tmp_path / "in.jsonl", *rows))
+    assert [texts(r) for r in out] == [("a man eats", "a man is eating", "he sleeps"),
+                                       ("a dog runs", "an animal runs", None)]
+    assert all(r["symmetric"] and r["task"] == "semantic similarity" for r in out)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_classification_triples_share_one_id_of_their_own(tmp_path, kind):
+    pairs = [("card, lost", "card"), ("my card is gone", "card"), ("top up failed", "money"), ("no cash", "money")]
+    if kind == "csv":
+        path = lines(tmp_path / "in.csv", "text,category", *(f'"{a}",{b}' for a, b in pairs))
+    else:
+        path = lines(tmp_path / "in.jsonl", *({"text": a, "label": b} for a, b in pairs))
+    out, label = converted(tmp_path, "classification", path), dict(pairs)
+    assert len(out) == 4 and all(r["symmetric"] and r["task"] == "classification" for r in out)
+    for n, row in enumerate(out):
+        x, positive, negative = (t.removesuffix(f" [{n}]") for t in texts(row))
+        assert all(t.endswith(f" [{n}]") for t in texts(row))
+        assert label[x] == label[positive] != label[negative] and x != positive
+    assert all("[" not in t for r in converted(tmp_path, "classification", "--no-ids", path) for t in texts(r))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_choice_has_the_right_option_and_a_wrong_one(tmp_path, first):
+    rows = [{"question": f"q{i}", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": first + i, "exp": "x"}
+            for i in range(4)]
+    out = converted(tmp_path, "choice", lines(tmp_path / "in.jsonl", *rows))
+    assert [r["positive"]["text"] for r in out] == list("ABCD")
+    assert all(r["negative"]["text"] in set("ABCD") - {r["positive"]["text"]} and not r["symmetric"] for r in out)
+
+
+def test_beir_mines_negatives_that_nobody_judged_relevant(tmp_path):
+    rows = records(12)
+    beir_folder(tmp_path / "beir", rows, "train")
+    out = converted(tmp_path, "beir", str(tmp_path / "beir"))
+    assert [(r["query"], r["positive"]["text"]) for r in out] == [(r["query"], r["positive"]["text"]) for r in rows]
+    assert all(r["negative"] is None for r in out)
+    save(small_model(0, 0.0), tmp_path / "model")
+    out = converted(tmp_path, "beir", "--model", tmp_path / "model", "--depth", "5", tmp_path / "beir")
+    assert len(out) == 12 and all(r["negative"]["text"] != r["positive"]["text"] for r in out)
+
+
+def test_pairs_of_several_publishers(tmp_path):
+    path = lines(tmp_path / "in.jsonl", {"query": "a", "positive": "b"}, {"title": "c", "body": "d"},
+                 {"query": "e", "pos": ["f", "g"]}, {"question": "same", "answer": "same"})
+    assert [texts(r) for r in converted(tmp_path, "pairs", path)] == [
+        ("a", "b", None), ("c", "d", None), ("e", "f", None), ("e", "g", None)]
+    tsv = lines(tmp_path / "in.tsv", "question\tanswer", 'say "hi\tto him')
+    assert texts(converted(tmp_path, "pairs", tsv)[0]) == ('say "hi', "to him", None)
+
+
+@pytest.mark.parametrize("kind,row,message", [
+    ("nli", {"sentence1": "a", "sentence2": "b", "gold_label": "maybe"}, "in.jsonl:1: label 'maybe'"),
+    ("nli", {"sentence1": "a", "label": 1}, "in.jsonl:1: no sentence2 or hypothesis"),
+    ("choice", {"question": "a", "cop": "two"}, "in.jsonl:1: cop 'two'"),
+    ("choice", {"question": "a", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": 7}, "in.jsonl:1: cop 7"),
+    ("classification", {"text": "a", "label": "b"}, "at least two labels"),
+    ("pairs", {"left": "a", "right": "b"}, "in.jsonl:1: no query"), ("pairs", "{", "in.jsonl:1: not JSON")])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, kind, row, message):
+    with pytest.raises(SystemExit) as stop:
+        converted(tmp_path, kind, lines(tmp_path / "in.jsonl", row))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and "\n" not in error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
+    data.write_jsonl(tmp_path / "a.jsonl", records(40))
+    data.write_jsonl(tmp_path / "b.jsonl", records(30, 1, negatives=False))
+    arguments = ["finetune", f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1", "--init", "tiny", "--out",
+                 tmp_path / "run", "--batch-size", "8", "--steps", "6", "--micro-batch", "4", "--mix", "mixed",
+                 "--save-every", "3", "--precision", "bf16"]
+    command(train.main, *arguments)
+    first = files(tmp_path / "run")
+    command(train.main, *arguments, "--resume")                      # nothing left to do
+    assert files(tmp_path / "run") == first and "6 steps" in capsys.readouterr().out
+    assert load(tmp_path / "run").dims == (384,)
+    pytest.importorskip("matplotlib", reason="plot needs matplotlib")
+    command(train.main, "plot", tmp_path / "run", "--out", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_names_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        command(train.main, "plot", tmp_path)
+    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
