@@ -288,10 +288,10 @@ def convert_choice(paths: Sequence[str], left_out: Counter[str], task: str = "qu
     rows = [pair for path in paths for pair in table(path)]
     rng, right = np.random.default_rng(seed), []
     for where, row in rows:
-        answer = str(column(where, row, "cop"))
-        if not re.fullmatch(r"-?\d+", answer):
-            raise InputError(f"{where}: cop {answer!r} is no number; give that of the right option")
-        right.append(int(answer))
+        given = str(column(where, row, "cop"))
+        if not re.fullmatch(r"-?\d+", given):
+            raise InputError(f"{where}: cop {given!r} is no number; give that of the right option")
+        right.append(int(given))
     first = 0 if 0 in right else 1
     for (where, row), answer in zip(rows, right, strict=True):
         options = [str(column(where, row, name)).strip() for name in ("opa", "opb", "opc", "opd")]

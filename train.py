@@ -340,9 +340,8 @@ def backward(
     add_up(g)                                                        # what others' rows say about mine
     g = g.view(wanted.numel(), -1)                                   # (S * B, d)
     for n in reversed(range(len(parts))):
-        part = kept if n == len(parts) - 1 else embed_part(n)
-        part.backward(g[place[parts[n]]].to(part.dtype))
-        kept = part = None
+        kept = kept if n == len(parts) - 1 else embed_part(n)
+        kept.backward(g[place[parts[n]]].to(kept.dtype))
     for p in model.encoder.parameters():
         if p.requires_grad:                                          # each process has its rows' part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

