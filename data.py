@@ -418,7 +418,11 @@ def builtin_corpus() -> list[dict[str, str]]:
     from pydoc_data.topics import topics
 
     rows = documentation(stdlib_modules())
-    rows += [passage(f"topics.{name}", text) for name, text in sorted(topics.items())]
+    found = {row["text"] for row in rows}
+    for name, text in sorted(topics.items()):
+        if text.strip() not in found:
+            rows.append(passage(f"topics.{name}", text))
+            found.add(text.strip())
     return rows
 
 
@@ -606,21 +610,19 @@ def spoken(name: str) -> str:
 
 def title_body_pair(row: dict[str, str], rng: np.random.Generator) -> tuple[str, str, str]:
     """(query, text, title): the name, a sentence or a span of words, against the rest."""
-    title, text = row["title"], row["text"]
-    found, kind = sentences(text), rng.random()
-    if kind < 0.4 or not found:
-        name = spoken(title)
-        query = name if rng.random() < 0.5 else " ".join(name.split()[-2:])
-        return query, text, title if rng.random() < 0.3 else ""
-    if kind < 0.7:
+    title, words = row["title"], row["text"].split()
+    found, kind = sentences(row["text"]), rng.random()
+    if kind >= 0.7 and len(words) > 3:
+        n = int(rng.integers(3, min(11, len(words))))
+        a = int(rng.integers(len(words) - n + 1))
+        rest = words[:a] + words[a + n:]
+        return " ".join(words[a:a + n]), " ".join(rest) if rng.random() < 0.5 else row["text"], title
+    if kind >= 0.4 and len(found) > 1:
         i = 0 if rng.random() < 0.5 else int(rng.integers(len(found)))
-        rest = " ".join(found[:i] + found[i + 1:])
-        return found[i], rest or text, title if rng.random() < 0.7 else ""
-    words = text.split()
-    n = int(rng.integers(3, 11))
-    a = int(rng.integers(max(1, len(words) - n + 1)))
-    rest = " ".join(words[:a] + words[a + n:])
-    return " ".join(words[a:a + n]), rest if rest and rng.random() < 0.5 else text, title
+        return found[i], " ".join(found[:i] + found[i + 1:]), title if rng.random() < 0.7 else ""
+    name = spoken(title)
+    query = name if rng.random() < 0.5 else " ".join(name.split()[-2:])
+    return query, row["text"], title if rng.random() < 0.3 else ""
 
 
 def comment_pairs(root: Path) -> list[tuple[str, str]]:

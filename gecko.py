@@ -248,6 +248,8 @@ class Gecko:
     def encode_queries(self, texts: Sequence[str], task: str = "question answering",
                        **how: Any) -> np.ndarray:
         """Queries of one task -> (len(texts), dim). The task's tokens are in the mean (eq. 1)."""
+        if blank := [i for i, t in enumerate(texts) if not t.strip()]:
+            raise InputError(f"query {blank[0] + 1} of {len(texts)} is empty; give it some words")
         return self.encode([format_query(t, task, self.formats) for t in texts], **how)
 
     def encode_passages(self, texts: Sequence[str], titles: Sequence[str] | None = None,

@@ -18,6 +18,7 @@ Where we differ from the paper, or fill a gap in it:
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import json
 import math
@@ -173,7 +174,7 @@ def parse_generation(answer: str) -> tuple[str, str]:
     >>> parse_generation("Task: find an answer\\nQuery: what is tea")
     ('find an answer', 'what is tea')
     """
-    match = re.match(r"\s*(?:Task:)?[ \t]*(\S[^\n]*)\n\s*Query:[ \t]*(\S[^\n]*)", answer)
+    match = re.match(r"\s*(?:Task:[ \t]*)?((?!Task:|Query:)\S[^\n]*)\n\s*Query:[ \t]*(\S[^\n]*)", answer)
     if not match:
         raise ValueError("not a Task line and a Query line")
     return match[1].strip(), match[2].strip()
@@ -329,69 +330,17 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
 # --------------------------------------------------------------------------------------------------
 # offline: statistics in the place of a language model
 
-# What an LLM knows of everyday words for technical ones, in very small. Written from general
-# knowledge of programming, not from the test questions.
-THESAURUS = """
-return: get, give, find, give me | remove: delete, drop, get rid of, take out | create: make, build
-directory: folder | directories: folders | string: text, piece of text | strings: texts, words
-integer: whole number, number | integers: whole numbers, numbers | sequence: list, series
-iterable: list, collection, items | iterator: loop, items one by one | iterate: loop, go through, walk
-element: item, entry, value | elements: items, entries, values | concatenate: join, combine, glue
-dictionary: dict, mapping, lookup table | mapping: dictionary, dict | convert: turn, change, transform
-compute: calculate, work out | determine: find out, check | test: check, see | specified: given, certain
-path: file name, location | pathname: path, file name | filename: file name, name of a file
-execute: run, launch, start | invoke: call, run | terminate: stop, end, kill, quit | exit: quit, stop
-display: show, print | retrieve: get, fetch, read | obtain: get | modify: change, edit
-append: add, put at the end | insert: add, put in | occurrence: match, place | occurrences: matches, times
-arbitrary: any | raise: throw, fail with | exception: error | exceptions: errors | delay: wait, pause
-wait: pause, block | sleep: wait, pause | subprocess: child program, command, another program
-current: present, this | initial: first, starting | final: last | largest: biggest, maximum, highest
-smallest: minimum, lowest | maximum: largest, biggest | minimum: smallest, lowest | random: by chance
-reverse: backwards, opposite | reversed: backwards | duplicate: copy, clone | copy: duplicate, clone
-compare: check the difference of | differences: changes | sort: order, arrange | sorted: ordered, in order
-split: cut, break, divide | replace: swap, substitute, change | character: letter, symbol
-characters: letters, symbols | uppercase: capital letters, upper case | lowercase: small letters, lower case
-leading: at the start, beginning | trailing: at the end | whitespace: spaces, blanks
-newline: line break, end of line | encode: turn into bytes | decode: turn bytes into text
-serialize: save, dump, store | deserialize: load, restore | parse: read, understand | format: layout
-invalid: wrong, bad | permission: access rights | permissions: access rights | mode: access rights, way
-host: machine, computer, server | socket: network connection | connection: link, line | url: web address
-archive: zip, package | compress: make smaller, zip, pack | decompress: unpack, unzip
-extract: unpack, get out | thread: background task, parallel | concurrent: parallel, at the same time
-asynchronous: async, non-blocking | coroutine: async function | timeout: time limit | ceiling: round up
-floor: round down | truncate: cut off, shorten | argument: parameter, value, option
-arguments: parameters, options, values | boolean: true or false | attribute: field, property, member
-attributes: fields, members | instance: object | callable: function | function: method | method: function
-absolute: without sign | remainder: rest, left over | exponent: power | logarithm: log | mean: average
-deviation: spread | median: middle value | message: mail, note | temporary: scratch, temp
-cache: remember, keep results | equal: same, identical | empty: nothing in it, blank
-environment: settings | user: person | locale: language, country | hash: checksum, fingerprint
-digest: checksum, hash | traceback: stack trace, where the error happened | module: library, package
-import: load | close: shut, finish | open: access | verify: check | validate: check | quotient: division
-multiple: several, many | contains: has, includes | contain: have, include | discard: throw away, ignore
-ignore: skip | perform: do, carry out | corresponding: matching | produce: make, give
-generate: make, create | construct: make, build | yield: give | underlying: real, original
-recursively: with everything in it, and below | tree: folder with all in it | link: shortcut
-symbolic: shortcut | prefix: start, beginning | suffix: end, ending | substring: part of a text
-delimiter: separator | separator: comma, delimiter | padding: filling | fill: pad | width: columns
-precision: digits, decimal places | digits: numbers, decimals | hexadecimal: hex | binary: bits
-timestamp: time, moment | epoch: 1970 | interval: time span | duration: how long | clock: time
-lock: only one at a time | acquire: take, get | release: give back, free | queue: waiting line
-stack: pile | heap: priority queue | tuple: fixed list | set: unique items | unique: without duplicates
-keyword: named | optional: may be left out | default: fallback, if nothing is given | stream: file
-buffer: memory | readable: easy to read | pretty-print: print nicely | indent: shift right
-callback: function to call later | handler: function that deals with | signal: interrupt | event: something happens
-process: program | processes: programs | pattern: regex | regular expression: regex, pattern
-wildcard: star | command: program, shell command | standard output: screen, what is printed | stdout: screen
-standard input: keyboard, what is typed | prompt: ask, question | password: secret | secure: safe
-cryptographic: safe, secure | weekday: day of the week | representation: form, text form
-approximate: rough | fraction: ratio | median: middle | factorial: n! | permutations: orders, arrangements
-combinations: ways to choose | cartesian product: all pairs, nested loops | iterables: lists, collections
-aggregate: put together | accumulate: running total | successive: one after the other | consecutive: in a row
-"""
-WORDS = {left.strip(): [w.strip() for w in right.split(",")] for left, right in
-         (entry.split(":") for entry in re.split(r"[|\n]", THESAURUS.strip()))}
-WORD = re.compile(r"\b(" + "|".join(sorted(map(re.escape, WORDS), key=len, reverse=True)) + r")\b")
+THESAURUS = Path(__file__).with_name("thesaurus.txt")
+
+
+@functools.cache
+def thesaurus() -> dict[str, list[str]]:
+    """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
+    lines = THESAURUS.read_text(encoding="utf-8").splitlines()
+    entries = (line.split(":") for line in lines if not line.startswith("#"))
+    return {term.strip(): [words.strip() for words in others.split(",")] for term, others in entries}
+
+
 STOP = set("a an the of to is in it if and or for this that with be are by on as at from not which "
            "when can will has its one into than".split())
 ASKED = ("how do i {}", "how to {}", "{}", "what can i use to {}", "i want to {}",
@@ -421,7 +370,7 @@ class Offline:
         self.collection, self.total = collection, sum(collection.values())
         self.vectors: dict[str, np.ndarray] = {}
         self.paraphrased: dict[str, set[str]] = {}                   # everyday word -> words it says
-        for word, others in WORDS.items():
+        for word, others in thesaurus().items():
             for other in {w for phrase in others for w in terms(phrase)} - STOP:
                 self.paraphrased.setdefault(other, set()).update(terms(word))
 
@@ -466,9 +415,16 @@ def terms(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", spoken(text).lower())
 
 
+@functools.cache
+def thesaurus_terms() -> re.Pattern[str]:
+    longest_first = sorted(map(re.escape, thesaurus()), key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(longest_first)})\b")
+
+
 def everyday(text: str, rng: random.Random, p: float) -> str:
-    """Each word of the thesaurus exchanged for an everyday one with probability p."""
-    return WORD.sub(lambda m: rng.choice(WORDS[m[1]]) if rng.random() < p else m[1], text)
+    """Each term of the thesaurus exchanged for everyday words with probability p."""
+    return thesaurus_terms().sub(
+        lambda m: rng.choice(thesaurus()[m[1]]) if rng.random() < p else m[1], text)
 
 
 def templated_query(p: Passage, rng: random.Random) -> tuple[str, str]:

@@ -248,27 +248,40 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
 SMALL = TrainConfig(batch_size=512, tau=0.1, dims="384,128")         # chosen on the dev questions
 
 
-def recipe(out: Path, seed: int = 0) -> None:
+@dataclass
+class Sizes:
+    """How much of everything the recipe does; the defaults take minutes on two cores."""
+
+    pairs: int = 100_000        # title-body pairs
+    pre_steps: int = 400        # of pre-finetuning
+    queries: int = 8            # generated queries a passage (the paper: 6.6M in all)
+    steps: int = 400            # of each training on generated queries
+    lr: float = 2e-3            # of the same
+
+
+def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
+           corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
     """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus, with `offline`."""
-    start, c = time.time(), replace(SMALL, seed=seed)
-    out.mkdir(parents=True, exist_ok=True)
+    start, n = time.time(), sizes or Sizes()
+    c = replace(SMALL, seed=seed)
 
     print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
-    corpus = builtin_corpus()
+    corpus = corpus or builtin_corpus()
     write_jsonl(out / "corpus.jsonl", corpus)
-    pairs = builtin_pairs(corpus, 100_000, seed)
+    pairs = builtin_pairs(corpus, n.pairs, seed)
     untrained = tiny([f"{p['title']} {p['text']}" for p in corpus]
                      + [f"{r['query']} {r['positive']['text']}" for r in pairs], seed)
     pre = copy.deepcopy(untrained)
-    train(pre, "prefinetune", [pairs], replace(c, steps=400), title="pre-finetune")
+    train(pre, "prefinetune", [pairs], replace(c, steps=n.pre_steps), title="pre-finetune")
 
     print("3.2  FRet, step 1: a task and a query for passages, then the first embedder on (q, p_seed)")
-    queries = [row for row in fret.generate(fret.Offline(corpus, seed=seed), corpus, 2 * len(corpus), seed)]
-    write_jsonl(out / "queries.jsonl", queries)
+    drawn = n.queries * len(corpus)
+    queries = fret.write_kept(out / "queries.jsonl", fret.generate(
+        fret.Offline(corpus, seed=seed), corpus, drawn, seed), drawn, "generate")
     by_id = {p["_id"]: p for p in corpus}
     seeds = [record(row["task"], row["query"], by_id[row["seed_id"]]) for row in queries]
     first = copy.deepcopy(pre)
-    train(first, "prefinetune", [seeds], replace(c, steps=100, lr=3e-3), title="first embedder")
+    train(first, "prefinetune", [seeds], replace(c, steps=n.steps, lr=n.lr), title="first embedder")
     save(first, out / "seed")
 
     print("3.2  FRet, step 2: the top 20, ranked twice, fused, relabelled")
@@ -278,14 +291,15 @@ def recipe(out: Path, seed: int = 0) -> None:
 
     print("3.3  Fine-tuning on FRet (eq. 3, Matryoshka)")
     gecko = copy.deepcopy(pre)
-    train(gecko, "finetune", [rows], replace(c, steps=100, lr=3e-3), title="fine-tune")
+    train(gecko, "finetune", [rows], replace(c, steps=n.steps, lr=n.lr), title="fine-tune")
     save(gecko, out / "gecko")
 
     show_relabelled(rows, corpus)
-    ladder(out, corpus, judge, {"untrained": untrained, "pre-finetuned": pre,
+    table = ladder(out, corpus, judge, {"untrained": untrained, "pre-finetuned": pre,
                                 "+ (q, p_seed)": first, "+ FRet (p_1, p_20)": gecko})
     print(f"{time.time() - start:.0f} s in all; {out}/ holds corpus, queries, fret, seed, gecko, ladder")
     print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko')
+    return table
 
 
 # ==================================================================================================
@@ -781,7 +795,7 @@ def show_relabelled(rows: Sequence[Record], corpus: Sequence[dict[str, str]]) ->
 
 
 def ladder(out: Path, corpus: list[dict[str, str]], judge: fret.Offline,
-           models: dict[str, Gecko]) -> None:
+           models: dict[str, Gecko]) -> dict[str, dict[str, Any]]:
     """Each rung on the test questions; the judge on the dev questions. Writes ladder.json."""
     folder = questions_beir(out, corpus)
     test, dev = read_beir(folder, "test"), read_beir(folder, "dev")
@@ -811,6 +825,7 @@ def ladder(out: Path, corpus: list[dict[str, str]], judge: fret.Offline,
     print("  " + "   ".join(f"{k} {v:.3f}" for k, v in table["judge (dev)"].items()))
     with file_beside(out / "ladder.json") as new:
         new.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return table
 
 
 def judge_quality(judge: fret.LLM, first: Gecko, beir: Beir, N: int = 20) -> dict[str, float]:

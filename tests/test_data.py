@@ -1,0 +1,149 @@
+"""data.py: records, classification triples, the schedule, the built-in corpus.   pytest tests/test_data.py
+
+Invariants: one unique id on x, x+ and x- and on no other triple; symmetric targets have the input's
+format; every row of a set is drawn once an epoch; the corpus has names and texts once.
+"""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+import data
+from gecko import InputError
+
+GOOD = {"task": "t", "query": "q", "positive": {"title": "T", "text": "p"}, "negative": None}
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.builtin_corpus()
+
+
+def test_formatted_symmetric_and_asymmetric():
+    row = data.record("t", "q", {"title": "T", "text": "p"}, {"title": "", "text": "n"})
+    assert data.formatted(row) == ("task: t | query: q", "title: T | text: p", "title: none | text: n")
+    assert data.formatted({**row, "symmetric": True}) == (
+        "task: t | query: q", "task: t | query: p", "task: t | query: n")
+    assert data.formatted({**row, "negative": None})[2] is None
+
+
+def test_classification_triples_share_one_unique_id():
+    """x+ has x's label, x- another, the id is on all three texts and on no other triple's."""
+    texts, labels = [f"text {i}" for i in range(20)], [i % 3 for i in range(20)]
+    rows = data.classification_triples(texts, labels, seed=1)
+    assert len(rows) == 20 and all(r["symmetric"] for r in rows)
+    label, ids = dict(zip(texts, labels, strict=True)), []
+    for row in rows:
+        (x, i), (pos, j), (neg, k) = (
+            t.rsplit(" [", 1) for t in (row["query"], row["positive"]["text"], row["negative"]["text"]))
+        assert i == j == k and label[pos] == label[x] != label[neg] and pos != x
+        ids.append(i)
+    assert len(set(ids)) == 20
+    plain = data.classification_triples(texts, labels, seed=1, unique_ids=False)
+    assert plain[0]["query"] == "text 0" and rows[0]["query"] == "text 0 [0]"
+
+
+def test_classification_needs_two_labels():
+    with pytest.raises(InputError, match="two labels"):
+        data.classification_triples(["a", "b"], [1, 1])
+
+
+def test_schedule_draws_each_row_once_an_epoch_and_keeps_sets_apart():
+    plan = data.schedule([12, 7], [1, 1], 3, 40, seed=5)
+    assert len(plan) == 40 and {s for s, _ in plan} == {0, 1}
+    for s, size, per_epoch in ((0, 12, 4), (1, 7, 2)):
+        batches = [rows for which, rows in plan if which == s]
+        for e in range(len(batches) // per_epoch):
+            epoch = np.concatenate(batches[e * per_epoch:(e + 1) * per_epoch])
+            assert len(set(epoch.tolist())) == len(epoch) == per_epoch * 3 and epoch.max() < size
+    first = [np.concatenate([r for w, r in plan if w == 0][e * 4:e * 4 + 4]).tolist() for e in (0, 1)]
+    assert first[0] != first[1], "the second epoch repeats the first one's order"
+    again, other = data.schedule([12, 7], [1, 1], 3, 40, seed=5), data.schedule([12, 7], [1, 1], 3, 40, seed=6)
+    assert all(np.array_equal(a[1], b[1]) for a, b in zip(plan, again, strict=True))
+    assert not all(np.array_equal(a[1], b[1]) for a, b in zip(plan, other, strict=True))
+
+
+def test_schedule_follows_the_weights():
+    share = np.mean([s for s, _ in data.schedule([50, 50], [3, 1], 2, 2000, seed=0)])
+    assert abs(share - 0.25) < 0.04
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_records_round_trip(tmp_path, ending):
+    path = tmp_path / f"r.{ending}"
+    data.write_jsonl(path, [GOOD, {**GOOD, "query": "ü 試"}])
+    rows = data.read_records(path)
+    assert [r["query"] for r in rows] == ["q", "ü 試"] and rows[0]["symmetric"] is False
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", r":2: not JSON"),
+    ("[]", r":2: not a JSON object"),
+    (json.dumps({**GOOD, "query": " "}), r':2: no "query"'),
+    (json.dumps({**GOOD, "positive": {"title": "x"}}), r':2: "positive" has no text'),
+    (json.dumps({**GOOD, "negative": {"text": "p"}}), r":2: positive and negative are the same"),
+])
+def test_a_wrong_row_names_file_and_line(tmp_path, line, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(InputError, match=str(path) + message):
+        data.read_records(path)
+
+
+def test_empty_missing_and_truncated_files(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        data.read_records(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="no rows"):
+        data.read_records(tmp_path / "empty.jsonl")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-9])
+    with pytest.raises(InputError, match="unreadable|not JSON"):
+        data.read_records(tmp_path / "cut.jsonl.gz")
+
+
+def test_qrels_errors_name_the_line(tmp_path):
+    path = tmp_path / "test.tsv"
+    path.write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n2\tb\n")
+    with pytest.raises(InputError, match=":3: want"):
+        data.read_qrels(path)
+    path.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
+    assert data.read_qrels(path) == {"1": {"a": 2}}
+
+
+def test_corpus_has_names_and_texts_once(corpus):
+    assert len(corpus) > 5000
+    assert len({p["_id"] for p in corpus}) == len({p["text"] for p in corpus}) == len(corpus)
+    assert all(p["_id"] == p["title"] and p["text"].strip() for p in corpus)
+    assert not any(part.startswith("_") for p in corpus for part in p["title"].split("."))
+    assert not any(" at 0x" in p["text"] for p in corpus), "an address differs from run to run"
+    names = {p["title"] for p in corpus}
+    assert {"math.ceil", "os.remove", "builtins.dict.get", "builtins.round", "os.path.join",
+            "builtins.open", "random.shuffle", "topics.with", "asyncio.sleep", "json"} <= names
+    assert not {"posix.remove", "asyncio.tasks.sleep", "io.open"} & names, "an alias stands twice"
+
+
+def test_corpus_imports_nothing_with_side_effects(corpus):
+    tops = {p["title"].split(".")[0] for p in corpus}
+    assert not tops & {"antigravity", "this", "turtledemo", "idlelib", "test", "lib2to3"}
+
+
+def test_pairs_are_seeded_and_never_their_own_answer(corpus):
+    small = corpus[:300]
+    a, b, other = (data.builtin_pairs(small, 400, seed) for seed in (3, 3, 4))
+    assert a == b != other
+    assert {r["task"] for r in a} == {"search result", "question answering"}
+    assert sum(r["query"] == r["positive"]["text"] for r in a) <= 8
+    assert all(r["query"].strip() and r["positive"]["text"].strip() for r in a)
+
+
+def test_comments_pair_with_the_code_below():
+    lines = ["x = 1", "# round the number up to a whole one", "y = math.ceil(x)", "", "# no code follows here"]
+    assert list(data.comments(lines)) == [("round the number up to a whole one", "y = math.ceil(x)")]
+
+
+def test_chunks_keep_every_paragraph():
+    text = "\n\n".join(f"paragraph {i} " + "word " * 30 for i in range(5))
+    pieces = data.chunks(data.passage("t", text))
+    assert len(pieces) > 1 and "\n\n".join(p["text"] for p in pieces).split() == text.split()

@@ -1,0 +1,199 @@
+"""gecko.py: eq. 1, formats, encoding, exact top-k, checkpoints.   pytest tests/test_gecko.py
+
+Invariants: padding never enters a mean, task tokens do; a cut embedding has length 1 again;
+top-k equals a full stable sort whatever the blocks; a saved model gives the same vectors.
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import gecko
+
+TEXTS = ["round a number up", "delete a file", "sort a list in place and return None", "x"] * 4
+
+
+@pytest.fixture(scope="module")
+def layered():
+    """A model with one transformer layer that is not the identity."""
+    model = gecko.tiny(TEXTS, num_hidden_layers=1, hidden_size=24, intermediate_size=48,
+                       layer_norm_eps=1e-12)
+    for p in model.encoder.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def bag():
+    return gecko.tiny(TEXTS, hidden_size=24)
+
+
+def mean_pool_spec(W, mask):
+    """Eq. 1 in loops: the mean over the real tokens."""
+    B, T, d = W.shape
+    out = []
+    for b in range(B):
+        real = [t for t in range(T) if mask[b][t]]
+        out.append([sum(float(W[b, t, i].detach()) for t in real) / len(real) for i in range(d)])
+    return torch.tensor(out)
+
+
+def test_eq1_mean_pool_equals_loops():
+    """Value and gradient are those of a plain mean over real tokens."""
+    W = torch.randn(3, 5, 4, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
+    torch.testing.assert_close(gecko.mean_pool(W, mask), mean_pool_spec(W, mask))
+    gecko.mean_pool(W, mask).sum().backward()
+    assert W.grad is not None and torch.allclose(W.grad[1, :2], torch.full((2, 4), 0.5))
+    assert not W.grad[1, 2:].any(), "padding received a gradient"
+    wrong = W.mean(1)  # negative control: padding in the mean
+    assert not torch.allclose(wrong, mean_pool_spec(W, mask))
+
+
+def test_eq1_padding_changes_nothing(layered):
+    """A text's vector is the same alone and beside a longer one."""
+    tokens = layered.tokens(TEXTS[:3])
+    together = layered.embed(tokens)
+    for i, ids in enumerate(tokens):
+        torch.testing.assert_close(layered.embed([ids])[0], together[i], atol=1e-5, rtol=1e-4)
+
+
+def test_eq1_task_tokens_are_in_the_mean(layered):
+    """Another task before the same query is another vector; a passage's has no task."""
+    a, b = (layered.encode_queries(["sort a list"], task)[0] for task in ("fact checking", "search result"))
+    assert np.abs(a - b).max() > 1e-3
+    ids = layered.tokens([gecko.format_query("sort a list", "search result")])
+    W = layered.encoder(*gecko.pad(ids, 0))
+    torch.testing.assert_close(layered.embed(ids)[0], W[0].mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_bag_equals_the_plain_encoder(bag):
+    """The table lookup for a bag of words has the values and gradients of eq. 1 through W."""
+    tokens = bag.tokens(TEXTS[:4])
+    assert gecko.is_bag(bag.encoder)
+    fast, plain = gecko.embed_bag(bag.encoder, tokens), gecko.embed(bag.encoder, *gecko.pad(tokens, 0))
+    torch.testing.assert_close(fast, plain)
+    weight = bag.encoder.embeddings["word_embeddings"].weight
+    grads = [torch.autograd.grad((x ** 2).sum(), weight, retain_graph=True)[0] for x in (fast, plain)]
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().max() > 0
+    with torch.no_grad():
+        bag.encoder.embeddings["position_embeddings"].weight[1] += 1
+        assert not gecko.is_bag(bag.encoder), "positions that count make it no bag of words"
+        bag.encoder.embeddings["position_embeddings"].weight.zero_()
+
+
+def test_cosine_ignores_length():
+    """cos(ax, by) = cos(x, y) for a, b > 0, and equals the loop."""
+    x, y = torch.randn(3, 6), torch.randn(4, 6)
+    s = gecko.cosine(x, y)
+    torch.testing.assert_close(gecko.cosine(3 * x, 0.1 * y), s)
+    for i in range(3):
+        for j in range(4):
+            dot = sum(float(a * b) for a, b in zip(x[i], y[j], strict=True))
+            assert math.isclose(dot / float(x[i].norm() * y[j].norm()), float(s[i, j]), abs_tol=1e-5)
+
+
+def test_cut_is_normalised_again(bag):
+    """The first dimensions alone have length 1; without the second normalisation they do not."""
+    full, cut = bag.encode(TEXTS[:3]), bag.encode(TEXTS[:3], dim=8)
+    np.testing.assert_allclose(np.linalg.norm(cut, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(cut, full[:, :8] / np.linalg.norm(full[:, :8], axis=1, keepdims=True), atol=1e-6)
+    assert np.abs(np.linalg.norm(full[:, :8], axis=1) - 1).min() > 0.01
+
+
+def test_formats_are_appendix_b():
+    """Braces inside a text stay text, and an untitled passage says so."""
+    assert gecko.format_query("a {task} b", "t") == "task: t | query: a {task} b"
+    assert gecko.format_passage("text", "") == "title: none | text: text"
+    assert gecko.format_passage("{title}", "T") == "title: T | text: {title}"
+    assert gecko.format_passage("text", "", gecko.PLAIN) == "text"
+    assert gecko.format_query("q", "any task", gecko.PLAIN) == "q"
+
+
+def test_encode_keeps_the_order_and_reports_cuts(layered):
+    """Batches by length change neither order nor values; long texts are cut and counted."""
+    a, b = layered.encode(TEXTS, batch_tokens=8), layered.encode(TEXTS, batch_tokens=10 ** 6)
+    np.testing.assert_allclose(a, b, atol=1e-5)
+    assert layered.cut == 0
+    layered.encode(["a " * 10_000])
+    assert layered.cut == 1
+
+
+@pytest.mark.parametrize("budget", [4 * 7 * 3, 4 * 7 * 11, 1 << 20])
+@pytest.mark.parametrize("k", [1, 5, 29])
+def test_topk_equals_a_full_stable_sort(budget, k):
+    """Equal scores, which small integers make many of, come by lower index in every blocking."""
+    rng = np.random.default_rng(0)
+    q, p = rng.integers(-1, 2, (7, 3)).astype(np.float32), rng.integers(-1, 2, (29, 3)).astype(np.float32)
+    scores, indices = gecko.topk(q, p, k, budget=budget)
+    for i in range(7):
+        s = [sum(float(x * y) for x, y in zip(q[i], row, strict=True)) for row in p]
+        want = sorted(range(29), key=lambda j: (-s[j], j))[:k]
+        assert indices[i].tolist() == want
+        assert scores[i].tolist() == [s[j] for j in want]
+
+
+def test_topk_refuses_k_above_the_corpus():
+    with pytest.raises(gecko.InputError, match="k = 4 neighbours of 3"):
+        gecko.topk(np.eye(3), np.eye(3), 4)
+
+
+def test_tokenizer_splits_names_and_repeats():
+    """CamelCase and snake_case fall into words; training twice gives the same vocabulary."""
+    texts = ["DictReader reads a dict", "a dict reader", "a tree, the tree and rm"] * 3 + ["rmtree"]
+    a, b = gecko.train_tokenizer(texts, 200), gecko.train_tokenizer(texts, 200)
+    assert a.to_str() == b.to_str()
+    assert a.encode("DictReader").tokens == a.encode("dict reader").tokens
+    assert "tree" in a.encode("rmtree").tokens
+
+
+@pytest.mark.parametrize("which", ["bag", "layered"])
+def test_save_and_load_give_the_same_vectors(which, request, tmp_path):
+    model = request.getfixturevalue(which)
+    gecko.save(model, tmp_path / "m")
+    gecko.save(model, tmp_path / "m")  # over an older one
+    again = gecko.load(tmp_path / "m")
+    np.testing.assert_allclose(again.encode_queries(TEXTS), model.encode_queries(TEXTS), atol=1e-6)
+    assert again.formats == model.formats and again.max_length == model.max_length
+    assert [p.name for p in tmp_path.iterdir()] == ["m"], "a temporary folder was left behind"
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("model.safetensors", b"\x08\0\0\0\0\0\0\0{}nonsens", "not a readable checkpoint"),
+    ("model.safetensors", None, "no model.safetensors"),
+    ("config.json", b"{", "config.json: not readable"),
+    ("config.json", b'{"model_type": "t5"}', "'t5' is not supported"),
+    ("tokenizer.json", b"[]", "not a readable checkpoint"),
+])
+def test_wrong_model_folder_is_one_line(bag, tmp_path, name, content, message):
+    gecko.save(bag, tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    if content is not None:
+        (tmp_path / "m" / name).write_bytes(content)
+    with pytest.raises(gecko.InputError, match=message):
+        gecko.load(tmp_path / "m")
+
+
+def test_load_refuses_weights_of_another_shape(bag, layered, tmp_path):
+    gecko.save(bag, tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, "hidden_size": 12}))
+    with pytest.raises(gecko.InputError, match="not a readable checkpoint"):
+        gecko.load(tmp_path / "m")
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(RuntimeError), gecko.file_beside(tmp_path / "f") as new:
+        new.write_text("half")
+        raise RuntimeError
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_sentence_of_no_tokens_is_refused(bag):
+    with pytest.raises(gecko.InputError, match="no tokens"):
+        bag.encode(["  "])

@@ -1,0 +1,82 @@
+"""The rules of the house, read off the files.   pytest tests/test_house.py
+
+Invariants: imports go gecko <- data <- llm <- train; nothing that trains reads the test questions;
+every question has an answer in the corpus; the examples in docstrings run.
+"""
+
+import ast
+import doctest
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import data
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["gecko", "data", "llm", "train"]
+ALLOWED = {"torch", "numpy", "tqdm", "tokenizers", "safetensors"}
+OPTIONAL = {"matplotlib", "mteb", "huggingface_hub"}
+
+
+def imported(path, top_level):
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield (node.module or "").split(".")[0]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_one_way(name):
+    """A module imports only those before it, and five packages; optional ones inside functions."""
+    before = set(ORDER[:ORDER.index(name)])
+    top, everywhere = (set(imported(ROOT / f"{name}.py", t)) - sys.stdlib_module_names for t in (True, False))
+    assert top <= before | ALLOWED
+    assert everywhere <= before | ALLOWED | OPTIONAL | {"pydoc_data"}
+
+
+def test_four_modules_and_no_pickle():
+    assert {p.stem for p in ROOT.glob("*.py")} == set(ORDER)
+    for name in ORDER:
+        text = (ROOT / f"{name}.py").read_text()
+        assert "pickle" not in set(imported(ROOT / f"{name}.py", False)) and "torch.load" not in text
+        calls = {n.func.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call)
+                 and isinstance(n.func, ast.Name)}
+        assert not calls & {"eval", "exec"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_docstring_examples_run(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_questions_are_answerable_and_split_in_half():
+    rows = [json.loads(line) for line in (ROOT / "tests/questions.jsonl").read_text().splitlines()]
+    names = {p["title"] for p in data.builtin_corpus()}
+    answerable = [r for r in rows if set(r["answers"]) & names]
+    assert len(answerable) >= 240 and len(answerable) >= len(rows) - 6
+    dev, test = ([r for r in answerable if r["split"] == s] for s in ("dev", "test"))
+    assert abs(len(dev) - len(test)) <= 6
+    assert not {r["query"] for r in dev} & {r["query"] for r in test}
+
+
+def test_only_the_ladder_reads_the_questions():
+    """The file is named in one function of train.py, which writes them out after all training."""
+    for name in ORDER:
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        readers = [f.name for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)
+                   and any(isinstance(c, ast.Constant) and "questions.jsonl" in str(c.value)
+                           for c in ast.walk(f))]
+        assert readers == (["questions_beir"] if name == "train" else [])
+    recipe = next(f for f in ast.walk(ast.parse((ROOT / "train.py").read_text()))
+                  if isinstance(f, ast.FunctionDef) and f.name == "recipe")
+    called = [c.func.id for c in ast.walk(recipe) if isinstance(c, ast.Call) and isinstance(c.func, ast.Name)]
+    lines = {c.func.id: c.lineno for c in ast.walk(recipe) if isinstance(c, ast.Call)
+             and isinstance(c.func, ast.Name)}
+    assert called.count("train") == 3 and lines["train"] < lines["ladder"]

@@ -1,0 +1,200 @@
+"""llm.py: generation, fusion, relabelling, the offline stand-in.   pytest tests/test_llm.py
+
+Invariants: R uses ranks from 1 and nothing else; p+ = p_1; p- is never p+'s text; the seed is among
+the candidates; a failed call is never a score; a passage changes nothing but its own record.
+"""
+
+import json
+import math
+import random
+from collections import Counter
+
+import pytest
+
+import gecko
+import llm
+
+CORPUS = [{"_id": name, "title": name, "text": text} for name, text in [
+    ("m.ceil", "Return the ceiling of x. This is the smallest integer."),
+    ("m.floor", "Return the floor of x. This is the largest integer."),
+    ("o.remove", "Remove a file. An error is raised for a directory."),
+    ("o.rmdir", "Remove a directory. The directory must be empty."),
+    ("l.sort", "Sort the list in place. The sort is stable."),
+    ("l.twin", "Sort the list in place. The sort is stable."),
+]]
+
+
+class Fake:
+    """An LLM by rule; `broken` passages give no answer."""
+
+    name = "fake"
+
+    def __init__(self, broken=()):
+        self.broken, self.seen = set(broken), []
+
+    def generate(self, passages):
+        self.seen += [p["_id"] for p in passages]
+        return [None if p["_id"] in self.broken else "nonsense" if p["_id"] == "o.rmdir"
+                else f"Task: t\nQuery: find {p['title']}" for p in passages]
+
+    def query_likelihood(self, pairs):
+        return [None if p["_id"] in self.broken else -float(len(p["text"])) for _, p in pairs]
+
+    def relevance(self, pairs):
+        return [-float(len(q) + ord(p["_id"][2])) for q, p in pairs]
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    return gecko.tiny([p["title"] + " " + p["text"] for p in CORPUS] * 3, hidden_size=16)
+
+
+def rrf_spec(ql, rc):
+    """1/r_QL + 1/r_RC in loops: the rank is 1 + the number of passages before it."""
+    def rank(s, i):
+        return 1 + sum(s[j] > s[i] or (s[j] == s[i] and j < i) for j in range(len(s)))
+    return [1 / rank(ql, i) + 1 / rank(rc, i) for i in range(len(ql))]
+
+
+def test_rrf_by_hand_and_equals_loops():
+    assert llm.rrf([-1, -2, -3, -4], [-9, -7, -8, -6]) == [1 + 1 / 4, 1 / 2 + 1 / 2, 1 / 3 + 1 / 3, 1 / 4 + 1]
+    rng = random.Random(0)
+    for _ in range(50):
+        ql, rc = ([rng.randint(-4, 0) for _ in range(7)] for _ in range(2))
+        assert llm.rrf(ql, rc) == rrf_spec(ql, rc)
+    smoothed = [1 / (60 + a) + 1 / (60 + b) for a, b in zip(llm.ranks(ql), llm.ranks(rc), strict=True)]
+    assert smoothed != llm.rrf(ql, rc)  # negative control: k = 60 is another R
+
+
+def test_rrf_uses_ranks_only():
+    """Any increasing change of one scorer leaves R as it is."""
+    ql, rc = [-3.0, -1.5, -7.0, -2.0], [-0.1, -4.0, -0.2, -3.0]
+    assert llm.rrf([math.exp(x) * 100 for x in ql], [x ** 3 for x in rc]) == llm.rrf(ql, rc)
+
+
+def test_relabel_takes_first_and_last():
+    R, texts = [0.3, 2.0, 0.1, 0.5], ["a", "b", "c", "d"]
+    assert llm.relabel(R, texts) == (1, 2)
+    assert llm.relabel(R, texts, "none") == (1, None)
+    assert llm.relabel(R, texts, positive=0) == (0, 2)       # the paper's p_seed rows
+    assert llm.relabel(R, texts, positive=2) == (2, 0)       # the seed is never its own negative
+    assert llm.relabel(R, ["a", "b", "b", "d"]) == (1, 0)    # nor a twin of the positive
+    assert llm.relabel(R, ["b"] * 4) == (1, None)
+
+
+def test_relabel_samples_from_the_others_seeded():
+    R, texts = [0.4, 0.3, 0.2, 0.1], list("abcd")
+    drawn = {llm.relabel(R, texts, "sampled", random.Random(i))[1] for i in range(50)}
+    assert drawn == {1, 2, 3}
+    assert llm.relabel(R, texts, "sampled", random.Random(7)) == llm.relabel(R, texts, "sampled", random.Random(7))
+
+
+def test_generate_counts_what_cannot_be_parsed_and_draws_every_passage():
+    fake = Fake(broken=["m.floor"])
+    rows = list(llm.generate(fake, CORPUS, 12, seed=1, block=5))
+    assert Counter(fake.seen) == Counter({p["_id"]: 2 for p in CORPUS})
+    failed = [r for r in rows if "failed" in r]
+    assert len(failed) == 4 and sum("call failed" in r["failed"] for r in failed) == 2
+    good = next(r for r in rows if r.get("seed_id") == "m.ceil")
+    assert good["query"] == "find m.ceil" and good["task"] == "t" and good["kind"] == "other"
+    assert [r["_id"] for r in rows] == [f"q{n:07d}" for n in range(12)]
+
+
+@pytest.mark.parametrize("answer", ["", "Query: q", "Task: t", "Task:\nQuery: q", "Task: t\nQuery:", "{}"])
+def test_parse_generation_refuses(answer):
+    with pytest.raises(ValueError):
+        llm.parse_generation(answer)
+
+
+def test_prompts_are_fixed_but_for_the_passage():
+    """At least eight tasks are shown, the four frequent ones among them; the passage comes last."""
+    tasks = {llm.task_kind(line) for line in llm.P_QG.splitlines() if line.startswith("Task: Given")}
+    assert tasks >= set(llm.TASKS)
+    assert sum(line.startswith("Task: Given") for line in llm.P_QG.splitlines()) >= 8
+    for prompt in (llm.P_QG, llm.P_QL, llm.P_RC):
+        assert prompt.index("{passage}") > 0.7 * len(prompt)
+
+
+def queries(n=6):
+    return [{"_id": f"q{i}", "task": "t", "kind": "other", "query": f"query {i} sort the list",
+             "seed_id": CORPUS[i % len(CORPUS)]["_id"]} for i in range(n)]
+
+
+def test_mine_makes_records_with_all_candidates(embedder):
+    rows = list(llm.mine(Fake(), embedder, CORPUS, queries(), N=4, block=4))
+    assert len(rows) == 6
+    for row, query in zip(rows, queries(), strict=True):
+        ids = [c["id"] for c in row["candidates"]]
+        assert query["seed_id"] in ids and len(set(ids)) == 4
+        R = rrf_spec([c["ql"] for c in row["candidates"]], [c["rc"] for c in row["candidates"]])
+        assert [c["R"] for c in row["candidates"]] == R
+        assert ids.index(row["positive_id"]) == R.index(max(R))
+        assert row["positive"]["text"] != row["negative"]["text"]
+        json.dumps(row)
+
+
+def test_a_missing_score_is_a_failure_not_a_score(embedder):
+    rows = list(llm.mine(Fake(broken=["l.sort"]), embedder, CORPUS, queries(), N=len(CORPUS)))
+    assert all("failed" in r for r in rows)
+    alone = list(llm.mine(Fake(broken=["l.sort"]), embedder, CORPUS, queries(), N=len(CORPUS), rank="rc"))
+    assert not any("failed" in r for r in alone) and all(r["rank"] == "rc" for r in alone)
+    assert all(c["ql"] is None for r in alone for c in r["candidates"])
+
+
+def test_labelled_gives_the_rows_of_table_3(embedder):
+    rows = list(llm.mine(Fake(), embedder, CORPUS, queries(), N=5))
+    title = {p["_id"]: p["title"] for p in CORPUS}
+    assert [r["positive"]["title"] for r in llm.labelled(rows, CORPUS, "seed", "none")] == [
+        title[r["seed_id"]] for r in rows]
+    again = llm.labelled(rows, CORPUS, "p1", "last")
+    assert [(r["positive"], r["negative"]) for r in again] == [(r["positive"], r["negative"]) for r in rows]
+    assert all(r["negative"] is None for r in llm.labelled(rows, CORPUS, "p1", "none"))
+
+
+def test_offline_query_likelihood_is_the_dirichlet_sum():
+    """log((tf + lam * paraphrases + mu p(w|C)) / (|p| + mu)), summed over the query's words by hand."""
+    judge = llm.Offline(CORPUS)
+    words = [w for p in CORPUS for w in llm.terms(llm.as_text(p))]
+    own = llm.terms(llm.as_text(CORPUS[2]))
+    total = 0.0
+    assert "remove" in judge.paraphrased["delete"]
+    for w in ("delete", "file"):
+        tf = own.count(w) + judge.lam * sum(own.count(u) for u in judge.paraphrased.get(w, ()))
+        total += math.log((tf + judge.mu * (words.count(w) + 0.5) / len(words)) / (len(own) + judge.mu))
+    assert math.isclose(judge.query_likelihood([("delete file", CORPUS[2])])[0], total)
+    scores = judge.query_likelihood([("delete a file", p) for p in CORPUS])
+    assert scores.index(max(scores)) == 2
+
+
+def test_offline_relevance_is_the_embedders_cosine(embedder):
+    judge = llm.Offline(CORPUS, embedder)
+    got = judge.relevance([("sort the list", p) for p in CORPUS])
+    q = embedder.encode_queries(["sort the list"])[0]
+    P = embedder.encode_passages([p["text"] for p in CORPUS], [p["title"] for p in CORPUS])
+    assert got == pytest.approx((P @ q).tolist(), abs=1e-6)
+    with pytest.raises(gecko.InputError, match="--model-dir"):
+        llm.Offline(CORPUS).relevance([("q", CORPUS[0])])
+
+
+def test_offline_generation_is_seeded_and_varies():
+    a, b, other = (list(llm.generate(llm.Offline(CORPUS, seed=s), CORPUS, 60, s)) for s in (0, 0, 1))
+    assert a == b != other and not any("failed" in r for r in a)
+    assert {r["kind"] for r in a} == set(llm.TASKS)
+
+
+def test_write_kept_says_how_many_and_refuses_equal_scores(tmp_path, capsys, embedder):
+    rows = list(llm.generate(Fake(), CORPUS, 6, 0))
+    llm.write_kept(tmp_path / "q.jsonl", iter(rows), 6, "generate")
+    assert "kept 5 of 6; a failure" in capsys.readouterr().out
+    flat = [{**r, "candidates": [{**c, "ql": -1.0} for c in r["candidates"]]}
+            for r in llm.mine(Fake(), embedder, CORPUS, queries(), N=3)]
+    with pytest.raises(llm.LLMError, match="all ql scores equal"):
+        llm.write_kept(tmp_path / "f.jsonl", iter(flat), 6, "mine")
+    assert not (tmp_path / "f.jsonl").exists()
+
+
+def test_queries_must_belong_to_the_corpus(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({"_id": "1", "task": "t", "query": "q", "seed_id": "nowhere"}) + "\n")
+    with pytest.raises(gecko.InputError, match=":1: seed_id 'nowhere' is not in the corpus"):
+        llm.read_queries(path, CORPUS)

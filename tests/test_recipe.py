@@ -1,0 +1,197 @@
+"""The recipe in miniature, the measures and the command line.   pytest tests/test_recipe.py
+
+Invariants: the loss falls and recall rises over the untrained encoder; the same seed writes the same
+bytes; a user's mistake is one line and exit code 2, with nothing half-written.
+"""
+
+import contextlib
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import gecko
+import llm
+import train
+
+ROOT = Path(__file__).parent.parent
+TOPS = ("math", "os", "builtins", "shutil", "json", "random", "statistics", "itertools")
+SIZES = train.Sizes(pairs=6000, pre_steps=40, queries=2, steps=25)
+
+
+@pytest.fixture(scope="module")
+def small():
+    return [p for p in data.builtin_corpus() if p["title"].split(".")[0] in TOPS]
+
+
+@pytest.fixture(scope="module")
+def demo(small, tmp_path_factory):
+    """One miniature run: its folder, its ladder and what it printed."""
+    out, printed = tmp_path_factory.mktemp("demo") / "demo", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        table = train.recipe(out, 0, SIZES, small)
+    return out, table, printed.getvalue()
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_recipe_learns(demo):
+    """Pre-finetuning beats the untrained encoder, generated queries beat pre-finetuning."""
+    _, table, _ = demo
+    at10 = {name: row["384"]["ndcg@10"] for name, row in table.items() if "384" in row}
+    assert at10["untrained"] + 0.05 < at10["pre-finetuned"] < at10["+ (q, p_seed)"]
+    assert table["untrained"]["384"]["recall@100"] + 0.1 < table["+ FRet (p_1, p_20)"]["384"]["recall@100"]
+
+
+def test_recipe_writes_every_stage(demo, small):
+    out, _, printed = demo
+    assert {p.name for p in out.iterdir()} == {
+        "corpus.jsonl", "queries.jsonl", "fret.jsonl", "seed", "gecko", "questions", "ladder.json"}
+    rows = data.read_records(out / "fret.jsonl")
+    assert len(rows) == SIZES.queries * len(small)
+    for row in rows:
+        ids = [c["id"] for c in row["candidates"]]
+        assert len(ids) == 20 and {row["seed_id"], row["positive_id"], row["negative_id"]} <= set(ids)
+        assert row["positive"]["text"] != row["negative"]["text"]
+    share = np.mean([r["positive_id"] != r["seed_id"] for r in rows])
+    assert f"p+ differs from p_seed in {share:.1%}" in printed and "next: python gecko.py search" in printed
+
+
+def test_same_seed_same_bytes(demo, small, tmp_path):
+    """In another process, with another hash seed, every file is the same."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, train; from pathlib import Path\n"
+              f"small = [p for p in data.builtin_corpus() if p['title'].split('.')[0] in {TOPS!r}]\n"
+              f"train.recipe(Path(sys.argv[2]), 0, train.{SIZES!r}, small)")
+    subprocess.run([sys.executable, "-c", script, str(ROOT), str(tmp_path / "again")], check=True, timeout=120,
+                   capture_output=True, env={"PYTHONHASHSEED": "7", "PATH": ""})
+    first, again = files(demo[0]), files(tmp_path / "again")
+    assert first.keys() == again.keys()
+    assert [name for name in first if first[name] != again[name]] == []
+
+
+def test_search_and_evaluate_run_on_what_was_written(demo):
+    out, table, _ = demo
+    found = command("gecko.py", "search", "round a number up", "--model", out / "gecko", "-k", "5")
+    assert found.returncode == 0 and len(found.stdout.splitlines()) == 5
+    assert "math." in found.stdout or "builtins.round" in found.stdout
+    result = command("train.py", "evaluate", "--model", out / "gecko", "--beir", out / "questions",
+                     "--out", out.parent / "scores.json")
+    assert result.returncode == 0, result.stderr
+    scores = json.loads((out.parent / "scores.json").read_text())["questions"]
+    assert round(scores["ndcg@10"], 4) == table["+ FRet (p_1, p_20)"]["384"]["ndcg@10"]
+
+
+def command(script, *arguments):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True,
+                          text=True, timeout=120)
+
+
+def test_encode_command_writes_unit_rows(demo, tmp_path):
+    out = demo[0]
+    result = command("gecko.py", "encode", out / "corpus.jsonl", tmp_path / "x.npy", "--model", out / "gecko",
+                     "--passages", "--dim", "128")
+    assert result.returncode == 0, result.stderr
+    x = np.load(tmp_path / "x.npy")
+    assert x.dtype == np.float32 and x.shape[1] == 128
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
+
+
+def test_finetune_command_trains_from_files(demo, tmp_path):
+    out = demo[0]
+    result = command("train.py", "finetune", f"{out / 'fret.jsonl'}:2", "--init", out / "seed", "--out",
+                     tmp_path / "m", "--steps", "3", "--batch-size", "64")
+    assert result.returncode == 0, result.stderr
+    assert gecko.load(tmp_path / "m").encoder.config.hidden_size == 384
+
+
+MAIN = {"gecko.py": gecko.main, "data.py": data.main, "llm.py": llm.main, "train.py": train.main}
+
+
+def test_a_mistake_has_no_traceback_in_a_process_of_its_own(tmp_path):
+    result = command("gecko.py", "search", "q", "--model", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def bad(*parts):
+    return pytest.param(parts, id=" ".join(parts)[:60])
+
+
+@pytest.mark.parametrize("parts", [
+    bad("gecko.py", "search", "q", "--model", "{tmp}/none"),
+    bad("gecko.py", "search", " ", "--model", "{demo}/gecko"),
+    bad("gecko.py", "search", "q", "--model", "{demo}/gecko", "--corpus", "{tmp}/none.jsonl"),
+    bad("gecko.py", "search", "q", "--model", "{demo}/gecko", "--corpus", "{tmp}/empty.jsonl"),
+    bad("gecko.py", "search", "q", "--model", "{demo}/gecko", "--corpus", "{tmp}/notext.jsonl"),
+    bad("gecko.py", "search", "q", "--model", "{demo}/gecko", "--corpus", "{tmp}/broken.jsonl"),
+    bad("gecko.py", "search", "q", "--model", "{demo}/gecko", "--dim", "9999"),
+    bad("gecko.py", "search", "q", "--model", "{demo}/gecko", "-k", "0"),
+    bad("gecko.py", "encode", "{tmp}/broken.jsonl", "{tmp}/x.npy", "--model", "{demo}/gecko"),
+    bad("data.py", "check", "{tmp}/broken.jsonl"),
+    bad("llm.py", "generate", "{tmp}/empty.jsonl", "{tmp}/q.jsonl"),
+    bad("llm.py", "mine", "{demo}/corpus.jsonl", "{demo}/queries.jsonl", "{tmp}/f.jsonl", "--model-dir",
+        "{demo}/seed", "-N", "99999"),
+    bad("llm.py", "mine", "{demo}/corpus.jsonl", "{tmp}/broken.jsonl", "{tmp}/f.jsonl", "--model-dir",
+        "{demo}/seed"),
+    bad("train.py", "finetune", "{tmp}/none.jsonl", "--init", "tiny", "--out", "{tmp}/m"),
+    bad("train.py", "finetune", "{demo}/fret.jsonl", "--init", "{tmp}/none", "--out", "{tmp}/m"),
+    bad("train.py", "finetune", "{demo}/fret.jsonl", "--init", "{demo}/seed", "--out", "{tmp}/m", "--dims", "9,x"),
+    bad("train.py", "evaluate", "--model", "{demo}/gecko"),
+    bad("train.py", "evaluate", "--model", "{demo}/gecko", "--beir", "{tmp}"),
+])
+def test_a_mistake_is_one_line_and_exit_2(parts, demo, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "notext.jsonl").write_text('{"_id": "1", "title": "x", "text": " "}\n')
+    (tmp_path / "broken.jsonl").write_text('{"_id": "1", "title": "x", "te\n')
+    before = files(tmp_path)
+    arguments = [p.format(tmp=tmp_path, demo=demo[0]) for p in parts]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        gecko.run(MAIN[arguments[0]])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(errors) == 1 and len(errors[0]) > 20
+    assert files(tmp_path) == before, "something half-written was left behind"
+
+
+# --------------------------------------------------------------------------------------------------
+# Measures, by hand
+
+
+def test_measures_by_hand():
+    relevant = {"a": 2, "b": 1}
+    ranked = ["x", "b", "a"]
+    ideal = 2 / math.log2(2) + 1 / math.log2(3)
+    assert math.isclose(train.ndcg(ranked, relevant), (1 / math.log2(3) + 2 / math.log2(4)) / ideal)
+    assert train.ndcg(["a", "b"], relevant) == 1 and train.ndcg(["x"] * 10 + ["a"], relevant) == 0
+    assert train.recall(ranked, relevant) == 1 and train.recall(ranked, relevant, 2) == 0.5
+    assert train.mrr(ranked, relevant) == 0.5 and train.mrr(["x"], relevant) == 0
+
+
+def test_spearman_shares_ranks_of_equal_values():
+    """Against the definition: Pearson's correlation of mean ranks."""
+    x, y = [1, 2, 2, 3], [4, 1, 1, 0]
+    assert math.isclose(train.spearman(x, y), -1)
+    assert math.isclose(train.spearman([1, 2, 2, 4], [1, 3, 2, 4]), 4.5 / math.sqrt(4.5 * 5))
+
+
+def test_paired_bootstrap_brackets_the_mean_gain():
+    rng = np.random.default_rng(0)
+    x = rng.random(200)
+    low, high = train.paired_bootstrap(x, x + 0.1 + rng.normal(0, 0.05, 200))
+    assert 0.08 < low < 0.1 < high < 0.12
+    assert train.paired_bootstrap(x, x) == (0, 0)
+
+
+def test_bm25_by_hand():
+    corpus = [{"_id": str(i), "title": "", "text": t} for i, t in enumerate(["a b b", "b c", "c c c d"])]
+    bm25 = train.BM25(corpus)
+    idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
+    want = [idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * n / 3)) for tf, n in ((2, 3), (1, 2))]
+    np.testing.assert_allclose(bm25.scores("b"), [*want, 0])
