@@ -7,6 +7,7 @@ Python standard library, read from the running interpreter.
 
     python data.py corpus OUT.jsonl          write the built-in corpus
     python data.py check FILE                what the encoder will see of a training file
+    python data.py convert nli|classification|beir|choice|pairs IN... OUT.jsonl      publishers' files
 
 Where we fill a gap in the paper:
 1. Mixture (3.3, weights not stated): a weight for each set; one set a batch, see `schedule`.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib
 import inspect
 import io
@@ -29,14 +31,14 @@ import sysconfig
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gecko import (FORMATS, InputError, format_passage, format_query, load, read_jsonl,
-                   read_passages, run, write_jsonl)
+from gecko import (FORMATS, Gecko, InputError, format_passage, format_query, load, open_text, read_jsonl,
+                   read_passages, run, topk, write_jsonl)
 
 Record = dict[str, Any]  # the row described at `record`
 
@@ -123,6 +125,44 @@ def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, st
     return [(s, rows) for _, s, rows in sorted(plan, key=lambda step: step[0])]
 
 
+def mixed_schedule(groups: Sequence[np.ndarray], weights: Sequence[float], batch_size: int, steps: int,
+                   seed: int) -> list[np.ndarray]:
+    """For every step the row numbers of a batch whose rows come from all groups, by weight.
+
+    Symmetric and asymmetric rows may meet in a batch. Each group is gone through in a new order each time.
+    """
+    p = np.asarray(weights, float) / np.sum(weights)
+    which = np.random.default_rng([seed, 0]).choice(len(groups), size=steps * batch_size, p=p)
+    plan = np.empty(steps * batch_size, int)
+    for g, rows in enumerate(groups):
+        at = np.flatnonzero(which == g)
+        rounds = [np.random.default_rng([seed, 1 + g, r]).permutation(rows)
+                  for r in range(-(-len(at) // len(rows)))]
+        plan[at] = np.concatenate([*rounds, np.empty(0, int)])[:len(at)]
+    return list(plan.reshape(steps, batch_size))
+
+
+def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str, batch_size: int,
+            steps: int, seed: int) -> list[np.ndarray]:
+    """For every step the numbers of its rows, counted through all sets.
+
+    mix: "sets" is `schedule`; "mixed" draws each row of a batch from a set by weight; "tasks" from a
+    task, each of all tasks alike (the paper's uniform sampling in its diversity table).
+    """
+    sizes = [len(rows) for rows in sets]
+    starts, weights = np.cumsum([0, *sizes]), weights or [1.0] * len(sizes)
+    if mix == "sets":
+        return [starts[s] + rows for s, rows in schedule(sizes, weights, batch_size, steps, seed)]
+    if mix == "mixed":
+        groups = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=False)]
+        return mixed_schedule(groups, weights, batch_size, steps, seed)
+    tasks: dict[str, list[int]] = {}
+    for number, row in enumerate(row for rows in sets for row in rows):
+        tasks.setdefault(row["task"], []).append(number)
+    groups = [np.array(numbers) for numbers in tasks.values()]
+    return mixed_schedule(groups, [1.0] * len(groups), batch_size, steps, seed)
+
+
 # ==================================================================================================
 # In practice: reading and checking, relevance judgements, the built-in corpus, the command line.
 # ==================================================================================================
@@ -165,6 +205,195 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     if not qrels:
         raise InputError(f"{path}: no relevant passage; nothing to evaluate")
     return qrels
+
+
+# --------------------------------------------------------------------------------------------------
+# Converters: the files that publishers ship -> records. Each yields records; counts what it leaves out.
+
+
+def table(path: str) -> Iterator[tuple[str, Any]]:
+    """("file:line", row) of .jsonl, .csv or .tsv with a header, plain or .gz."""
+    kind = Path(path.removesuffix(".gz")).suffix
+    if kind not in (".csv", ".tsv"):
+        yield from read_jsonl(path)
+        return
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; check the path")
+    with open_text(path) as lines:
+        quoting = csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE
+        reader = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", quoting=quoting)
+        try:
+            for row in reader:
+                yield f"{path}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"{path}:{reader.line_num}: not {kind[1:]} ({error})") from error
+
+
+def column(where: str, row: dict[str, Any], *names: str) -> Any:
+    """The first of the columns that the row has and that is not empty."""
+    for name in names:
+        if row.get(name) not in (None, ""):
+            return row[name]
+    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
+
+
+NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}
+
+
+def convert_nli(paths: Sequence[str], left_out: Counter[str], task: str = "semantic similarity",
+                ) -> Iterator[Record]:
+    """SNLI, MNLI and their like: a premise, what it entails, what contradicts it. Symmetric."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in paths:
+        for where, row in table(path):
+            label = str(column(where, row, "gold_label", "label")).strip().lower()
+            label = NLI.get(label, label)
+            if label not in (*NLI.values(), "-", "-1"):
+                raise InputError(f"{where}: label {label!r}; want {', '.join(NLI.values())} or 0, 1, 2")
+            if label in ("-", "-1"):
+                left_out["rows without a gold label"] += 1
+                continue
+            premise = str(column(where, row, "sentence1", "premise")).strip()
+            other = str(column(where, row, "sentence2", "hypothesis")).strip()
+            found.setdefault(premise, {}).setdefault(label, []).append(other)
+    for premise, by_label in found.items():
+        against = by_label.get("contradiction", [])
+        for n, entailed in enumerate(dict.fromkeys(by_label.get("entailment", []))):
+            negative = against[n % len(against)] if against else None
+            if entailed == premise or entailed == negative:
+                left_out["rows that repeat a text"] += 1
+                continue
+            left_out["kept without a contradiction of the premise"] += negative is None
+            yield record(task, premise, {"title": "", "text": entailed},
+                         {"title": "", "text": negative} if negative else None, symmetric=True)
+        left_out["premises that entail nothing"] += "entailment" not in by_label
+
+
+def convert_classification(paths: Sequence[str], left_out: Counter[str], task: str = "classification",
+                           seed: int = 0, unique_ids: bool = True) -> Iterator[Record]:
+    """Text and label: triples of the same and another label, see `classification_triples`."""
+    texts, labels = [], []
+    for path in paths:
+        for where, row in table(path):
+            texts.append(str(column(where, row, "text", "sentence", "utterance")).strip())
+            labels.append(str(column(where, row, "label", "category", "intent")).strip())
+    rows = classification_triples(texts, labels, seed, task, unique_ids)
+    left_out["rows alone with their label"] += len(texts) - len(rows)
+    yield from rows
+
+
+def convert_choice(paths: Sequence[str], left_out: Counter[str], task: str = "question answering",
+                   seed: int = 0) -> Iterator[Record]:
+    """MedMCQA: question, opa..opd and cop, the right one (1 to 4; 0 to 3 where a 0 occurs)."""
+    rows = [pair for path in paths for pair in table(path)]
+    rng, right = np.random.default_rng(seed), []
+    for where, row in rows:
+        given = str(column(where, row, "cop"))
+        if not re.fullmatch(r"-?\d+", given):
+            raise InputError(f"{where}: cop {given!r} is no number; give that of the right option")
+        right.append(int(given))
+    first = 0 if 0 in right else 1
+    for (where, row), answer in zip(rows, right, strict=True):
+        options = [str(column(where, row, name)).strip() for name in ("opa", "opb", "opc", "opd")]
+        if answer == -1:
+            left_out["questions without an answer"] += 1
+            continue
+        if not 0 <= answer - first < 4:
+            raise InputError(f"{where}: cop {answer}; this file numbers its options {first} to {first + 3}")
+        positive = options[answer - first]
+        wrong = [text for text in options if text != positive]
+        yield record(task, str(column(where, row, "question")).strip(), {"title": "", "text": positive},
+                     {"title": "", "text": wrong[rng.integers(len(wrong))]} if wrong else None)
+
+
+def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "question answering",
+                 seed: int = 0, model: Gecko | None = None, depth: int = 50, split: str = "train",
+                 ) -> Iterator[Record]:
+    """BEIR folders: each query with each relevant passage; with a model, a hard negative too.
+
+    It is drawn from the model's first `depth` passages without the judged ones: the very first are
+    the likeliest to be relevant and unjudged (a false negative), so they should not be all there is.
+    """
+    for folder in folders:
+        def file(name: str, folder: str = folder) -> Path:
+            plain = Path(folder) / name
+            return plain if plain.is_file() else plain.with_name(name + ".gz")
+
+        corpus = {p["_id"]: p for p in read_passages(file("corpus.jsonl"))}
+        qrels = read_qrels(Path(folder) / f"qrels/{split}.tsv")
+        queries = {str(row.get("_id")): str(column(where, row, "text"))
+                   for where, row in read_jsonl(file("queries.jsonl")) if str(row.get("_id")) in qrels}
+        near = mined(model, list(corpus.values()), queries, task, depth) if model else {}
+        rng = np.random.default_rng(seed)
+        for query, judged in qrels.items():
+            positives = [corpus[i] for i in judged if i in corpus]
+            left_out["judgements whose query or passage is not there"] += (
+                len(judged) - len(positives) if query in queries else len(judged))
+            texts = {p["text"] for p in positives}
+            hard = [i for i in near.get(query, []) if i not in judged and corpus[i]["text"] not in texts]
+            for positive in positives if query in queries else []:
+                negative = corpus[hard[rng.integers(len(hard))]] if hard else None
+                yield record(task, queries[query], side(positive), side(negative) if negative else None)
+
+
+def side(row: dict[str, str]) -> dict[str, str]:
+    return {"title": row["title"], "text": row["text"]}
+
+
+def mined(model: Gecko, corpus: Sequence[dict[str, str]], queries: dict[str, str], task: str, depth: int,
+          ) -> dict[str, list[str]]:
+    """The model's first `depth` passages of each query, by id."""
+    P = model.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus], progress="passages")
+    q = model.encode_queries(list(queries.values()), task, progress="queries")
+    _, nearest = topk(q, P, min(depth, len(P)))
+    return {query: [corpus[i]["_id"] for i in near] for query, near in zip(queries, nearest, strict=True)}
+
+
+def convert_pairs(paths: Sequence[str], left_out: Counter[str], task: str = "search result",
+                  ) -> Iterator[Record]:
+    """Pairs for pre-finetuning: question and answer, title and body, query and passage."""
+    for path in paths:
+        for where, row in table(path):
+            query = str(column(where, row, "query", "question", "title", "sentence1")).strip()
+            found = column(where, row, "positive", "pos", "answer", "body", "text", "passage", "sentence2")
+            for target in found if isinstance(found, list) else [found]:
+                part = target if isinstance(target, dict) else {"title": "", "text": str(target).strip()}
+                if not query or not part.get("text") or part["text"] == query:
+                    left_out["pairs of a text with itself or nothing"] += 1
+                else:
+                    yield record(task, query, {"title": part.get("title", ""), "text": part["text"]})
+
+
+CONVERTERS = {"nli": convert_nli, "classification": convert_classification, "beir": convert_beir,
+              "choice": convert_choice, "pairs": convert_pairs}
+
+
+def convert(args: argparse.Namespace) -> None:
+    """One converter, its counts, and the next command."""
+    left_out: Counter[str] = Counter()
+    how: dict[str, Any] = {"task": args.task} if args.task else {}
+    if args.kind in ("classification", "choice", "beir"):
+        how["seed"] = args.seed
+    if args.kind == "classification":
+        how["unique_ids"] = args.ids
+    if args.kind == "beir":
+        how |= {"model": load(args.model) if args.model else None, "depth": args.depth, "split": args.split}
+    negatives = 0
+
+    def counted() -> Iterator[Record]:
+        nonlocal negatives
+        for row in CONVERTERS[args.kind](args.inputs, left_out, **how):  # type: ignore[operator]
+            negatives += row["negative"] is not None
+            yield row
+
+    n = write_jsonl(args.output, counted())
+    for reason, count in left_out.items():
+        if count:
+            print(f"  {count} {reason}")
+    if not n:
+        raise InputError(f"{args.output}: no record could be made of {', '.join(args.inputs)}")
+    print(f"wrote {args.output}: {n} records, {negatives} with a hard negative")
+    print(f"next: python data.py check {args.output}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,8 +687,21 @@ def main() -> None:
     checker = commands.add_parser("check", help="what the encoder will see of a training file")
     checker.add_argument("file")
     checker.add_argument("--model", help="a model folder: also count the texts that will be cut")
+    converter = commands.add_parser("convert", help="publishers' files -> a training file")
+    converter.add_argument("kind", choices=sorted(CONVERTERS), help="what the files are")
+    converter.add_argument("inputs", nargs="+", help=".jsonl, .csv or .tsv, plain or .gz; beir: folders")
+    converter.add_argument("output", help="the JSONL of records to write")
+    converter.add_argument("--task", help="the records' task (default: the paper's for the kind)")
+    converter.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
+    converter.add_argument("--ids", action=argparse.BooleanOptionalAction, default=True,
+                           help="classification: a unique id on the texts of a triple (section 3.3)")
+    converter.add_argument("--model", help="beir: a model folder that finds hard negatives (default: none)")
+    converter.add_argument("--depth", type=int, default=50, help="beir: draw from so many (%(default)s)")
+    converter.add_argument("--split", default="train", help="beir: qrels/SPLIT.tsv (%(default)s)")
     args = parser.parse_args()
-    if args.command == "corpus":
+    if args.command == "convert":
+        convert(args)
+    elif args.command == "corpus":
         print(f"wrote {args.output}: {write_jsonl(args.output, builtin_corpus())} passages")
     else:
         check(args.file, args.model)

@@ -89,7 +89,8 @@ def mean_pool(
 
 def normalise(x: Tensor, dim: int | None = None) -> Tensor:
     """Cut to the first `dim` dimensions (Matryoshka), *then* to length 1: (B, d) -> (B, dim)."""
-    return F.normalize(x[:, :dim].float(), dim=-1)     # (B, dim)
+    x = x[:, :dim].to(torch.promote_types(x.dtype, torch.float32))  # (B, dim) bfloat16 is too coarse here
+    return F.normalize(x, dim=-1)                      # (B, dim)
 
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:

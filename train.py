@@ -6,13 +6,16 @@ is one pure function; one loop trains both stages.
 
     python train.py                                       the whole recipe in small -> runs/demo/
     python train.py prefinetune|finetune DATA[:WEIGHT]... --init DIR|tiny --out DIR
+    torchrun --nproc-per-node N train.py finetune ...     the same gradient on N processes
     python train.py evaluate --model DIR --beir DIR
+    python train.py plot runs/*                           loss and dev curves -> a PNG
 
 Where we differ from the paper, or fill a gap in it:
 1. tau, optimiser, learning rate, batch size, steps, weight of the Matryoshka terms (3.3, silent):
    the fields of TrainConfig; AdamW, linear warm-up and decay; all dimensions weigh the same.
 2. Duplicates in a batch (silent): a text equal to a row's input or positive is never its negative.
 3. A row without a hard negative leaves that term of eq. 3 out.
+4. Batches (3.3, silent): from one set at a time; `--mix` has the other choices, see data.py.
 """
 
 from __future__ import annotations
@@ -20,8 +23,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -33,15 +38,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import llm as fret
-from data import (Record, builtin_corpus, builtin_pairs, formatted, read_qrels, read_records,
-                  record, schedule)
-from gecko import (Gecko, InputError, add_flags, file_beside, flag, format_query, from_flags, load,
-                   normalise, read_jsonl, read_passages, run, save, say, tiny, topk, write_jsonl)
+from data import (Record, batches, builtin_corpus, builtin_pairs, formatted, read_qrels, read_records,
+                  record)
+from gecko import (Gecko, InputError, add_flags, file_beside, flag, folder_beside, from_flags,
+                   length_batches, load, normalise, read_json, read_jsonl, read_passages, run, save, say,
+                   tiny, topk, write_jsonl)
 
 # B rows in a batch, d the model's dimension, D the Matryoshka dimensions, tau the temperature.
 # q, p_pos, p_neg: (B, d), rows of length 1; sim is then the inner product.
@@ -63,18 +71,18 @@ def pre_loss(
     row i's own, or that answers the same query text, is masked out of row i.
     """
     s = q @ p.T / tau                                                # (B, B)
-    s = s.masked_fill(not_negative(q_id, p_id, p_id, q_id), -math.inf)
+    others = ~torch.eye(len(q), dtype=torch.bool, device=q.device)   # (B, B) 1[j != i]
+    s = s.masked_fill(others & duplicate(q_id, p_id, p_id, q_id), -math.inf)
     return F.cross_entropy(s, torch.arange(len(q), device=q.device))
 
 
-def not_negative(q_id: Tensor, p_id: Tensor, other: Tensor, other_q: Tensor) -> Tensor:
-    """(B, B) true where text j must not be a negative of row i: duplicates, off the diagonal.
+def duplicate(q_id: Tensor, p_id: Tensor, text: Tensor, text_q: Tensor) -> Tensor:
+    """(B, C) true where text j is row i's query or positive, or came with the same query.
 
-    other: ids of the candidate texts, other_q: ids of the queries they came with, all (B).
+    q_id, p_id: (B) of the rows; text, text_q: (C) of the candidates and the queries they came with.
     """
-    same = (other[None] == p_id[:, None]) | (other[None] == q_id[:, None]) \
-        | (other_q[None] == q_id[:, None])                           # (B, B)
-    return same & ~torch.eye(len(q_id), dtype=torch.bool, device=q_id.device)
+    return (text[None] == p_id[:, None]) | (text[None] == q_id[:, None]) \
+        | (text_q[None] == q_id[:, None])                            # (B, C)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,11 +92,12 @@ def not_negative(q_id: Tensor, p_id: Tensor, other: Tensor, other_q: Tensor) -> 
 def main_loss(
     q: Tensor,      # (B, d) inputs, unit rows
     p_pos: Tensor,  # (B, d) positive targets, unit rows
-    p_neg: Tensor,  # (B, d) hard negative targets, unit rows (any row where has_neg is false)
+    p_neg: Tensor,  # (B, d) hard negative targets, unit rows (any row where n_id is -1)
     tau: float,
     q_id: Tensor,   # (B) integer ids of the input texts
     p_id: Tensor,   # (B) integer ids of the positive texts
-    has_neg: Tensor,  # (B) true where the row has a hard negative
+    n_id: Tensor,   # (B) integer ids of the hard negative texts, -1 where the row has none
+    every: bool = False,  # not eq. 3, to compare: all rows' hard negatives, as most libraries do
 ) -> Tensor:        # scalar
     """Eq. 3, with s = cos / tau:
 
@@ -96,13 +105,16 @@ def main_loss(
                                              + e^{s(q_i,p_i-)} )
     """
     B, _ = q.shape
-    positives = q @ p_pos.T / tau                                    # (B, B) s(q_i, p_j+)
-    positives = positives.masked_fill(not_negative(q_id, p_id, p_id, q_id), -math.inf)
-    queries = q @ q.T / tau                                          # (B, B) s(q_i, q_j)
     itself = torch.eye(B, dtype=torch.bool, device=q.device)         # (B, B) 1[j != i] is its inverse
-    queries = queries.masked_fill(itself | not_negative(q_id, p_id, q_id, q_id), -math.inf)
+    positives = q @ p_pos.T / tau                                    # (B, B) s(q_i, p_j+)
+    positives = positives.masked_fill(~itself & duplicate(q_id, p_id, p_id, q_id), -math.inf)
+    queries = q @ q.T / tau                                          # (B, B) s(q_i, q_j)
+    queries = queries.masked_fill(itself | duplicate(q_id, p_id, q_id, q_id), -math.inf)
     own = (q * p_neg).sum(1, keepdim=True) / tau                     # (B, 1) s(q_i, p_i-), no other row's
-    own = own.masked_fill(~has_neg[:, None], -math.inf)
+    own = own.masked_fill(n_id[:, None] < 0, -math.inf)
+    if every:
+        rest = itself | (n_id[None] < 0) | duplicate(q_id, p_id, n_id, n_id)  # (B, B)
+        own = torch.cat([own, (q @ p_neg.T / tau).masked_fill(rest, -math.inf)], dim=1)  # (B, 1 + B)
     s = torch.cat([positives, queries, own], dim=1)                  # (B, 2B + 1)
     return F.cross_entropy(s, torch.arange(B, device=q.device))
 
@@ -140,6 +152,13 @@ class TrainConfig:
     max_length: int = flag(64, "tokens of a text in training; the rest is cut")
     seed: int = flag(0, "of the order of the data and of dropout")
     precision: str = flag("float32", "float32 or bf16 (autocast)")
+    micro_batch: int = flag(0, "texts of mean length in memory at a time (gradient caching); 0: all")
+    mix: str = flag("sets", "a batch holds rows of one of the sets, or mixed ones, or of all tasks alike: "
+                            "sets, mixed or tasks")
+    negatives: str = flag("own", "hard negatives of a row: own (eq. 3), or all rows' (to compare)")
+    eval: str = flag("", "BEIR folder: nDCG@10 of its dev split at each save, the best kept in OUT/best")
+    save_every: int = flag(0, "steps from one checkpoint to the next; 0: one at the end")
+    resume: bool = flag(False, "continue from OUT's last checkpoint: the same bytes as without a stop")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -149,49 +168,55 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def train(model: Gecko, stage: str, sets: Sequence[Sequence[Record]], c: TrainConfig,
-          weights: Sequence[float] | None = None, title: str = "") -> list[float]:
-    """Train in place; stage "prefinetune" (eq. 2) or "finetune" (eq. 3). Returns each step's loss."""
-    d = model.encoder.config.hidden_size
-    dims = read_dims(c.dims, d)
+          weights: Sequence[float] | None = None, title: str = "", out: Path | None = None) -> list[float]:
+    """Train in place; stage "prefinetune" (eq. 2) or "finetune" (eq. 3). Returns each step's loss.
+
+    With `out`, the folder gets metrics.jsonl and checkpoints.
+    """
+    dims = read_dims(c.dims, model.encoder.config.hidden_size)
     tokens, sides = tokenised(model, sets, c.max_length)
-    sizes = [len(rows) for rows in sets]
-    steps = c.steps or max(1, int(c.epochs * sum(sizes) / c.batch_size))
-    plan = schedule(sizes, weights or [1.0] * len(sizes), c.batch_size, steps, c.seed)
+    steps = c.steps or max(1, int(c.epochs * sum(len(rows) for rows in sets) / c.batch_size))
+    plan = batches(sets, weights, c.mix, c.batch_size, steps, c.seed)  # row numbers of every step
     peak = c.lr or (1e-2 if model.encoder.config.num_hidden_layers == 0 else 3e-5)
     trained = [p for p in model.encoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=c.weight_decay, fused=True)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
-    torch.manual_seed(c.seed)
-    model.encoder.train()
-    losses: list[float] = []
-    bar = tqdm(plan, desc=title or stage, unit="step")
-    for step, (which, rows) in enumerate(bar):
-        q_id, p_id, n_id = torch.from_numpy(sides[which][rows]).T.to(model.device)  # 3 of (B)
-        has_neg = n_id >= 0                                          # (B)
-        with autocast:
-            q = model.embed([tokens[i] for i in q_id.tolist()])      # (B, d)
-            p_pos = model.embed([tokens[i] for i in p_id.tolist()])  # (B, d)
-            p_neg = torch.zeros_like(q)                              # (B, d)
-            if stage == "finetune" and has_neg.any():
-                p_neg[has_neg] = model.embed([tokens[i] for i in n_id[has_neg].tolist()]).to(q.dtype)
-        if stage == "prefinetune":
-            loss = mrl_loss(lambda q, p: pre_loss(q, p, c.tau, q_id, p_id), dims, q, p_pos)
-        else:
-            loss = mrl_loss(lambda q, p, n: main_loss(q, p, n, c.tau, q_id, p_id, has_neg),
-                            dims, q, p_pos, p_neg)
+    model.dims = tuple(dims)
+    log = Log(out, model, optimiser, c, steps, digest(stage, c, sides, plan))
+    losses = log.resume()
+    bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
+               total=steps, disable=processes()[0] > 0)
+    for step in bar:
+        model.encoder.train()
+        torch.manual_seed(seed_of(c.seed, step))                     # so a step depends on no other's dropout
+        ids = torch.from_numpy(sides[plan[step]]).T.to(model.device)   # (3, B)
+        q_id, p_id, n_id = ids                                       # 3 of (B); n_id -1: none
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        if c.micro_batch or processes()[1] > 1:                      # any batch size, any number of processes
+            loss = backward(model, stage, c, dims, autocast, tokens, ids, step)
+        else:
+            with autocast:
+                q = model.embed([tokens[i] for i in q_id.tolist()])      # (B, d)
+                p_pos = model.embed([tokens[i] for i in p_id.tolist()])  # (B, d)
+                p_neg = torch.zeros_like(q)                              # (B, d)
+                if stage == "finetune" and (n_id >= 0).any():
+                    p_neg[n_id >= 0] = model.embed([tokens[i] for i in n_id[n_id >= 0].tolist()]).to(q.dtype)
+            if stage == "prefinetune":
+                loss = mrl_loss(lambda q, p: pre_loss(q, p, c.tau, q_id, p_id), dims, q, p_pos)
+            else:
+                loss = mrl_loss(lambda q, p, n: main_loss(q, p, n, c.tau, q_id, p_id, n_id,
+                                                          c.negatives == "all"), dims, q, p_pos, p_neg)
+            loss.backward()
+        losses.append(loss.item())
+        log.stop_unless_finite(step, losses[-1], plan[step], sets)
         torch.nn.utils.clip_grad_norm_(trained, c.clip)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, peak, c.warmup)
         optimiser.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise InputError(f"the loss is {losses[-1]} at step {step} (set {which}, rows "
-                             f"{rows[:5].tolist()} ...); lower --lr or raise --tau")
-        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
+        log.step(bar, losses, len(q_id))
+        if out and (step + 1 == steps or c.save_every and (step + 1) % c.save_every == 0):
+            log.save(step + 1)
     model.encoder.eval()
-    model.dims = tuple(dims)
     return losses
 
 
@@ -204,15 +229,15 @@ def read_dims(text: str, d: int) -> list[int]:
 
 
 def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
-              ) -> tuple[list[list[int]], list[np.ndarray]]:
-    """Every distinct text tokenised once, and for each set the ids of its texts, (rows, 3).
+              ) -> tuple[list[list[int]], np.ndarray]:
+    """Every distinct text tokenised once, and the ids of the texts of all sets' rows, (rows, 3).
 
     A row of ids is input, positive, hard negative (-1: none). Equal texts have equal ids, which is
     what the losses mask duplicates by.
     """
     ids: dict[str, int] = {}
-    sides = [np.array([[-1 if text is None else ids.setdefault(text, len(ids))
-                        for text in formatted(row, model.formats)] for row in rows]) for rows in sets]
+    sides = np.array([[-1 if text is None else ids.setdefault(text, len(ids))
+                       for text in formatted(row, model.formats)] for rows in sets for row in rows])
     return model.tokens(list(ids), max_length), sides
 
 
@@ -278,8 +303,319 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
 
 
 # ==================================================================================================
-# In practice: what the recipe prints, evaluation, the command line.
+# In practice: batches larger than memory, several processes, checkpoints, evaluation, what the recipe
+# prints, the command line.
 # ==================================================================================================
+
+# --------------------------------------------------------------------------------------------------
+# Any batch size, any number of processes
+
+
+def backward(
+    model: Gecko,
+    stage: str,
+    c: TrainConfig,
+    dims: Sequence[int],
+    autocast: torch.autocast,
+    tokens: Sequence[Sequence[int]],
+    ids: Tensor,    # (3, B) text ids of all processes' rows: inputs, positives, hard negatives or -1
+    step: int,
+) -> Tensor:        # scalar
+    """Replaces the loop's embed, loss and loss.backward(): the same gradient, in bounded memory.
+
+    Gradient caching (Gao et al. 2021): embed all texts without a graph, take the loss's gradient on
+    the vectors, embed each micro-batch again, with the same dropout, and hand it its part of that
+    gradient. Of several processes each embeds and scores its own rows, against everybody's vectors.
+    """
+    (rank, size), (_, B) = processes(), ids.shape
+    mine = slice(B * rank // size, B * (rank + 1) // size)
+    wanted = ids[:2 if stage == "prefinetune" else 3]                # (S, B) S sides
+    place = torch.arange(wanted.numel(), device=ids.device).view_as(wanted)[:, mine].flatten()
+    place = place[wanted.flatten()[place] >= 0]                      # (texts) where a vector goes in x
+    texts = [tokens[i] for i in wanted.flatten()[place].tolist()]
+    parts = micro_batches([len(t) for t in texts], c.micro_batch)
+
+    def embed_part(n: int) -> Tensor:                                # (texts of part n, d)
+        torch.manual_seed(seed_of(c.seed, step, rank, n))            # the second time, the same dropout
+        with autocast:
+            return model.embed([texts[i] for i in parts[n]])
+
+    x = torch.zeros(wanted.numel(), model.encoder.config.hidden_size, device=ids.device,
+                    dtype=next(model.encoder.parameters()).dtype)    # (S * B, d)
+    for n in range(len(parts)):
+        with torch.set_grad_enabled(n == len(parts) - 1):            # the last one's graph is kept
+            kept = embed_part(n)
+        x[place[parts[n]]] = kept.detach().to(x.dtype)
+    add_up(x)                                                        # every process has all vectors
+    loss, g = streamed_loss(x.view(*wanted.shape, -1), c.tau, dims, ids, mine, stage == "finetune",
+                            c.negatives == "all")
+    del x
+    add_up(loss)
+    add_up(g)                                                        # what others' rows say about mine
+    g = g.view(wanted.numel(), -1)                                   # (S * B, d)
+    for n in reversed(range(len(parts))):
+        kept = kept if n == len(parts) - 1 else embed_part(n)
+        kept.backward(g[place[parts[n]]].to(kept.dtype))
+    for p in model.encoder.parameters():
+        if p.requires_grad:                                          # each process has its rows' part
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            add_up(p.grad)
+    return loss
+
+
+def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of texts in groups of like length, each about `size` texts of mean length in tokens."""
+    if not size or not lengths:
+        return [list(range(len(lengths)))] * bool(lengths)
+    return list(length_batches(lengths, max(1, size * sum(lengths) // len(lengths))))
+
+
+BLOCK = 32 << 20   # bytes of one block of scores in the streamed loss
+
+
+def streamed_loss(
+    x: Tensor,       # (2 or 3, B, d) inputs, positives (and hard negatives), not of length 1
+    tau: float,
+    dims: Sequence[int],
+    ids: Tensor,     # (3, B) their text ids
+    mine: slice,     # the rows whose loss is taken, against all B rows' texts
+    main: bool,      # eq. 3, else eq. 2
+    every: bool = False,
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """Replaces mrl_loss of pre_loss or main_loss, and its backward to x: no B x B matrix.
+
+    A block of rows is scored against all texts, its softmax taken and its gradient added up, then
+    forgotten. Returns the rows' share of the loss and the gradient of that share, x's shape. The
+    derivative of u = a/|a| leaves out what points along u; `along` adds up that part as a number a text.
+    """
+    B, tiny = x.shape[1], torch.finfo(x.dtype).min
+    keys = [1] + [0] * main + [2] * (main and every)                 # sides that are scored against all rows
+    hide = duplicates_of(ids, keys)
+    loss, g = x.new_zeros(()), torch.zeros_like(x)                   # (S, B, d)
+    rows = max(1, block // (x.element_size() * B * len(keys)))
+    for dim in dims:
+        a = x[:, :, :dim]                                            # (S, B, dim)
+        scale = 1 / torch.linalg.vector_norm(a, dim=2).clamp(min=1e-12)  # (S, B)
+        along = torch.zeros_like(scale)                              # (S, B)
+        for start in range(mine.start, mine.stop, rows):
+            i = torch.arange(start, min(start + rows, mine.stop), device=x.device)  # (r)
+            u = a[0, i] * scale[0, i, None]                          # (r, dim)
+            scores = [hide(k, i, (u @ a[k].T).mul_(scale[k] / tau), tiny) for k in keys]  # each (r, B)
+            target = scores[0].gather(1, i[:, None])[:, 0]           # (r) s(q_i, p_i+)
+            parts = [s.logsumexp(1) for s in scores]                 # each (r)
+            if main:
+                own = ((u * a[2, i]).sum(1) * scale[2, i] / tau).masked_fill(ids[2, i] < 0, tiny)  # (r)
+                parts.append(own)
+            lse = torch.stack(parts).logsumexp(0)                    # (r)
+            loss += (lse - target).sum() / B
+            for n, (k, s) in enumerate(zip(keys, scores, strict=True)):
+                w = (s - lse[:, None]).exp_()                        # (r, B) the softmax
+                if n == 0:
+                    w[torch.arange(len(i)), i] -= 1                  # the gradient of -log softmax[i]
+                w /= B
+                s *= w
+                along[0, i] += s.sum(1)
+                along[k] += s.sum(0)
+                w *= scale[k] / tau
+                g[0, i, :dim] += (w @ a[k]) * scale[0, i, None]
+                g[k, :, :dim].addmm_(w.T, u)
+            if main:
+                w = (own - lse).exp() / B                            # (r)
+                along[0, i] += w * own
+                along[2, i] += w * own
+                w = (w * scale[2, i] / tau)[:, None]                 # (r, 1)
+                g[0, i, :dim] += w * a[2, i] * scale[0, i, None]
+                g[2, i, :dim] += w * u
+        for k in range(len(x)):
+            g[k, :, :dim].addcmul_(a[k], (along[k] * scale[k] ** 2)[:, None], value=-1)
+    return loss, g
+
+
+def duplicates_of(ids: Tensor, keys: Sequence[int]) -> Callable[[int, Tensor, Tensor, float], Tensor]:
+    """Replaces masked_fill(duplicate(...)) for a block: looks only at columns that can be duplicates."""
+    q_id, p_id, n_id = ids                                           # 3 of (B)
+    _, number, count = torch.unique(ids[:2], return_inverse=True, return_counts=True)
+    often = count[number] > 1                                        # (2, B) the text stands elsewhere too
+    columns = {0: often[0], 1: often[0] | often[1], 2: torch.isin(n_id, ids[:2])}  # each (B)
+    where = {k: columns[k].nonzero()[:, 0] for k in keys}
+
+    def hide(k: int, i: Tensor, s: Tensor, value: float) -> Tensor:
+        """s (r, B), the scores of rows i against side k, with what is no negative at `value`."""
+        j, r = where[k], torch.arange(len(i), device=i.device)       # (C), (r)
+        came_with = n_id if k == 2 else q_id
+        same = duplicate(q_id[i], p_id[i], ids[k, j], came_with[j])  # (r, C)
+        s[:, j] = s[:, j].masked_fill(same & (j != i[:, None]), value)
+        if k != 1:
+            s[r, i] = value                                          # 1[j != i]; p_i- has its own term
+        if k == 2:
+            s[:, n_id < 0] = value
+        return s
+
+    return hide
+
+
+def processes() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(x: Tensor) -> None:
+    """Sum over all processes, in place; the same bytes on each."""
+    if processes()[1] > 1:
+        dist.all_reduce(x)
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, such as (seed, step): what no other choice of them shares."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# A run's folder: metrics.jsonl, checkpoint-STEP/, best/ and, at the end, the model
+
+
+class Log:
+    """What a run leaves behind; only the first process writes, and nothing without a folder.
+
+    Dropout is seeded by step and the order of the data by the seed alone, so weights, optimiser and
+    step are the whole state of a run: there is no random state that a checkpoint could miss.
+    """
+
+    def __init__(self, out: Path | None, model: Gecko, optimiser: torch.optim.Optimizer, c: TrainConfig,
+                 steps: int, key: str) -> None:
+        self.out, self.model, self.optimiser = out, model, optimiser
+        self.c, self.steps, self.key = c, steps, key
+        self.first = processes()[0] == 0
+        self.beir = read_beir(c.eval, "dev") if out and c.eval and self.first else None
+        self.best, self.clock = -1.0, time.time()
+
+    def last(self) -> Path | None:
+        """The last whole checkpoint: its folder got its name when it was complete."""
+        return max(self.out.glob("checkpoint-*"), default=None) if self.out else None
+
+    def resume(self) -> list[float]:
+        """Load the last checkpoint if asked to; the losses of the steps that it holds."""
+        last = self.last()
+        state = read_json(last / "state.json") if last else {"step": 0, "best": -1.0}
+        if last and not self.c.resume and state["step"] < state["steps"]:
+            raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
+        if last and self.c.resume:
+            if state["key"] != self.key:
+                raise InputError(f"{last} is of other data or flags; give the same ones, or another --out")
+            read_checkpoint(last, self.model, self.optimiser)
+            self.best = state["best"]
+        elif self.out and self.first:
+            for old in (*self.out.glob("checkpoint-*"), self.out / "best"):
+                shutil.rmtree(old, ignore_errors=True)
+        done = state["step"] if self.c.resume else 0
+        if not (self.out and self.first):
+            return [math.nan] * done
+        for rest in self.out.glob(".*checkpoint-*"):                 # what a kill left half written
+            shutil.rmtree(rest, ignore_errors=True)
+        rows = [r for r in read_metrics(self.out) if r["step"] <= done] if done else []
+        write_jsonl(self.out / "metrics.jsonl", rows)
+        losses = [r["loss"] for r in rows if "loss" in r]
+        return losses + [math.nan] * (done - len(losses))
+
+    def row(self, **values: Any) -> None:
+        if self.out and self.first:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def step(self, bar: Any, losses: Sequence[float], examples: int) -> None:
+        """One line of metrics.jsonl, and the numbers beside the bar."""
+        rate, lr = examples / max(1e-9, time.time() - self.clock), self.optimiser.param_groups[0]["lr"]
+        self.clock = time.time()
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", lr=f"{lr:.1e}", examples_s=f"{rate:.0f}",
+                        refresh=False)
+        self.row(step=len(losses), loss=losses[-1], lr=lr, examples_s=round(rate, 1))
+
+    def stop_unless_finite(self, step: int, loss: float, rows: np.ndarray, sets: Sequence[Sequence[Record]],
+                           ) -> None:
+        """Before the optimiser takes the gradient, so the weights are still good."""
+        if not math.isfinite(loss):
+            ends = np.cumsum([len(s) for s in sets])
+            found = np.searchsorted(ends, rows[:5], side="right")
+            names = ", ".join(f"{s + 1}:{i - (ends[s] - len(sets[s])) + 1}"
+                              for s, i in zip(found, rows[:5], strict=True))
+            raise InputError(
+                f"the loss is {loss} at step {step + 1}, rows {names}{' ...' * (len(rows) > 5)} (set:row); "
+                f"lower --lr or raise --tau; last good checkpoint: {self.last() or 'none'}")
+
+    def save(self, step: int) -> None:
+        """Measure, keep the best, write the checkpoint, then drop the one before it."""
+        if self.first and self.out:
+            if self.beir:
+                scores = retrieval_scores(rankings(self.model, self.beir, "question answering"), self.beir)
+                dev = {name: round(float(np.mean(v)), 4) for name, v in scores.items()}
+                self.row(step=step, dev=dev)
+                tqdm.write(f"step {step}: dev {dev}", file=sys.stderr)
+                if dev["ndcg@10"] > self.best:
+                    self.best = dev["ndcg@10"]
+                    save(self.model, self.out / "best")
+            before = self.last()
+            state = {"step": step, "steps": self.steps, "best": self.best, "key": self.key}
+            write_checkpoint(self.out / f"checkpoint-{step:08d}", self.model, self.optimiser, state)
+            if before and before.name != f"checkpoint-{step:08d}":
+                shutil.rmtree(before)
+        if processes()[1] > 1:
+            dist.barrier()
+        self.clock = time.time()
+
+
+def write_checkpoint(folder: Path, model: Gecko, optimiser: torch.optim.Optimizer, state: dict[str, Any],
+                     ) -> None:
+    """A model folder with optimiser.safetensors and state.json; named only when whole."""
+    with folder_beside(folder) as new:
+        save(model, new)
+        moments = {f"{i}.{name}": value.detach().cpu().contiguous()
+                   for i, part in optimiser.state_dict()["state"].items() for name, value in part.items()}
+        save_file(moments, str(new / "optimiser.safetensors"))
+        (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+
+def read_checkpoint(folder: Path, model: Gecko, optimiser: torch.optim.Optimizer) -> None:
+    """What write_checkpoint wrote, into the model and the optimiser."""
+    try:
+        model.encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in load_file(str(folder / "optimiser.safetensors")).items():
+            number, _, kind = name.partition(".")
+            moments.setdefault(int(number), {})[kind] = value
+    except Exception as error:  # safetensors raises types of its own
+        raise InputError(f"{folder}: not a readable checkpoint ({error}); use another --out") from error
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+
+
+def digest(stage: str, c: TrainConfig, sides: np.ndarray, plan: Sequence[np.ndarray]) -> str:
+    """What a run is: its flags and data. A checkpoint of another run is not continued."""
+    same = replace(c, eval="", save_every=0, resume=False)
+    total = hashlib.sha256(f"{stage} {same}".encode() + sides.tobytes())
+    for rows in plan:
+        total.update(rows.tobytes())
+    return total.hexdigest()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The whole rows of a metrics.jsonl; a kill may leave half a line at its end."""
+    rows = []
+    path = folder / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def save_final(model: Gecko, out: Path) -> None:
+    """The model's files into a folder that holds the run's others too, each by one rename."""
+    save(model, out / ".model")
+    for new in sorted((out / ".model").iterdir()):
+        if (out / new.name).is_dir():
+            shutil.rmtree(out / new.name)
+        os.replace(new, out / new.name)
+    (out / ".model").rmdir()
+
 
 # --------------------------------------------------------------------------------------------------
 # Measures
@@ -512,12 +848,21 @@ def judge_quality(judge: fret.LLM, first: Gecko, beir: Beir, N: int = 20) -> dic
 # Command line
 
 
+CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks"), "negatives": ("own", "all")}
+
+
 def train_command(args: argparse.Namespace) -> None:
     c, sets, weights = from_flags(TrainConfig, args), [], []
-    if c.precision not in ("float32", "bf16"):
-        raise InputError(f"--precision {c.precision}: give float32 or bf16")
+    for name, allowed in CHOICES.items():
+        if getattr(c, name) not in allowed:
+            raise InputError(f"--{name} {getattr(c, name)}: give " + " or ".join(allowed))
     if c.tau <= 0 or c.batch_size < 1:
         raise InputError("--tau and --batch-size must be above 0")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                     # started by torchrun
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    first = processes()[0] == 0
     for item in args.data:
         path, _, weight = item.rpartition(":") if not Path(item).exists() else (item, "", "1")
         try:
@@ -525,16 +870,49 @@ def train_command(args: argparse.Namespace) -> None:
         except ValueError as error:
             raise InputError(f"{item}: no such file; give DATA or DATA:WEIGHT") from error
         sets.append(read_records(path or item))
-    say(stage=args.command, init=args.init, out=args.out, rows=[len(s) for s in sets], **vars(c))
+    if first:
+        say(stage=args.command, init=args.init, out=args.out, rows=[len(s) for s in sets],
+            processes=processes()[1], **vars(c))
     if args.init == "tiny":
         model = tiny([f"{r['query']} {r['positive'].get('title', '')} {r['positive']['text']}"
                       for rows in sets for r in rows], c.seed)
     else:
         model = load(args.init)
-    losses = train(model, args.command, sets, c, weights)
-    save(model, args.out)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    losses = train(model, args.command, sets, c, weights, out=out)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not first:
+        return
+    save_final(model, out)
     print(f"wrote {args.out}: {len(losses)} steps, loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}")
     print(f"next: python train.py evaluate --model {args.out} --beir DIR")
+
+
+def plot_command(folders: Sequence[str], output: str) -> None:
+    """Loss and dev curves of runs, by their metrics.jsonl."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("plot needs matplotlib; install it: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    runs = {folder: rows for folder in folders if (rows := read_metrics(Path(folder)))}
+    if not runs:
+        raise InputError(f"{folders[0]}: no metrics.jsonl there; give the --out folders of training runs")
+    for folder, rows in runs.items():
+        losses, dev = [r for r in rows if "loss" in r], [r for r in rows if "dev" in r]
+        left.plot([r["step"] for r in losses], [r["loss"] for r in losses], label=folder, linewidth=1)
+        right.plot([r["step"] for r in dev], [r["dev"]["ndcg@10"] for r in dev], "o-", label=folder)
+    left.set(xlabel="step", ylabel="loss")
+    right.set(xlabel="step", ylabel="nDCG@10 on dev")
+    left.legend()
+    with file_beside(output) as new:
+        figure.savefig(new, dpi=120, format="png")
+    print(f"wrote {output}: {len(runs)} runs")
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
@@ -578,11 +956,16 @@ def main() -> None:
     evaluate.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
     evaluate.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
     evaluate.add_argument("--out", help="write the figures to this JSON file")
+    plot = commands.add_parser("plot", help="loss and dev curves of runs, as a PNG")
+    plot.add_argument("runs", nargs="+", help="--out folders of prefinetune and finetune")
+    plot.add_argument("--out", default="runs/plot.png", help="the file to write (%(default)s)")
     args = parser.parse_args()
     if args.command is None:
         recipe(Path(args.out), args.seed)
     elif args.command == "evaluate":
         evaluate_command(args)
+    elif args.command == "plot":
+        plot_command(args.runs, args.out)
     else:
         train_command(args)
 

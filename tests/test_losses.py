@@ -1,0 +1,248 @@
+"""Eq. 2, eq. 3 and Matryoshka against plain Python loops: values and gradients, in float64.
+
+    python -m pytest tests/test_losses.py
+
+Invariants: a loss is its equation, term for term; a row sees its own hard negative and no other's; no
+text is a negative of itself or of its equal; a Matryoshka term sends no gradient beyond its slice.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from train import main_loss, mrl_loss, pre_loss, streamed_loss
+
+TAU = 0.5
+
+
+# The equations, as the paper writes them. x[i] are plain lists of tensors, so that autograd can follow.
+
+
+def dot(x, y):
+    return sum(a * b for a, b in zip(x, y, strict=True))
+
+
+def pre_spec(q, p, tau, q_id, p_id):
+    total = 0.0
+    for i in range(len(q)):
+        below = 0.0
+        for j in range(len(q)):
+            if j == i or (p_id[j] not in (p_id[i], q_id[i]) and q_id[j] != q_id[i]):
+                below = below + torch.exp(dot(q[i], p[j]) / tau)
+        total = total - torch.log(torch.exp(dot(q[i], p[i]) / tau) / below)
+    return total / len(q)
+
+
+def main_spec(q, p, n, tau, q_id, p_id, n_id, leave_out="", every=False):
+    """Eq. 3; leave_out drops one of its terms, for the negative controls."""
+    total = 0.0
+    for i in range(len(q)):
+        below = torch.exp(dot(q[i], p[i]) / tau)
+        for j in range(len(q)):
+            mine = (q_id[i], p_id[i])
+            if j != i and p_id[j] not in mine and q_id[j] != q_id[i] and leave_out != "positives":
+                below = below + torch.exp(dot(q[i], p[j]) / tau)
+            if j != i and q_id[j] not in mine and leave_out != "queries":
+                below = below + torch.exp(dot(q[i], q[j]) / tau)
+            if j == i and n_id[i] >= 0 and leave_out != "own":
+                below = below + torch.exp(dot(q[i], n[i]) / tau)
+            if j != i and every and n_id[j] >= 0 and n_id[j] not in mine:
+                below = below + torch.exp(dot(q[i], n[j]) / tau)
+        total = total - torch.log(torch.exp(dot(q[i], p[i]) / tau) / below)
+    return total / len(q)
+
+
+def mrl_spec(spec, dims, *vectors):
+    total = 0.0
+    for dim in dims:
+        cut = [[[a / torch.sqrt(sum(b * b for b in row[:dim])) for a in row[:dim]] for row in x]
+               for x in vectors]
+        total = total + spec(*cut)
+    return total
+
+
+def vectors(count, B, d, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, d, generator=generator, dtype=torch.float64).requires_grad_()
+            for _ in range(count)]
+
+
+def gradients(loss, x):
+    return torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def same(ours, spec, x):
+    """Value and gradients, and that there is a gradient to compare."""
+    a, b = gradients(ours, x), gradients(spec, x)
+    assert any(g.abs().max() > 1e-6 for g in a)
+    return torch.allclose(ours, spec, rtol=1e-9, atol=1e-12) and all(
+        torch.allclose(u, v, rtol=1e-7, atol=1e-10) for u, v in zip(a, b, strict=True))
+
+
+def unit(*x):
+    return [F.normalize(v, dim=1) for v in x]
+
+
+# Ids of 7 rows. Rows 1, 4: the same positive. 2, 5: the same query. 3's query is 6's positive. -1: none.
+Q = torch.tensor([0, 1, 2, 3, 4, 2, 6])
+P = torch.tensor([10, 11, 12, 13, 11, 15, 3])
+N = torch.tensor([20, -1, 22, 23, 24, -1, 20])
+DISTINCT = torch.arange(7), torch.arange(7) + 10, torch.arange(7) + 20
+
+
+@pytest.mark.parametrize("ids", [DISTINCT, (Q, P, N)], ids=["distinct", "duplicates"])
+@pytest.mark.parametrize("B,d,seed", [(1, 3, 0), (3, 5, 1), (7, 4, 2)])
+def test_eq2_is_its_loop(B, d, seed, ids):
+    x, (q_id, p_id) = vectors(2, B, d, seed), (ids[0][:B], ids[1][:B])
+    ours = pre_loss(*unit(*x), TAU, q_id, p_id)
+    if B == 1:
+        assert ours.item() == 0
+        return
+    assert same(ours, pre_spec(*unit(*x), TAU, q_id.tolist(), p_id.tolist()), x)
+    wrong = pre_spec(*unit(*x), TAU * 1.01, q_id.tolist(), p_id.tolist())
+    assert not same(ours, wrong, x)
+
+
+@pytest.mark.parametrize("ids", [DISTINCT, (Q, P, N)], ids=["distinct", "duplicates"])
+@pytest.mark.parametrize("B,d,seed", [(1, 3, 0), (3, 5, 1), (7, 4, 2)])
+def test_eq3_is_its_loop(B, d, seed, ids):
+    x, ids = vectors(3, B, d, seed), [i[:B] for i in ids]
+    ours = main_loss(*unit(*x), TAU, *ids)
+    lists = [i.tolist() for i in ids]
+    assert same(ours, main_spec(*unit(*x), TAU, *lists), x)
+    for term in ("positives", "queries", "own") if B > 1 else ("own",):
+        assert not same(ours, main_spec(*unit(*x), TAU, *lists, leave_out=term), x), term
+
+
+@pytest.mark.parametrize("ids", [DISTINCT, (Q, P, N)], ids=["distinct", "duplicates"])
+def test_all_hard_negatives_is_a_switch_and_not_eq3(ids):
+    x, lists = vectors(3, 7, 4, 3), [i.tolist() for i in ids]
+    ours = main_loss(*unit(*x), TAU, *ids, every=True)
+    assert same(ours, main_spec(*unit(*x), TAU, *lists, every=True), x)
+    assert not same(ours, main_spec(*unit(*x), TAU, *lists), x)
+
+
+@pytest.mark.parametrize("dims", [(5,), (5, 2), (4, 3, 1)])
+def test_mrl_is_its_loop(dims):
+    x, lists = vectors(3, 7, 5, 4), [i.tolist() for i in (Q, P, N)]
+
+    def spec(q, p, n):
+        return main_spec(q, p, n, TAU, *lists)
+
+    ours = mrl_loss(lambda q, p, n: main_loss(q, p, n, TAU, Q, P, N), dims, *x)
+    assert same(ours, mrl_spec(spec, dims, *x), x)
+    assert not same(ours, mrl_spec(spec, (*dims, 2), *x), x)
+    not_again = sum(spec(*(v[:, :dim] for v in unit(*x))) for dim in dims)   # cut, not normalised again
+    assert dims == (5,) or not same(ours, not_again, x)
+
+
+@pytest.mark.parametrize("stage", ["eq2", "eq3", "every"])
+@pytest.mark.parametrize("dims", [(5,), (5, 2)])
+@pytest.mark.parametrize("block", [1, 7 * 8 * 2 * 2, 1 << 20], ids=["a row", "a few rows", "whole"])
+def test_streamed_loss_is_the_loop_at_any_block(stage, dims, block):
+    x, ids, main = vectors(2 if stage == "eq2" else 3, 7, 5, 5), (Q, P, N), stage != "eq2"
+    lists = [i.tolist() for i in ids]
+
+    def spec(q, p, *n):
+        return main_spec(q, p, *n, TAU, *lists, every=stage == "every") if main else \
+            pre_spec(q, p, TAU, *lists[:2])
+
+    wanted = mrl_spec(spec, dims, *x)
+    loss, g = streamed_loss(torch.stack(x).detach(), TAU, dims, torch.stack(ids), slice(0, 7), main,
+                            stage == "every", block)
+    assert torch.allclose(loss, wanted, rtol=1e-10)
+    assert torch.allclose(g, torch.stack(gradients(wanted, x)), rtol=1e-7, atol=1e-10)
+    wrong, _ = streamed_loss(torch.stack(x).detach(), TAU, dims, torch.stack(DISTINCT), slice(0, 7), main,
+                             stage == "every", block)
+    assert not torch.allclose(wrong, wanted, rtol=1e-4)              # without the masks
+
+
+def test_streamed_loss_of_parts_adds_up_to_the_whole():
+    x, ids = torch.stack(vectors(3, 7, 5, 6)).detach(), torch.stack((Q, P, N))
+    whole, g = streamed_loss(x, TAU, (5, 2), ids, slice(0, 7), True)
+    parts = [streamed_loss(x, TAU, (5, 2), ids, rows, True) for rows in (slice(0, 3), slice(3, 7))]
+    assert torch.allclose(sum(p[0] for p in parts), whole) and torch.allclose(sum(p[1] for p in parts), g)
+    assert not torch.allclose(parts[0][1], g)
+
+
+# Properties
+
+
+@pytest.mark.parametrize("B", [1, 2, 9])
+def test_equal_vectors_give_log_of_the_number_of_terms(B):
+    x = torch.ones(B, 4, dtype=torch.float64) / 2
+    q_id, p_id, n_id = torch.arange(B), torch.arange(B) + B, torch.arange(B) + 2 * B
+    assert pre_loss(x, x, TAU, q_id, p_id).item() == pytest.approx(math.log(B))
+    assert main_loss(x, x, x, TAU, q_id, p_id, n_id).item() == pytest.approx(math.log(2 * B))
+    assert main_loss(x, x, x, TAU, q_id, p_id, n_id * 0 - 1).item() == pytest.approx(math.log(2 * B - 1))
+
+
+def rows_of_loss(q, p, n, ids):
+    """The loss of each row alone: B * d loss / d (its share), by leaving the others' targets constant."""
+    B = len(q)
+    return [streamed_loss(torch.stack([q, p, n]), TAU, (q.shape[1],), torch.stack(ids), slice(i, i + 1),
+                          True)[0].item() * B for i in range(B)]
+
+
+def test_eq3_row_ignores_other_hard_negatives():
+    q, p, n = unit(*(v.detach() for v in vectors(3, 7, 4, 7)))
+    before = rows_of_loss(q, p, n, DISTINCT)
+    n[2] = -n[2]
+    after = rows_of_loss(q, p, n, DISTINCT)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [i != 2 for i in range(7)]
+    assert main_loss(q, p, n, TAU, *DISTINCT).item() == pytest.approx(sum(after) / 7)
+
+
+def test_eq3_has_no_term_of_a_query_with_itself():
+    """s(q_i, q_i) is 1 / tau whatever q is; with it, this loss could not come near 0."""
+    q = torch.eye(4, dtype=torch.float64)
+    none = torch.full((4,), -1)
+    assert main_loss(q, q, q, 0.02, torch.arange(4), torch.arange(4) + 4, none).item() < 1e-9
+
+
+def test_eq3_without_its_extras_is_eq2():
+    (q, p, n), none = unit(*(v.detach() for v in vectors(3, 6, 4, 8))), torch.full((6,), -1)
+    ids = torch.arange(6), torch.arange(6) + 6
+    eq2 = pre_loss(q, p, TAU, *ids).item()
+    lists = [i.tolist() for i in (*ids, none)]
+    assert main_spec(q, p, n, TAU, *lists, leave_out="queries").item() == pytest.approx(eq2)
+    assert main_loss(q, p, n, TAU, *ids, none).item() > 1.01 * eq2   # the same-tower negatives
+
+
+def test_losses_do_not_depend_on_the_order_of_rows():
+    (q, p, n), order = unit(*(v.detach() for v in vectors(3, 7, 4, 9))), torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    for loss, x, ids in ((pre_loss, (q, p), (Q, P)), (main_loss, (q, p, n), (Q, P, N))):
+        moved = loss(*(v[order] for v in x), TAU, *(i[order] for i in ids))
+        assert moved.item() == pytest.approx(loss(*x, TAU, *ids).item(), rel=1e-12)
+
+
+def test_small_mrl_term_sends_no_gradient_beyond_its_slice():
+    x = vectors(2, 5, 6, 10)
+    ids = torch.arange(5), torch.arange(5) + 5
+    for g in gradients(mrl_loss(lambda q, p: pre_loss(q, p, TAU, *ids), [2], *x), x):
+        assert g[:, 2:].abs().max() == 0 and g[:, :2].abs().min() > 0
+
+
+def test_missing_negative_leaves_its_term_out_whatever_its_vector():
+    q, p, n = unit(*(v.detach() for v in vectors(3, 7, 4, 11)))
+    other = torch.where((N < 0)[:, None], 0 * n, n)
+    assert main_loss(q, p, n, TAU, Q, P, N) == main_loss(q, p, other, TAU, Q, P, N)
+    assert main_loss(q, p, n, TAU, Q, P, N) != main_loss(q, p, other, TAU, Q, P, N.abs() + 30)
+
+
+@pytest.mark.parametrize("who", ["positive", "query", "symmetric"])
+def test_duplicates_are_masked(who):
+    """A row's equal elsewhere in the batch does not change the row's loss; as another text it does."""
+    q, p, n = unit(*(v.detach() for v in vectors(3, 5, 4, 12)))
+    ids = [torch.arange(5), torch.arange(5) + 10, torch.arange(5) + 20]
+    distinct = rows_of_loss(q, p, n, ids)
+    if who == "positive":
+        ids[1][3] = ids[1][0]
+    elif who == "query":
+        ids[0][3] = ids[0][0]
+    else:
+        ids[0][3] = ids[1][0]                                        # row 3 asks with row 0's positive
+    masked = rows_of_loss(q, p, n, ids)
+    assert masked[0] < distinct[0] and masked[1] == distinct[1]

@@ -1,0 +1,524 @@
+"""The loop: any batch size, any number of processes, stoppable; the mixture; the converters.
+
+    python -m pytest tests/test_training.py
+
+Invariants: micro-batches, blocks of the loss, Matryoshka and processes change memory and time, not the
+gradient; a run that was killed and continued writes the bytes of one that was not.
+"""
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from data import batches, mixed_schedule, read_records, record, schedule
+from gecko import InputError, load, run, save, tiny
+from test_losses import main_spec, mrl_spec, pre_spec
+from train import TrainConfig, backward, micro_batches, seed_of
+
+ROOT = Path(train.__file__).parent
+# a fresh interpreter with the modules imported, from which children start in no time
+START = multiprocessing.get_context("forkserver")
+START.set_forkserver_preload(["test_training"])
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+
+WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
+
+
+def sentence(rng, low=2, high=9):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def records(count, seed=0, negatives=True):
+    """Toy rows whose positive shares a word with the query that nothing else holds."""
+    rng, rows = random.Random(seed), []
+    for i in range(count):
+        text = {"title": "", "text": f"{sentence(rng)} k{i} {sentence(rng)}"}
+        negative = {"title": "", "text": sentence(rng)} if negatives and i % 3 else None
+        rows.append(record("search result", f"k{i} {sentence(rng, 1, 3)}", text, negative))
+    return rows
+
+
+def small_model(layers=1, dropout=0.2, seed=0):
+    rows = records(40)
+    texts = [f"task: search result | query: {r['query']} title: none | text: {r['positive']['text']}"
+             for r in rows]
+    model = tiny(texts, seed, vocabulary=200, hidden_size=8, num_hidden_layers=layers, num_attention_heads=2,
+                 intermediate_size=12, max_position_embeddings=32, layer_norm_eps=1e-6,
+                 hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.encoder.parameters():                             # so that no part starts as the identity
+        p.data += 0.3 * torch.randn(p.shape, generator=generator)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# One gradient, whatever the machinery
+
+B = 7
+TOKENS = [[2 + (i * k) % 60 for k in range(1, 2 + i % 5)] for i in range(40)]
+IDS = {"distinct": torch.stack([torch.arange(B), torch.arange(B) + 10, torch.arange(B) + 20]),
+       "duplicates": torch.tensor([[0, 1, 2, 3, 4, 2, 6], [10, 11, 12, 13, 11, 15, 3],
+                                   [20, 21, 22, 23, 24, 21, 20]])}
+MISSING = torch.tensor([0, 0, 1, 0, 1, 0, 0]).bool()
+TAU, STEP = 0.3, 5
+
+
+def text_ids(duplicates, missing):
+    ids = IDS["duplicates" if duplicates else "distinct"].clone()
+    ids[2, MISSING & missing] = -1
+    return ids
+
+
+def spec_gradient(stage, dims, ids, micro_batch, size, every=False, seed=0, leave_out=""):
+    """The float64 gradient of the plain loss, one graph over everything, with the same dropout.
+
+    Dropout is drawn where the machinery draws it (a pass of a process), so the passes are laid out
+    alike; all else is the plain loss of all rows on all vectors.
+    """
+    model = small_model()
+    model.encoder.double().train()
+    sides = ids[:2 if stage == "prefinetune" else 3]
+    x = {}
+    for rank in range(size):
+        mine = range(B * rank // size, B * (rank + 1) // size)
+        place = [(s, i) for s in range(len(sides)) for i in mine if sides[s, i] >= 0]
+        texts = [TOKENS[sides[s, i]] for s, i in place]
+        for n, part in enumerate(micro_batches([len(t) for t in texts], micro_batch)):
+            torch.manual_seed(seed_of(seed, STEP, rank, n))
+            for k, vector in zip(part, model.embed([texts[k] for k in part]), strict=True):
+                x[place[k]] = vector
+    zero = torch.zeros(8, dtype=torch.float64) + 0.1
+    vectors = [[x.get((s, i), zero) for i in range(B)] for s in range(len(sides))]
+    lists = [row.tolist() for row in ids]
+    if stage == "prefinetune":
+        loss = mrl_spec(lambda q, p: pre_spec(q, p, TAU, *lists[:2]), dims, *vectors)
+    else:
+        loss = mrl_spec(lambda q, p, n: main_spec(q, p, n, TAU, *lists, every=every, leave_out=leave_out),
+                        dims, *vectors)
+    loss.backward()
+    return loss.item(), flat_gradient(model)
+
+
+def flat_gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.encoder.parameters() if p.grad is not None])
+
+
+def our_gradient(stage, dims, ids, micro_batch, block, every=False):
+    model = small_model()
+    model.encoder.double().train()
+    c = TrainConfig(tau=TAU, micro_batch=micro_batch, negatives="all" if every else "own")
+    train.BLOCK, streamed = block, train.streamed_loss
+    train.streamed_loss = lambda *a: streamed(*a, block=block)
+    try:
+        loss = backward(model, stage, c, dims, torch.autocast("cpu", enabled=False), TOKENS, ids, STEP)
+    finally:
+        train.streamed_loss = streamed
+    return loss.item(), flat_gradient(model)
+
+
+CASES = [(stage, micro_batch, block, dims, duplicates, missing)
+         for stage, micro_batch, block, dims, duplicates, missing in itertools.product(
+             ("prefinetune", "finetune"), (0, 2), (1, 1 << 20), ((8,), (8, 3)), (False, True), (False, True))
+         if stage == "finetune" or not missing]
+
+
+def close(a, b):
+    return math.isclose(a[0], b[0], rel_tol=1e-9) and torch.allclose(a[1], b[1], rtol=1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)).replace(" ", ""))
+def test_one_process_has_the_plain_gradient(case):
+    stage, micro_batch, block, dims, duplicates, missing = case
+    ids = text_ids(duplicates, missing)
+    ours = our_gradient(stage, dims, ids, micro_batch, block)
+    assert ours[1].abs().max() > 1e-3
+    assert close(ours, spec_gradient(stage, dims, ids, micro_batch, 1))
+    # negative controls: each ingredient, when it is another, gives another gradient
+    assert not close(ours, spec_gradient(stage, dims, ids, micro_batch, 1, seed=1))          # dropout
+    assert not close(ours, spec_gradient(stage, (*dims, 2), ids, micro_batch, 1))            # Matryoshka
+    assert not close(ours, spec_gradient(stage, dims, text_ids(not duplicates, missing), micro_batch, 1))
+    if stage == "finetune":
+        assert not close(ours, spec_gradient(stage, dims, text_ids(duplicates, not missing), micro_batch, 1))
+        assert not close(ours, spec_gradient(stage, dims, ids, micro_batch, 1, leave_out="queries"))
+
+
+def test_all_hard_negatives_through_the_machinery():
+    ids = text_ids(True, True)
+    ours = our_gradient("finetune", (8, 3), ids, 2, 1, every=True)
+    assert close(ours, spec_gradient("finetune", (8, 3), ids, 2, 1, every=True))
+    assert not close(ours, spec_gradient("finetune", (8, 3), ids, 2, 1))
+
+
+def test_replay_without_the_same_dropout_is_another_gradient(monkeypatch):
+    seeds = itertools.count(1)
+    monkeypatch.setattr(train, "seed_of", lambda *numbers: next(seeds))
+    ours = our_gradient("finetune", (8,), text_ids(False, False), 2, 1 << 20)
+    monkeypatch.setattr(train, "seed_of", seed_of)
+    assert not close(ours, our_gradient("finetune", (8,), text_ids(False, False), 2, 1 << 20))
+
+
+def one_of_two(rank, folder, cases):
+    """A process of two: its gradient in every case, written to a file."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    out = [our_gradient(stage, dims, text_ids(duplicates, missing), micro_batch, block)
+           for stage, micro_batch, block, dims, duplicates, missing in cases]
+    torch.distributed.destroy_process_group()
+    np.savez(f"{folder}/{rank}.npz", *[np.concatenate([[loss], g.numpy()]) for loss, g in out])
+
+
+def test_two_processes_have_the_plain_gradient(tmp_path):
+    """Seven rows, so the two have three and four; with hard negatives, the case that often fails."""
+    children = [START.Process(target=one_of_two, args=(rank, tmp_path, CASES)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    found = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
+    for number, (stage, micro_batch, _, dims, duplicates, missing) in enumerate(CASES):
+        a, b = (f[f"arr_{number}"] for f in found)
+        assert a.tobytes() == b.tobytes()                            # so the weights stay the same on both
+        ours = a[0], torch.from_numpy(a[1:])
+        ids = text_ids(duplicates, missing)
+        wanted = spec_gradient(stage, dims, ids, micro_batch, 2)
+        assert close(ours, wanted), CASES[number]
+        assert not close((wanted[0], wanted[1] * 2), ours) and not close((wanted[0], wanted[1] / 2), ours)
+
+
+# --------------------------------------------------------------------------------------------------
+# The loop
+
+
+def weights_of(model):
+    return b"".join(p.detach().numpy().tobytes() for p in model.encoder.parameters())
+
+
+LOOP = TrainConfig(batch_size=16, epochs=2, lr=1e-2, tau=0.2, dims="8,3", max_length=32)
+
+
+@pytest.mark.parametrize("stage", ["prefinetune", "finetune"])
+def test_loss_falls_and_its_own_positive_is_found(stage):
+    rows, model = records(40), small_model(0, 0.0)
+    before = first_hits(model, rows)
+    losses = train.train(model, stage, [rows], replace(LOOP, steps=120, lr=3e-2))
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+    assert first_hits(model, rows) > before + 0.3
+
+
+def first_hits(model, rows):
+    q = model.encode_queries([r["query"] for r in rows], "search result")
+    p = model.encode_passages([r["positive"]["text"] for r in rows])
+    return float(np.mean((q @ p.T).argmax(1) == np.arange(len(rows))))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 4])
+def test_same_seed_same_bytes(micro_batch):
+    def trained(seed):
+        model, c = small_model(), replace(LOOP, seed=seed, micro_batch=micro_batch)
+        return train.train(model, "finetune", [records(40)], c), model
+
+    (a, x), (b, y), (other, z) = trained(0), trained(0), trained(1)
+    assert a == b and weights_of(x) == weights_of(y)
+    assert a != other and weights_of(x) != weights_of(z)
+
+
+def test_micro_batches_train_the_same_model_without_dropout():
+    models = [small_model(1, 0.0) for _ in range(2)]
+    losses = [train.train(m, "finetune", [records(40)], replace(LOOP, micro_batch=n))
+              for m, n in zip(models, (0, 3), strict=True)]
+    assert np.allclose(*losses, rtol=1e-4)
+
+
+def test_micro_batches_hold_like_lengths_and_like_many_tokens():
+    lengths = [random.Random(i).randint(3, 60) for i in range(200)]
+    parts = micro_batches(lengths, 16)
+    assert sorted(i for part in parts for i in part) == list(range(200))
+    most = 16 * sum(lengths) / len(lengths)
+    assert all(len(part) * max(lengths[i] for i in part) <= most for part in parts)
+    padded = sum(len(part) * max(lengths[i] for i in part) for part in parts)
+    assert padded < 1.15 * sum(lengths)
+
+
+def test_an_infinite_loss_names_step_rows_and_checkpoint(tmp_path, monkeypatch):
+    """An infinite learning rate spoils the weights at step 4 of checkpoints at 2, 4, ..."""
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-2 if step < 2 else math.inf)
+    wrong = r"nan at step 4, rows [12]:\d+, .*last good checkpoint: .*checkpoint-00000002$"
+    with pytest.raises(InputError, match=wrong):
+        train.train(small_model(), "finetune", [records(40), records(20, 1)],
+                    replace(LOOP, steps=6, save_every=2), out=tmp_path)
+    kept = load(tmp_path / "checkpoint-00000002")
+    assert all(p.isfinite().all() for p in kept.encoder.parameters())
+
+
+# --------------------------------------------------------------------------------------------------
+# Stopping and going on
+
+
+RESUMED = replace(LOOP, steps=60, save_every=1, micro_batch=4, resume=True)
+
+
+def run_in(folder, c):
+    """Train from the same start in `folder`; the model ends in folder/model.safetensors."""
+    torch.set_num_threads(1)
+    model = small_model(1, 0.1)
+    train.train(model, "finetune", [records(40), records(30, 1)], c, [2, 1], out=Path(folder))
+    train.save_final(model, Path(folder))
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.suffix == ".safetensors"}
+
+
+def test_killed_at_ten_random_moments_gives_the_same_bytes(tmp_path):
+    run_in(tmp_path / "whole", replace(RESUMED, resume=False))
+    rng, steps = random.Random(time.time_ns()), [0]
+    for _ in range(10):
+        child = START.Process(target=run_in, args=(tmp_path / "killed", RESUMED))
+        child.start()
+        deadline = time.time() + 20
+        while done_steps(tmp_path / "killed") <= steps[-1] and time.time() < deadline and child.is_alive():
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        assert child.exitcode == -signal.SIGKILL                     # it was running
+        steps.append(done_steps(tmp_path / "killed"))
+    assert 0 < steps[1] and steps[-1] < 60 and steps == sorted(steps)
+    run_in(tmp_path / "killed", RESUMED)
+    assert files(tmp_path / "whole") == files(tmp_path / "killed") != {}
+    rows = [train.read_metrics(tmp_path / name) for name in ("whole", "killed")]
+    assert [[(r["step"], r["loss"]) for r in x] for x in rows][0] == [(r["step"], r["loss"]) for r in rows[1]]
+    assert not list((tmp_path / "killed").glob(".*"))
+
+
+def done_steps(folder):
+    return max((int(p.name[-8:]) for p in Path(folder).glob("checkpoint-*")), default=0)
+
+
+def test_a_checkpoint_of_other_flags_or_data_is_refused(tmp_path):
+    c = replace(LOOP, steps=4, save_every=2)
+    train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
+    for stage, rows, other in (("finetune", records(40), replace(c, lr=1e-3)), ("finetune", records(39), c),
+                               ("prefinetune", records(40), c)):
+        with pytest.raises(InputError, match="other data or flags"):
+            train.train(small_model(), stage, [rows], replace(other, resume=True), out=tmp_path)
+
+
+def test_an_unfinished_run_is_not_overwritten_without_resume(tmp_path):
+    c = replace(LOOP, steps=4, save_every=2)
+    train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
+    train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)     # a finished one is replaced
+    state = tmp_path / "checkpoint-00000004/state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "steps": 9}))
+    with pytest.raises(InputError, match="--resume"):
+        train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
+
+
+def test_the_best_on_dev_is_kept(tmp_path):
+    rows = records(30)
+    beir_folder(tmp_path / "beir", rows, "dev")
+    c = replace(LOOP, steps=30, lr=3e-2, save_every=5, eval=str(tmp_path / "beir"))
+    train.train(small_model(0, 0.0), "finetune", [rows], c, out=tmp_path / "run")
+    dev = [r["dev"]["ndcg@10"] for r in train.read_metrics(tmp_path / "run") if "dev" in r]
+    assert len(dev) == 6 and max(dev) > dev[0]
+    beir = train.read_beir(tmp_path / "beir", "dev")
+    best = load(tmp_path / "run/best")
+    score = np.mean(train.retrieval_scores(train.rankings(best, beir, "question answering"), beir)["ndcg@10"])
+    assert score == pytest.approx(max(dev), abs=1e-4)
+
+
+def beir_folder(folder, rows, split):
+    (folder / "qrels").mkdir(parents=True)
+    lines = ["query-id\tcorpus-id\tscore"] + [f"q{i}\tp{i}\t1" for i in range(len(rows))]
+    (folder / f"qrels/{split}.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "corpus.jsonl").write_text("".join(
+        json.dumps({"_id": f"p{i}", **r["positive"]}) + "\n" for i, r in enumerate(rows)))
+    (folder / "queries.jsonl").write_text("".join(
+        json.dumps({"_id": f"q{i}", "text": r["query"]}) + "\n" for i, r in enumerate(rows)))
+
+
+# --------------------------------------------------------------------------------------------------
+# The mixture
+
+
+def test_schedule_goes_through_each_set_before_any_row_again():
+    plan = schedule([10, 23], [1, 3], 5, 200, seed=0)
+    for which, size in ((0, 10), (1, 23)):
+        mine = [rows for s, rows in plan if s == which]
+        each = size // 5
+        for k in range(0, len(mine) - each, each):
+            assert len(set(np.concatenate(mine[k:k + each]))) == each * 5
+        first, second = np.concatenate(mine[:each]), np.concatenate(mine[each:2 * each])
+        assert first.tolist() != second.tolist()                     # another order the second time
+    assert 0.15 < np.mean([s == 0 for s, _ in plan]) < 0.35
+
+
+def test_schedule_is_the_same_for_a_longer_run_and_another_for_another_seed():
+    def rows(*a):
+        return [r.tolist() for _, r in schedule([40, 30], [1, 1], 8, *a)]
+
+    assert rows(20, 0) == rows(20, 0) != rows(20, 1)
+
+
+@pytest.mark.parametrize("mix", ["sets", "mixed", "tasks"])
+def test_batches_hold_rows_of_the_mixture(mix):
+    sets = [records(30), records(20, 1)]
+    for i, row in enumerate(sets[0]):
+        row["task"] = "rare" if i < 3 else "search result"
+    plan = batches(sets, [1, 1], mix, 10, 60, seed=0)
+    from_first = [np.mean(rows < 30) for rows in plan]
+    assert all(len(rows) == 10 and rows.min() >= 0 and rows.max() < 50 for rows in plan)
+    if mix == "sets":
+        assert set(from_first) == {0.0, 1.0}
+    else:
+        assert 0.3 < np.mean(from_first) < 0.9 and not {0.0, 1.0} >= set(from_first)
+    rare = np.mean([np.mean(rows < 3) for rows in plan])
+    assert (0.4 < rare < 0.6) if mix == "tasks" else rare < 0.15
+
+
+def test_mixed_batches_go_through_each_group_before_any_row_again():
+    plan = np.concatenate(mixed_schedule([np.arange(10), np.arange(10, 40)], [1, 1], 8, 40, seed=3))
+    first = plan[plan < 10]
+    assert all(sorted(first[k:k + 10]) == list(range(10)) for k in range(0, len(first) - 10, 10))
+
+
+# --------------------------------------------------------------------------------------------------
+# Converters, on files as their publishers write them
+
+
+def lines(path, *rows):
+    path.write_text("".join((json.dumps(r) if isinstance(r, dict) else r) + "\n" for r in rows))
+    return str(path)
+
+
+def converted(tmp_path, kind, *arguments):
+    command(data.main, "convert", kind, *arguments, str(tmp_path / "out.jsonl"))
+    return read_records(tmp_path / "out.jsonl")
+
+
+def command(main, *arguments):
+    """Run a module's command line as from a shell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["prog", *map(str, arguments)])
+        run(main)
+
+
+def texts(row):
+    return row["query"], row["positive"]["text"], row["negative"] and row["negative"]["text"]
+
+
+@pytest.mark.parametrize("style", ["snli", "numbers"])
+def test_nli_sets_entailment_against_contradiction_of_the_same_premise(tmp_path, style):
+    triples = [("a man eats", "a man is eating", "entailment"), ("a man eats", "he sleeps", "contradiction"),
+               ("a man eats", "he is old", "neutral"), ("a dog runs", "an animal runs", "entailment"),
+               ("a dog runs", "it is fast", "-"), ("a cat", "no cat", "contradiction")]
+    if style == "snli":
+        rows = [{"sentence1": a, "sentence2": b, "gold_label": c, "annotator_labels": [c]}
+                for a, b, c in triples]
+    else:
+        number = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}
+        rows = [{"premise": a, "hypothesis": b, "label": number[c]} for a, b, c in triples]
+    out = converted(tmp_path, "nli", lines(tmp_path / "in.jsonl", *rows))
+    assert [texts(r) for r in out] == [("a man eats", "a man is eating", "he sleeps"),
+                                       ("a dog runs", "an animal runs", None)]
+    assert all(r["symmetric"] and r["task"] == "semantic similarity" for r in out)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_classification_triples_share_one_id_of_their_own(tmp_path, kind):
+    pairs = [("card, lost", "card"), ("my card is gone", "card"), ("top up failed", "money"),
+             ("no cash", "money")]
+    if kind == "csv":
+        path = lines(tmp_path / "in.csv", "text,category", *(f'"{a}",{b}' for a, b in pairs))
+    else:
+        path = lines(tmp_path / "in.jsonl", *({"text": a, "label": b} for a, b in pairs))
+    out, label = converted(tmp_path, "classification", path), dict(pairs)
+    assert len(out) == 4 and all(r["symmetric"] and r["task"] == "classification" for r in out)
+    for n, row in enumerate(out):
+        x, positive, negative = (t.removesuffix(f" [{n}]") for t in texts(row))
+        assert all(t.endswith(f" [{n}]") for t in texts(row))
+        assert label[x] == label[positive] != label[negative] and x != positive
+    out = converted(tmp_path, "classification", "--no-ids", path)
+    assert len(out) == 4 and all("[" not in t for r in out for t in texts(r))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_choice_has_the_right_option_and_a_wrong_one(tmp_path, first):
+    options = {"opa": "A", "opb": "B", "opc": "C", "opd": "D"}
+    rows = [{"question": f"q{i}", **options, "cop": first + i, "exp": "x"} for i in range(4)]
+    out = converted(tmp_path, "choice", lines(tmp_path / "in.jsonl", *rows))
+    assert [r["positive"]["text"] for r in out] == list("ABCD")
+    wrong = [set("ABCD") - {r["positive"]["text"]} for r in out]
+    assert all(r["negative"]["text"] in w and not r["symmetric"] for r, w in zip(out, wrong, strict=True))
+
+
+def test_beir_mines_negatives_that_nobody_judged_relevant(tmp_path):
+    rows = records(12)
+    beir_folder(tmp_path / "beir", rows, "train")
+    out = converted(tmp_path, "beir", str(tmp_path / "beir"))
+    assert [texts(r) for r in out] == [(r["query"], r["positive"]["text"], None) for r in rows]
+    save(small_model(0, 0.0), tmp_path / "model")
+    out = converted(tmp_path, "beir", "--model", tmp_path / "model", "--depth", "5", tmp_path / "beir")
+    assert len(out) == 12 and all(r["negative"]["text"] != r["positive"]["text"] for r in out)
+
+
+def test_pairs_of_several_publishers(tmp_path):
+    path = lines(tmp_path / "in.jsonl", {"query": "a", "positive": "b"}, {"title": "c", "body": "d"},
+                 {"query": "e", "pos": ["f", "g"]}, {"question": "same", "answer": "same"})
+    assert [texts(r) for r in converted(tmp_path, "pairs", path)] == [
+        ("a", "b", None), ("c", "d", None), ("e", "f", None), ("e", "g", None)]
+    tsv = lines(tmp_path / "in.tsv", "question\tanswer", 'say "hi\tto him')
+    assert texts(converted(tmp_path, "pairs", tsv)[0]) == ('say "hi', "to him", None)
+
+
+@pytest.mark.parametrize("kind,row,message", [
+    ("nli", {"sentence1": "a", "sentence2": "b", "gold_label": "maybe"}, "in.jsonl:1: label 'maybe'"),
+    ("nli", {"sentence1": "a", "label": 1}, "in.jsonl:1: no sentence2 or hypothesis"),
+    ("choice", {"question": "a", "cop": "two"}, "in.jsonl:1: cop 'two'"),
+    ("choice", {"question": "a", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": 7}, ":1: cop 7"),
+    ("classification", {"text": "a", "label": "b"}, "at least two labels"),
+    ("pairs", {"left": "a", "right": "b"}, "in.jsonl:1: no query"),
+    ("pairs", "{", "in.jsonl:1: not JSON")])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, kind, row, message):
+    with pytest.raises(SystemExit) as stop:
+        converted(tmp_path, kind, lines(tmp_path / "in.jsonl", row))
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and message in error and "\n" not in error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
+    data.write_jsonl(tmp_path / "a.jsonl", records(40))
+    data.write_jsonl(tmp_path / "b.jsonl", records(30, 1, negatives=False))
+    arguments = ["finetune", f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1", "--init", "tiny", "--out",
+                 tmp_path / "run", "--batch-size", "8", "--steps", "6", "--micro-batch", "4",
+                 "--mix", "mixed", "--save-every", "3", "--precision", "bf16"]
+    command(train.main, *arguments)
+    first = files(tmp_path / "run")
+    command(train.main, *arguments, "--resume")                      # nothing left to do
+    assert files(tmp_path / "run") == first and "6 steps" in capsys.readouterr().out
+    assert load(tmp_path / "run").dims == (384,)
+    pytest.importorskip("matplotlib", reason="plot needs matplotlib")
+    command(train.main, "plot", tmp_path / "run", "--out", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_without_matplotlib_names_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(SystemExit) as stop:
+        command(train.main, "plot", tmp_path)
+    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
