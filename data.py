@@ -37,8 +37,20 @@ from typing import Any
 
 import numpy as np
 
-from gecko import (FORMATS, Gecko, InputError, format_passage, format_query, load, open_text, read_jsonl,
-                   read_passages, run, topk, write_jsonl)
+from gecko import (
+    FORMATS,
+    Gecko,
+    InputError,
+    format_passage,
+    format_query,
+    load,
+    open_text,
+    read_jsonl,
+    read_passages,
+    run,
+    topk,
+    write_jsonl,
+)
 
 Record = dict[str, Any]  # the row described at `record`
 

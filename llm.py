@@ -46,8 +46,22 @@ import numpy as np
 from tqdm import tqdm
 
 from data import Record, record, sentences, spoken
-from gecko import (Gecko, InputError, add_flags, fill, flag, format_query, from_flags, load, read_jsonl,
-                   read_passages, run, say, topk, write_jsonl)
+from gecko import (
+    Gecko,
+    InputError,
+    add_flags,
+    fill,
+    flag,
+    format_query,
+    from_flags,
+    load,
+    read_jsonl,
+    read_passages,
+    run,
+    say,
+    topk,
+    write_jsonl,
+)
 
 Passage = dict[str, str]  # {"_id", "title", "text"}
 # N candidates of a query; r ranks from 1; R fused scores, larger is better.

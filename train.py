@@ -45,11 +45,28 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llm as fret
-from data import (Record, batches, builtin_corpus, builtin_pairs, formatted, read_qrels, read_records,
-                  record)
-from gecko import (Gecko, InputError, add_flags, file_beside, flag, folder_beside, from_flags,
-                   length_batches, load, normalise, read_json, read_jsonl, read_passages, run, save, say,
-                   tiny, topk, write_jsonl)
+from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_qrels, read_records, record
+from gecko import (
+    Gecko,
+    InputError,
+    add_flags,
+    file_beside,
+    flag,
+    folder_beside,
+    from_flags,
+    length_batches,
+    load,
+    normalise,
+    read_json,
+    read_jsonl,
+    read_passages,
+    run,
+    save,
+    say,
+    tiny,
+    topk,
+    write_jsonl,
+)
 
 # B rows in a batch, d the model's dimension, D the Matryoshka dimensions, tau the temperature.
 # q, p_pos, p_neg: (B, d), rows of length 1; sim is then the inner product.

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_losses import main_spec, mrl_spec, pre_spec
 
 import data
 import train
 from data import batches, mixed_schedule, read_records, record, schedule
 from gecko import InputError, load, run, save, tiny
-from test_losses import main_spec, mrl_spec, pre_spec
 from train import TrainConfig, backward, micro_batches, seed_of
 
 ROOT = Path(train.__file__).parent
