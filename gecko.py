@@ -570,9 +570,9 @@ def flag(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type) -> None:
+def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str] = ()) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
-    for f in fields(config):
+    for f in (f for f in fields(config) if f.name not in skip):
         name, how = "--" + f.name.replace("_", "-"), {"help": f"{f.metadata['help']} (%(default)s)"}
         if isinstance(f.default, bool):
             parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, **how)

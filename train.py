@@ -9,6 +9,7 @@ is one pure function; one loop trains both stages.
     torchrun --nproc-per-node N train.py finetune ...     the same gradient on N processes
     python train.py evaluate --model DIR --beir DIR
     python train.py plot runs/*                           loss and dev curves -> a PNG
+    python train.py ablate labels|rerank|formats|...      the paper's tables in small
 
 Where we differ from the paper, or fill a gap in it:
 1. tau, optimiser, learning rate, batch size, steps, weight of the Matryoshka terms (3.3, silent):
@@ -23,7 +24,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,8 +48,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llm as fret
-from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_qrels, read_records, record
+from data import (
+    Record,
+    batches,
+    builtin_corpus,
+    builtin_pairs,
+    convert_classification,
+    formatted,
+    read_qrels,
+    read_records,
+    record,
+)
 from gecko import (
+    FORMATS,
+    PLAIN,
     Gecko,
     InputError,
     add_flags,
@@ -54,6 +69,7 @@ from gecko import (
     flag,
     folder_beside,
     from_flags,
+    is_bag,
     length_batches,
     load,
     normalise,
@@ -286,9 +302,8 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     corpus = corpus or builtin_corpus()
     write_jsonl(out / "corpus.jsonl", corpus)
     pairs = builtin_pairs(corpus, n.pairs, seed)
-    untrained = tiny([f"{p['title']} {p['text']}" for p in corpus]
-                     + [f"{r['query']} {r['positive']['text']}" for r in pairs], seed)
-    pre = copy.deepcopy(untrained)
+    start_model = untrained(corpus, pairs, seed)
+    pre = copy.deepcopy(start_model)
     train(pre, "prefinetune", [pairs], replace(c, steps=n.pre_steps), title="pre-finetune")
 
     print("3.2  FRet, step 1: a task and a query for passages, then the first embedder on (q, p_seed)")
@@ -300,6 +315,7 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     first = copy.deepcopy(pre)
     train(first, "prefinetune", [seeds], replace(c, steps=n.steps, lr=n.lr), title="first embedder")
     save(first, out / "seed")
+    save(pre, out / "pre")                                           # where the rows of `ablate` start
 
     print("3.2  FRet, step 2: the top 20, ranked twice, fused, relabelled")
     judge = fret.Offline(corpus, first, seed)
@@ -312,11 +328,17 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     save(gecko, out / "gecko")
 
     show_relabelled(rows, corpus)
-    table = ladder(out, corpus, judge, {"untrained": untrained, "pre-finetuned": pre,
+    table = ladder(out, corpus, judge, {"untrained": start_model, "pre-finetuned": pre,
                                 "+ (q, p_seed)": first, "+ FRet (p_1, p_20)": gecko})
     print(f"{time.time() - start:.0f} s in all; {out}/ holds corpus, queries, fret, seed, gecko, ladder")
     print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko')
     return table
+
+
+def untrained(corpus: Sequence[dict[str, str]], pairs: Sequence[Record], seed: int = 0) -> Gecko:
+    """The smallest encoder, with a tokenizer of all that it will read."""
+    return tiny([f"{p['title']} {p['text']}" for p in corpus]
+                + [f"{r['query']} {r['positive']['text']}" for r in pairs], seed)
 
 
 # ==================================================================================================
@@ -615,9 +637,12 @@ def digest(stage: str, c: TrainConfig, sides: np.ndarray, plan: Sequence[np.ndar
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl; a kill may leave half a line at its end."""
+    return whole_rows(folder / "metrics.jsonl")
+
+
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a JSONL file that grows; a kill may leave half a line at its end."""
     rows = []
-    path = folder / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
@@ -659,26 +684,39 @@ def mrr(ranked: Sequence[Any], relevant: dict[Any, int], k: int = 10) -> float:
     return next((1 / r for r, x in enumerate(ranked[:k], 1) if x in relevant), 0.0)
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Rank correlation; equal values share their mean rank.
+def spearman_terms(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
+    """One term a pair, whose mean is the rank correlation; equal values share their mean rank.
 
-    >>> spearman([1, 2, 3], [10, 20, 15])
-    0.5
+    >>> spearman_terms([1, 2, 3], [10, 20, 15]).round(2).tolist()
+    [1.5, 0.0, 0.0]
     """
-    def mean_ranks(values: Sequence[float]) -> np.ndarray:
-        v = np.asarray(values, float)
-        _, inverse, count = np.unique(v, return_inverse=True, return_counts=True)
-        return (np.cumsum(count) - (count - 1) / 2)[inverse]
+    def standard_ranks(values: Sequence[float]) -> np.ndarray:
+        _, inverse, count = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
+        ranks = (np.cumsum(count) - (count - 1) / 2)[inverse]        # (n)
+        return (ranks - ranks.mean()) / ranks.std()
 
-    return float(np.corrcoef(mean_ranks(x), mean_ranks(y))[0, 1])
+    return standard_ranks(x) * standard_ranks(y)                     # (n)
 
 
-def paired_bootstrap(x: Sequence[float], y: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of mean(y - x), queries drawn again with replacement."""
-    difference = np.asarray(y) - np.asarray(x)
-    draws = np.random.default_rng(seed).integers(len(difference), size=(10_000, len(difference)))
-    low, high = np.percentile(difference[draws].mean(1), [2.5, 97.5])
+def interval(gains: Sequence[np.ndarray], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
+    """95 % interval of a mean gain, by bootstrap: seeds and queries are drawn again, with replacement.
+
+    gains: for each set (seeds, queries), paired differences; a set counts as much as another.
+    """
+    rng, S = np.random.default_rng(seed), len(gains[0])
+    by_seed = rng.multinomial(S, np.full(S, 1 / S), draws) / S       # (draws, S) shares
+    means = np.zeros(draws)
+    for g in gains:
+        Q = g.shape[1]
+        by_query = rng.multinomial(Q, np.full(Q, 1 / Q), draws) / Q  # (draws, Q)
+        means += ((by_seed @ g) * by_query).sum(1) / len(gains)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of mean(y - x), queries drawn again with replacement."""
+    return interval([np.asarray(y)[None] - np.asarray(x)[None]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -715,9 +753,19 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
 def rankings(model: Gecko, beir: Beir, task: str, dim: int | None = None,
              progress: str = "") -> dict[str, list[str]]:
     """The first 100 passages of each query, by id, best first."""
+    return ranked(beir, *encoded(model, beir, task, dim, progress))
+
+
+def encoded(model: Gecko, beir: Beir, task: str, dim: int | None = None, progress: str = "",
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of the queries (Q, dim) and of the passages (P, dim)."""
     P = model.encode_passages([p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus],
                               dim=dim, progress=progress)
-    q = model.encode_queries(list(beir.queries.values()), task, dim=dim)
+    return model.encode_queries(list(beir.queries.values()), task, dim=dim), P
+
+
+def ranked(beir: Beir, q: np.ndarray, P: np.ndarray) -> dict[str, list[str]]:
+    """`rankings` of vectors that are there."""
     _, nearest = topk(q, P, min(100, len(P)))
     return {query: [beir.corpus[i]["_id"] for i in near]
             for query, near in zip(beir.queries, nearest, strict=True)}
@@ -729,8 +777,8 @@ def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list
             for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr))}
 
 
-def sts_score(model: Gecko, path: str | Path, dim: int | None = None) -> float:
-    """Spearman between cosine and the human score; rows of sentence1, sentence2, score."""
+def sts_terms(model: Gecko, path: str | Path, dim: int | None = None) -> np.ndarray:
+    """Terms whose mean is Spearman's between cosine and human score; rows sentence1, sentence2, score."""
     a, b, gold = [], [], []
     for where, row in read_jsonl(path):
         try:
@@ -740,7 +788,7 @@ def sts_score(model: Gecko, path: str | Path, dim: int | None = None) -> float:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: want sentence1, sentence2 and a number score") from error
     x, y = (model.encode_queries(s, "semantic similarity", dim=dim) for s in (a, b))
-    return spearman((x * y).sum(1).tolist(), gold)
+    return spearman_terms((x * y).sum(1), gold)
 
 
 class BM25:
@@ -838,27 +886,331 @@ def ladder(out: Path, corpus: list[dict[str, str]], judge: fret.Offline,
         print(f"  {name:20} {shown[0]}   {shown[1] if model else '-':11}   "
               + (f"[{low:+.3f}, {high:+.3f}]" if len(full) > 1 else ""))
     print("The judge on the dev questions, nDCG@10 of the first embedder's top 20, ranked again by")
-    table["judge (dev)"] = judge_quality(judge, models["+ (q, p_seed)"], dev)
+    judged = rerank_scores(judge, models["+ (q, p_seed)"], dev, 20, "question answering")
+    table["judge (dev)"] = {name: round(float(np.mean(v)), 4) for name, v in judged.items()}
     print("  " + "   ".join(f"{k} {v:.3f}" for k, v in table["judge (dev)"].items()))
     with file_beside(out / "ladder.json") as new:
         new.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     return table
 
 
-def judge_quality(judge: fret.LLM, first: Gecko, beir: Beir, N: int = 20) -> dict[str, float]:
-    """Table 6 in small: nDCG@10 of the retriever, of QL, of RC and of their fusion."""
+def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str) -> dict[str, list[float]]:
+    """nDCG@10 of each query: the retriever's first N as they come, by QL, by RC and by their fusion."""
     by_id = {p["_id"]: p for p in beir.corpus}
-    nearest = {q: ids[:N] for q, ids in rankings(first, beir, "question answering").items()}
-    totals: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
-    for query, ids in nearest.items():
-        pairs = [(beir.queries[query], by_id[i]) for i in ids]
-        ql, rc = judge.query_likelihood(pairs), judge.relevance(pairs)
-        scored = {"retriever": [-i for i in range(len(ids))], "QL": ql, "RC": rc,
-                  "QL + RC": fret.rrf(ql, rc)}                       # type: ignore[arg-type]
-        for name, scores in scored.items():
-            order = sorted(range(len(ids)), key=lambda i: -scores[i])  # type: ignore[operator]
-            totals[name].append(ndcg([ids[i] for i in order], beir.qrels[query]))
-    return {name: round(float(np.mean(values)), 4) for name, values in totals.items()}
+    q, P = encoded(first, beir, task)
+    if isinstance(judge, fret.Offline):
+        judge.vectors = dict(zip(by_id, P, strict=True))             # the same, so not made again
+    nearest = {query: ids[:N] for query, ids in ranked(beir, q, P).items()}
+    pairs = [(beir.queries[query], by_id[i]) for query, ids in nearest.items() for i in ids]
+    QL, RC = judge.query_likelihood(pairs), judge.relevance(pairs)
+    if None in QL or None in RC:
+        raise fret.LLMError("a score is missing: a call failed; run again, the others are in the cache")
+    scores: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
+    for n, (query, ids) in enumerate(nearest.items()):
+        ql, rc = (x[n * len(ids):(n + 1) * len(ids)] for x in (QL, RC))
+        for name, s in zip(scores, ([-i for i in range(len(ids))], ql, rc, fret.rrf(ql, rc)), strict=True):
+            order = sorted(range(len(ids)), key=lambda i: -s[i])
+            scores[name].append(ndcg([ids[i] for i in order], beir.qrels[query]))
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------
+# The paper's tables in small: each row trains and is measured, with the paper's figures beside it
+
+
+@dataclass
+class Table:
+    """One of the paper's tables (section 4), and which of its rows stand above which."""
+
+    columns: tuple[str, ...]                # what the paper measures
+    paper: dict[str, tuple[float, ...]]     # its figures for each of our rows; nan, or (), where it has none
+    claim: str
+    above: list[tuple[str, str, str]]       # (row, row that it beats, in our columns of this name)
+
+
+LABELS = [f"{p}, {n}" for p in ("p_seed", "p_1") for n in ("none", "sampled", "p_20")]
+TABLES = {
+    "labels": Table(
+        ("BEIR", "STS"), dict(zip(LABELS, ((52.33, 82.66), (51.37, 82.00), (51.96, 82.26),
+                                           (53.07, 82.88), (52.60, 82.85), (53.39, 83.14)), strict=True)),
+        "the relabelled p_1 beats p_seed beside every negative, and p_20 is its best negative",
+        [*((p_1, p_seed, "nDCG") for p_seed, p_1 in zip(LABELS[:3], LABELS[3:], strict=True)),
+         ("p_1, p_20", "p_1, none", "nDCG"), ("p_1, p_20", "p_1, sampled", "nDCG")]),
+    "rerank": Table(
+        ("BEIR",), {"retriever": (51.3,), "QL": (52.8,), "RC": (54.1,), "QL + RC": (56.8,)},
+        "the fusion of the two rankings beats either alone",
+        [("QL + RC", "QL", ""), ("QL + RC", "RC", ""), ("QL + RC", "retriever", "")]),
+    "formats": Table(
+        ("BEIR", "STS"), {"unified": (55.5, 84.9), "sentence": (54.5, 85.0), "concatenation": (54.7, 84.8),
+                          "no task, no title": ()},
+        "the unified format is the best for retrieval",
+        [("unified", row, "nDCG") for row in ("sentence", "concatenation", "no task, no title")]),
+    "tasks": Table(
+        ("MTEB",), {"question answering": (60.32,), "search result": (60.17,), "fact checking": (60.56,),
+                    "sentence similarity": (60.30,), "all": (60.70,), "all, uniformly": (60.87,)},
+        "rows of all tasks are worth more than as many rows of one task",
+        [("all, uniformly", kind, "") for kind in fret.TASKS]),
+    "mixture": Table(
+        ("MTEB", "classification", "STS"),
+        {"FRet": (62.64, 70.26, 83.14), "+ NLI": (63.24, math.nan, 84.74),
+         "+ classification": (64.82, 81.00, math.nan), "full": (66.31, 81.17, 85.06)},
+        "NLI raises similarity, classification raises classification",
+        [("+ NLI", "FRet", "Spearman"), ("+ classification", "FRet", "accuracy")]),
+    "dims": Table(
+        ("MTEB at 768", "MTEB at 256"), {"without MRL": (), "with MRL": (66.31, 64.37)},
+        "Matryoshka keeps a cut embedding good",
+        [("with MRL", "without MRL", "cut to")]),
+}
+# Table 7 gives the formats of inputs; its targets (silent) are taken to follow.
+FORMS = {"unified": FORMATS, "sentence": {"query": "The task is {task}, and the query is {text}",
+                                          "passage": "The title is {title}, and the text is {text}"},
+         "concatenation": {"query": "{task} {text}", "passage": "{title} {text}"}, "no task, no title": PLAIN}
+
+
+@dataclass
+class Lab:
+    """What the rows of a table are made from and measured on."""
+
+    c: TrainConfig
+    corpus: list[dict[str, str]]
+    rows: list[Record]                      # FRet
+    init: Gecko                             # where every row starts
+    pairs: list[Record]                     # if any, each row first pre-finetunes on them (eq. 2)
+    data: list[list[Record]]                # the sets of `mixture`
+    beir: dict[str, Beir]
+    task: str                               # of their queries
+    sts: Sequence[str] = ()
+    classes: Sequence[Sequence[str]] = ()   # (training file, test file)
+
+
+Case = tuple[Callable[[int], list[list[Record]]], dict[str, Any]]  # seed -> training sets; TrainConfig's changes
+
+
+def cases(name: str, lab: Lab) -> dict[str, Case]:
+    """The rows of a table that trains."""
+    def some(rows: Sequence[Record], n: int, seed: int) -> list[Record]:
+        return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:n]]
+
+    if name == "labels":                                             # all from one mined file
+        pairs = itertools.product(("seed", "p1"), ("none", "sampled", "last"))
+        return {row: (lambda seed, how=how: [fret.labelled(lab.rows, lab.corpus, *how, seed)], {})
+                for row, how in zip(LABELS, pairs, strict=True)}
+    if name == "tasks":                                              # as many rows of each
+        kinds = {kind: [r for r in lab.rows if r["kind"] == kind] for kind in fret.TASKS}
+        n = min(map(len, kinds.values()))
+        if not n:
+            raise InputError(f"FRet has no rows of some task: {({k: len(v) for k, v in kinds.items()})}")
+        return {**{kind: (lambda seed, own=own: [some(own, n, seed)], {}) for kind, own in kinds.items()},
+                "all": (lambda seed: [some(lab.rows, n, seed)], {}),
+                "all, uniformly": (lambda seed: [[r for own in kinds.values() for r in
+                                                  some(own, n // len(kinds), seed)]], {})}
+    if name == "mixture":                                            # each set beside those before it
+        names = list(TABLES[name].paper) if len(lab.data) == 4 else ["FRet", "+ classification", "full"]
+        return {row: (lambda seed, n=n: lab.data[:n], {}) for n, row in enumerate(names, 1)}
+    d = lab.init.encoder.config.hidden_size
+    changes: dict[str, dict[str, Any]] = {"without MRL": {"dims": ""}, "with MRL": {"dims": f"{d},{d // 3}"}} \
+        if name == "dims" else {row: {"formats": form} for row, form in FORMS.items()}
+    return {row: (lambda seed: [lab.rows], change) for row, change in changes.items()}
+
+
+def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]) -> dict[str, list[float]]:
+    """Train a row and measure it: {column: a value for each query, pair or text}."""
+    make, change = case
+    model, change = copy.deepcopy(lab.init), dict(change)
+    model.formats = change.pop("formats", model.formats)
+    c = replace(lab.c, seed=seed, **change)
+    if lab.pairs:
+        pre = replace(c, steps=Sizes().pre_steps, lr=0.0)
+        train(model, "prefinetune", [lab.pairs], pre, title=f"{title}: pre-finetune")
+    train(model, "finetune", make(seed), c, title=title)
+    out: dict[str, Any] = {}
+    for name, beir in lab.beir.items():
+        vectors = [torch.from_numpy(x) for x in encoded(model, beir, lab.task)]  # (Q, d) and (P, d)
+        for dim in dims:
+            column = f"nDCG@10 {name}" + f", cut to {dim}" * (dim < vectors[0].shape[1])
+            found = ranked(beir, *(normalise(x, dim).numpy() for x in vectors))
+            out[column] = retrieval_scores(found, beir)["ndcg@10"]
+    for path in lab.sts:
+        out[f"Spearman {folder_name(path)}"] = sts_terms(model, path)
+    for known, unknown in lab.classes:
+        out[f"accuracy {folder_name(unknown)}"] = class_hits(model, known, unknown)
+    return out
+
+
+def folder_name(path: str) -> str:
+    return Path(path).resolve().parent.name
+
+
+def class_hits(model: Gecko, known: str, unknown: str, k: int = 5) -> np.ndarray:
+    """1 for each text of `unknown` whose label most of its k nearest texts of `known` have, else 0."""
+    (x, labels), (y, want) = (zip(*((str(r["text"]), str(r["label"])) for _, r in read_jsonl(path)), strict=True)
+                              for path in (known, unknown))
+    _, near = topk(*(model.encode_queries(texts, "classification") for texts in (y, x)), k)
+    return np.array([Counter(labels[i] for i in row).most_common(1)[0][0] == label
+                     for row, label in zip(near, want, strict=True)], float)
+
+
+def ablate(name: str, out: Path, key: str, by: str, seeds: Sequence[int],
+           run_case: dict[str, Callable[[int], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Run what NAME.jsonl has not; a row of another `key` (data and settings) is left alone and not used."""
+    path, rows = out / f"{name}.jsonl", []
+    write_jsonl(path, done := whole_rows(path))                      # a kill may have left half a line
+    for seed in seeds:
+        for row, scores in run_case.items():
+            same = {"table": name, "row": row, "seed": seed, "key": key}
+            old = next((r for r in done if same.items() <= r.items()), None)
+            if old is None:
+                start = time.time()
+                values = {k: np.round(v, 4).tolist() for k, v in scores(seed).items()}
+                old = {**same, "by": by, "seconds": round(time.time() - start, 1), "cores": os.cpu_count(),
+                       "scores": values}
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(old) + "\n")
+                means = "  ".join(f"{k} {np.mean(v):.4f}" for k, v in values.items())
+                print(f"  {row}, seed {seed}: {means}  ({old['seconds']:.0f} s)", flush=True)
+            rows.append(old)
+    return rows
+
+
+def gain(rows: Sequence[dict[str, Any]], row: str, other: str, columns: str) -> tuple[float, float, float] | None:
+    """Mean of `row` less `other`, in points, over columns of that name, and its 95 % interval."""
+    by = {(r["row"], r["seed"]): r["scores"] for r in rows}
+    seeds = sorted(s for r, s in by if r == row and (other, s) in by)
+    names = [c for c in by[row, seeds[0]] if columns in c] if seeds else []
+    if not names or row == other:
+        return None
+    gains = [100 * np.array([np.subtract(by[row, s][c], by[other, s][c]) for s in seeds]) for c in names]
+    return float(np.mean([g.mean() for g in gains])), *interval(gains)
+
+
+def table_text(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The table in Markdown: the paper's figures, ours (mean and spread over seeds), and what they decide."""
+    table, columns = TABLES[name], list(rows[0]["scores"])
+    names = [row for row in table.paper if any(r["row"] == row for r in rows)]
+    seeds = len({r["seed"] for r in rows})
+    lines = [" | ".join(["| row", *(f"paper: {c}" for c in table.columns), *columns,
+                         f"points over {names[0]} |"]), "|---" * (len(table.columns) + len(columns) + 2) + "|"]
+    for row in names:
+        paper = [*table.paper[row], *[math.nan] * len(table.columns)][:len(table.columns)]
+        means = {c: [100 * np.mean(r["scores"][c]) for r in rows if r["row"] == row] for c in columns}
+        ours = [f"{np.mean(m):.1f}" + (f" ± {np.std(m, ddof=1):.1f}" if len(m) > 1 else "") for m in means.values()]
+        lines.append(" | ".join([f"| {row}", *("" if math.isnan(p) else f"{p:.2f}" for p in paper), *ours,
+                                 shown(gain(rows, row, names[0], "")) + " |"]))
+    lines += ["", f"The paper: {table.claim}. Here:", ""]
+    for row, other, where in table.above:
+        found = gain(rows, row, other, where)
+        says = "not measured" if found is None else "yes" if found[1] > 0 else "no, the reverse" \
+            if found[2] < 0 else "not decided"
+        lines.append(f"- {row} over {other}" + f" ({where})" * bool(where) + f": {says} {shown(found)}".rstrip())
+    lines += ["", f"{sum(r['seconds'] for r in rows):.0f} s on {rows[0]['cores']} cores, {seeds} seed"
+              + "s; ± is their standard deviation" * (seeds > 1) + "; [95 % interval: "
+              + "seeds and " * (seeds > 1) + f"questions drawn again]; generated and judged by {rows[0]['by']}."]
+    return "\n".join(lines) + "\n"
+
+
+def shown(found: tuple[float, float, float] | None) -> str:
+    return f"{found[0]:+.1f} [{found[1]:+.1f}, {found[2]:+.1f}]" if found else ""
+
+
+def fret_of(out: Path, corpus: Path, init: str, llm: Callable[..., fret.LLM], c: TrainConfig, count: int) -> Path:
+    """The recipe's steps 3.2 on a user's own corpus: queries, seed/ and fret.jsonl in `out`, each once."""
+    passages = read_passages(corpus)
+    write_jsonl(out / "corpus.jsonl", passages)
+    count = count or Sizes().queries * len(passages)
+    if not (out / "queries.jsonl").is_file():
+        fret.write_kept(out / "queries.jsonl", fret.generate(llm(passages), passages, count, c.seed), count,
+                        "generate")
+    queries = fret.read_queries(out / "queries.jsonl", passages)
+    if not (out / "seed").is_dir():
+        by_id, first = {p["_id"]: p for p in passages}, load(init)
+        pairs = [record(row["task"], row["query"], by_id[row["seed_id"]]) for row in queries]
+        train(first, "prefinetune", [pairs], c, title="first embedder")
+        save(first, out / "seed")
+    if not (out / "fret.jsonl").is_file():
+        first = load(out / "seed")
+        fret.write_kept(out / "fret.jsonl", fret.mine(llm(passages, first), first, passages, queries, seed=c.seed),
+                        len(queries), "mine")
+    return out
+
+
+def own_modules(out: Path, corpus: Sequence[dict[str, str]]) -> tuple[str, str]:
+    """Classification without labels of anybody's: documentation, and the module that it stands in."""
+    rows = [{"text": p["text"][:300], "label": p["title"].split(".")[0]} for p in corpus]
+    for n, part in enumerate(("train", "test")):
+        write_jsonl(out / f"modules/{part}.jsonl", rows[n::2])
+    return str(out / "modules/train.jsonl"), str(out / "modules/test.jsonl")
+
+
+def rerank_cases(judge: Callable[..., fret.LLM], first: Gecko, sets: dict[str, Beir], task: str,
+                 ) -> dict[str, Callable[[int], dict[str, Any]]]:
+    """The rows of Table 6, the first 100 of each query ranked again; a set is judged once for all rows."""
+    @functools.cache
+    def scores(name: str) -> dict[str, list[float]]:
+        return rerank_scores(judge(sets[name].corpus, first), first, sets[name], 100, task)
+
+    return {row: lambda seed, row=row: {f"nDCG@10 {name}": scores(name)[row] for name in sets}
+            for row in TABLES["rerank"].paper}
+
+
+def files_key(paths: Sequence[str | Path], *settings: Any) -> str:
+    """What a row depends on, beside its name and seed: the bytes of its files, and settings."""
+    total = hashlib.sha256(repr(settings).encode())
+    for path in map(Path, paths):
+        for file in sorted(p for p in (path, *path.rglob("*")) if p.is_file()):
+            total.update(file.read_bytes())
+    return total.hexdigest()
+
+
+def ablate_command(args: argparse.Namespace) -> None:
+    """Find or make the files that the rows come from, run the rows, write the table."""
+    c, out, home = from_flags(TrainConfig, args), Path(args.out), Path(args.corpus or "runs/demo")
+    if args.data and args.table != "mixture":
+        raise InputError(f"--data: {args.table} is made from FRet; give --data to mixture")
+    if not args.corpus and not (home / "ladder.json").is_file():
+        recipe(home)
+    init = Path(args.init or home / "pre")
+    if not init.is_dir():
+        raise InputError(f"{init}: no such folder; --corpus needs --init, the model that each row starts from")
+    o = fret.Options(llm=args.llm, model=args.model)
+
+    def llm(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> fret.LLM:
+        return fret.Offline(corpus, embedder, c.seed) if o.llm == "offline" else fret.endpoint(
+            o, str(out / "llm.jsonl"))
+
+    model, mined, sets, classes, pairs = load(init), home, [], args.classes, []
+    c = replace(c, lr=c.lr or Sizes().lr * is_bag(model.encoder))
+    own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
+    if own and not args.data and args.table != "rerank":
+        mined = out / f"fret-{files_key([home / 'corpus.jsonl', init], o, c, args.queries)[:8]}"
+        fret_of(mined, home / "corpus.jsonl", init, llm, c, args.queries)
+    folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
+    beir = {Path(folder).resolve().name: read_beir(folder, args.split) for folder in folders}
+    key = files_key([mined / "fret.jsonl", mined / "seed", init, *folders, *args.sts, *args.data,
+                     *itertools.chain(*classes)], args.table, args.split, args.task, o, replace(c, seed=0))
+    say(table=args.table, fret=mined, init=init, sets=", ".join(beir), llm=o.llm, key=key[:8], **vars(c))
+    if args.table == "rerank":
+        run_case = rerank_cases(llm, model if own else load(home / "seed"), beir, args.task)
+    else:
+        corpus = [] if args.data else read_passages(mined / "corpus.jsonl")
+        rows = [] if args.data else read_records(mined / "fret.jsonl")
+        if args.data:
+            sets = [read_records(path) for path in args.data]
+        elif args.table == "mixture":                                # no NLI without files of it
+            classes = [own_modules(out, corpus)]
+            sets = [rows, list(convert_classification(classes[0][:1], Counter())), builtin_pairs(corpus, 50_000)]
+        if args.table in ("dims", "formats") and not own:            # their change concerns eq. 2 too
+            pairs = builtin_pairs(corpus, Sizes().pairs)
+            model = untrained(corpus, pairs)
+        lab = Lab(c, corpus, rows, model, pairs, sets, beir, args.task, args.sts, classes)
+        d = model.encoder.config.hidden_size
+        dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,))]
+        run_case = {row: lambda seed, row=row, case=case: case_scores(lab, case, seed, row, dims)
+                    for row, case in cases(args.table, lab).items()}
+    done = ablate(args.table, out, key, f"{o.model} {o.llm}".strip(), range(c.seed, c.seed + args.seeds), run_case)
+    text = table_text(args.table, done)
+    with file_beside(out / f"{args.table}.md") as new:
+        new.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwrote {out}/{args.table}.jsonl and .md; next: python tests/figures.py {out} draws charts")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -943,7 +1295,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         scores = retrieval_scores(rankings(model, beir, args.task, args.dim, "passages"), beir)
         results[Path(folder).resolve().name] = {k: float(np.mean(v)) for k, v in scores.items()}
     for path in args.sts:
-        results[Path(path).name] = {"spearman": sts_score(model, path, args.dim)}
+        results[Path(path).name] = {"spearman": float(sts_terms(model, path, args.dim).mean())}
     for name, values in results.items():
         print(name, "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
     if args.out:
@@ -967,15 +1319,32 @@ def main() -> None:
         add_flags(command, TrainConfig)
     evaluate = commands.add_parser("evaluate", help="retrieval and similarity figures of a model")
     evaluate.add_argument("--model", required=True, help="a model folder")
-    evaluate.add_argument("--beir", action="append", default=[], help="a BEIR folder; may be repeated")
-    evaluate.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
-    evaluate.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
-    evaluate.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
     evaluate.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
     evaluate.add_argument("--out", help="write the figures to this JSON file")
     plot = commands.add_parser("plot", help="loss and dev curves of runs, as a PNG")
     plot.add_argument("runs", nargs="+", help="--out folders of prefinetune and finetune")
     plot.add_argument("--out", default="runs/plot.png", help="the file to write (%(default)s)")
+    ablation = commands.add_parser("ablate", help="one of the paper's tables in small, the paper's figures beside")
+    ablation.add_argument("table", choices=TABLES, help="which")
+    ablation.add_argument("--data", nargs=4, default=[], metavar=("FRET", "NLI", "CLASSIFICATION", "REST"),
+                          help="files of records for mixture (default: FRet, docstrings by module, pairs)")
+    ablation.add_argument("--out", default="runs/ablate", help="the folder to write (%(default)s)")
+    ablation.add_argument("--seeds", type=int, default=1, help="runs of each row, from --seed on (%(default)s)")
+    ablation.add_argument("--corpus", help="a BEIR folder of your own (default: the recipe's, runs/demo)")
+    ablation.add_argument("--init", help="model folder that rows start from (default: the recipe's, pre-finetuned)")
+    ablation.add_argument("--llm", default="offline", help="offline, or an endpoint's URL (%(default)s)")
+    ablation.add_argument("--model", default="", help="the LLM's name at the endpoint")
+    ablation.add_argument("--queries", type=int, default=0, help="to generate; 0: as the recipe, by corpus size")
+    ablation.add_argument("--classes", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"),
+                          help="JSONL of text, label: accuracy of the nearest TRAIN texts' label")
+    add_flags(ablation, TrainConfig, skip=("eval", "save_every", "resume"))
+    ablation.set_defaults(eval="", save_every=0, resume=False, **{k: v for k, v in vars(replace(
+        SMALL, steps=Sizes().steps)).items() if k not in ("eval", "save_every", "resume")})
+    for command in (evaluate, ablation):
+        command.add_argument("--beir", action="append", default=[], help="a BEIR folder; may be repeated")
+        command.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
+        command.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
+        command.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
     args = parser.parse_args()
     if args.command is None:
         recipe(Path(args.out), args.seed)
@@ -983,6 +1352,8 @@ def main() -> None:
         evaluate_command(args)
     elif args.command == "plot":
         plot_command(args.runs, args.out)
+    elif args.command == "ablate":
+        ablate_command(args)
     else:
         train_command(args)
 

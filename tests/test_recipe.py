@@ -54,7 +54,7 @@ def test_recipe_learns(demo):
 def test_recipe_writes_every_stage(demo, small):
     out, _, printed = demo
     assert {p.name for p in out.iterdir()} == {
-        "corpus.jsonl", "queries.jsonl", "fret.jsonl", "seed", "gecko", "questions", "ladder.json"}
+        "corpus.jsonl", "queries.jsonl", "fret.jsonl", "pre", "seed", "gecko", "questions", "ladder.json"}
     rows = data.read_records(out / "fret.jsonl")
     assert len(rows) == SIZES.queries * len(small)
     for row in rows:
@@ -177,8 +177,8 @@ def test_measures_by_hand():
 def test_spearman_shares_ranks_of_equal_values():
     """Against the definition: Pearson's correlation of mean ranks."""
     x, y = [1, 2, 2, 3], [4, 1, 1, 0]
-    assert math.isclose(train.spearman(x, y), -1)
-    assert math.isclose(train.spearman([1, 2, 2, 4], [1, 3, 2, 4]), 4.5 / math.sqrt(4.5 * 5))
+    assert math.isclose(train.spearman_terms(x, y).mean(), -1)
+    assert math.isclose(train.spearman_terms([1, 2, 2, 4], [1, 3, 2, 4]).mean(), 4.5 / math.sqrt(4.5 * 5))
 
 
 def test_paired_bootstrap_brackets_the_mean_gain():

@@ -1,0 +1,287 @@
+"""The paper's tables in small.   pytest tests/test_tables.py
+
+Invariants: a row is trained and encoded in the way that its name says; finished rows are not run again
+and rows of other data or settings are not mixed in; a claim holds only where an interval says so;
+README shows what the result files say.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import gecko
+import llm
+import train
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests/results"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A BEIR folder of one's own: functions of `math`, each asked for by its first words, and a model folder."""
+    folder = tmp_path_factory.mktemp("own")
+    corpus = [p for p in data.builtin_corpus() if p["title"].split(".")[0] in ("math", "statistics")]
+    gecko.write_jsonl(folder / "corpus.jsonl", corpus)
+    asked = [f"{p['title'].split('.')[-1]} {' '.join(p['text'].split()[:4])}" for p in corpus]
+    gecko.write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": text} for n, text in enumerate(asked)])
+    (folder / "qrels").mkdir()
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(
+        f"q{n}\t{p['_id']}\t1\n" for n, p in enumerate(corpus)))
+    gecko.save(gecko.tiny([p["text"] for p in corpus], hidden_size=24), folder / "model")
+    return folder
+
+
+def ablate(home, out, table, *more, seeds=1):
+    """The command in this process."""
+    sys.argv = ["train.py", "ablate", table, *f"--corpus {home} --init {home}/model --out {out} --steps 3 "
+                f"--batch-size 16 --dims 24,8 --queries 150 --seeds {seeds}".split(), *map(str, more)]
+    train.main()
+    return [json.loads(line) for line in (out / f"{table}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def lab(home, tmp_path_factory):
+    """What the rows are made from, and the `out` that its FRet file stands in."""
+    out = tmp_path_factory.mktemp("out")
+    ablate(home, out, "labels")
+    mined = next(out.glob("fret-*"))
+    corpus = gecko.read_passages(mined / "corpus.jsonl")
+    c = train.TrainConfig(batch_size=16, steps=2, dims="24,8", lr=1e-3)
+    return train.Lab(c, corpus, data.read_records(mined / "fret.jsonl"), gecko.load(home / "model"), [], [],
+                     {"own": train.read_beir(home)}, "question answering"), out
+
+
+@pytest.fixture(autouse=True)
+def restore_argv():
+    before = sys.argv
+    yield
+    sys.argv = before
+
+
+# --------------------------------------------------------------------------------------------------
+# What the rows are
+
+
+def test_six_rows_come_from_one_mined_file(lab, monkeypatch):
+    """p_seed rows keep the seed, p_1 rows have the file's positive, p_20 its last; no judge is asked."""
+    lab, _ = lab
+    monkeypatch.setattr(llm.Offline, "query_likelihood", None)
+    text = {p["_id"]: p["text"] for p in lab.corpus}
+    made = {row: make(0)[0] for row, (make, _) in train.cases("labels", lab).items()}
+    assert list(made) == list(train.TABLES["labels"].paper) and len({len(rows) for rows in made.values()}) == 1
+    for row, rows in made.items():
+        for ours, mined in zip(rows, lab.rows, strict=True):
+            assert ours["positive"]["text"] == text[mined["seed_id" if "seed" in row else "positive_id"]]
+            assert (ours["negative"] is None) == ("none" in row)
+            if row == "p_1, p_20":
+                assert ours["negative"]["text"] == text[mined["negative_id"]]
+    assert made["p_1, sampled"] != made["p_1, p_20"] and made["p_seed, none"] != made["p_1, none"]
+
+
+def test_tasks_have_as_many_rows_each(lab):
+    made = {row: make(0)[0] for row, (make, _) in train.cases("tasks", lab[0]).items()}
+    assert list(made) == list(train.TABLES["tasks"].paper)
+    sizes = {row: len(rows) for row, rows in made.items()}
+    assert max(sizes.values()) - min(sizes.values()) < 4
+    for kind in llm.TASKS:
+        assert {r["kind"] for r in made[kind]} == {kind}
+        assert sum(r["kind"] == kind for r in made["all, uniformly"]) == sizes["all, uniformly"] // 4
+    assert {r["kind"] for r in made["all"]} == set(llm.TASKS)
+
+
+def test_formats_are_trained_and_encoded_with(lab, monkeypatch):
+    """Every text that a row's training or measuring tokenises has the row's format."""
+    lab, seen = lab[0], []
+    tokens = gecko.Gecko.tokens
+    monkeypatch.setattr(gecko.Gecko, "tokens",
+                        lambda self, texts, *a: (seen.extend(texts), tokens(self, texts, *a))[1])
+    starts = {"unified": ("task: ", "title: "), "sentence": ("The task is ", "The title is ")}
+    for row, case in train.cases("formats", lab).items():
+        seen.clear()
+        train.case_scores(lab, case, 0, row, (24,))
+        queries = len(lab.rows) + len(lab.beir["own"].queries)
+        if row in starts:
+            assert all(t.startswith(starts[row]) for t in seen)
+        elif row == "concatenation":
+            assert sum(t.startswith(("question answering ", *llm.TASKS)) for t in seen) > queries / 2
+        else:
+            assert not any(t.startswith(("task", "The task", "question answering")) for t in seen)
+
+
+def test_mixture_adds_a_set_a_row(lab):
+    four = replace(lab[0], data=[[{"n": n}] for n in range(4)])
+    made = {row: make(0) for row, (make, _) in train.cases("mixture", four).items()}
+    assert list(made) == list(train.TABLES["mixture"].paper)
+    assert [[rows[0]["n"] for rows in sets] for sets in made.values()] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+
+
+def test_dims_are_cut_and_normalised_again(lab, monkeypatch):
+    """With MRL the loss has two dimensions, without one; both are measured at all cuts of unit vectors."""
+    trained, lengths = [], []
+    monkeypatch.setattr(train, "train", lambda model, stage, sets, c, **k: trained.append(c.dims))
+    find = train.topk
+    monkeypatch.setattr(train, "topk", lambda q, P, k: lengths.append(
+        (P.shape[1], np.abs(np.linalg.norm(P, axis=1) - 1).max())) or find(q, P, k))
+    for row, case in train.cases("dims", lab[0]).items():
+        scores = train.case_scores(lab[0], case, 0, row, (24, 8, 4))
+        assert list(scores) == ["nDCG@10 own", "nDCG@10 own, cut to 8", "nDCG@10 own, cut to 4"]
+    assert trained == ["", "24,8"] and [d for d, _ in lengths] == [24, 8, 4] * 2
+    assert max(off for _, off in lengths) < 1e-5
+
+
+def test_rerank_rows_by_hand(home, monkeypatch):
+    """A judge that knows the answer puts it first by QL; a relevance that is its reverse puts it last."""
+    beir, first = train.read_beir(home), gecko.load(home / "model")
+    answer = {beir.queries[q]: next(iter(judged)) for q, judged in beir.qrels.items()}
+
+    class Knows:
+        name = "knows"
+
+        def query_likelihood(self, pairs):
+            return [float(answer[q] == p["_id"]) for q, p in pairs]
+
+        def relevance(self, pairs):
+            return [-float(answer[q] == p["_id"]) for q, p in pairs]
+
+    scores = train.rerank_scores(Knows(), first, beir, 4, "question answering")
+    found = [q for q, near in train.rankings(first, beir, "question answering").items()
+             if set(near[:4]) & set(beir.qrels[q])]
+    assert 0 < len(found) < len(beir.queries)
+    assert np.isclose(np.mean(scores["QL"]), len(found) / len(beir.queries))
+    assert np.isclose(np.mean(scores["RC"]) * len(beir.queries), len(found) / np.log2(5))
+    # ranks 1 and 4: R = 1 + 1/4; the next has ranks 2 and 1: R = 1/2 + 1, unless the answer was itself first
+    assert np.mean(scores["RC"]) < np.mean(scores["QL + RC"]) < np.mean(scores["QL"])
+
+    monkeypatch.setattr(Knows, "relevance", lambda self, pairs: [None] * len(pairs))
+    with pytest.raises(llm.LLMError, match="call failed"):
+        train.rerank_scores(Knows(), first, beir, 4, "question answering")
+
+
+# --------------------------------------------------------------------------------------------------
+# Running, stopping, going on
+
+
+def test_finished_rows_are_not_run_again(home, lab, monkeypatch, capsys):
+    """The same command prints the same table and trains nothing; another step count or seed runs its rows."""
+    out = lab[1]
+    before = (out / "labels.jsonl").read_bytes()
+    capsys.readouterr()
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(llm, "generate", None)
+    assert len(ablate(home, out, "labels")) == 6 and (out / "labels.jsonl").read_bytes() == before
+    assert (out / "labels.md").read_text() in capsys.readouterr().out
+    with pytest.raises(TypeError):                                   # train is None: this one it would run
+        ablate(home, out, "labels", seeds=2)
+    with pytest.raises(TypeError):
+        ablate(home, out, "labels", "--tau", "0.2")
+
+
+def test_a_stopped_table_goes_on(tmp_path):
+    """Rows run once, whatever the stop left at the end of the file; rows of another key stay, unused."""
+    ran = []
+
+    def row(name, stop=False):
+        def scores(seed):
+            if stop:
+                raise KeyboardInterrupt
+            ran.append((name, seed))
+            return {"nDCG@10 own": [0.5, seed]}
+        return scores
+
+    with pytest.raises(KeyboardInterrupt):
+        train.ablate("labels", tmp_path, "a", "offline", range(2), {"p": row("p"), "q": row("q", True)})
+    with open(tmp_path / "labels.jsonl", "a") as file:
+        file.write('{"table": "labels", "row": "q", "se')
+    rows = train.ablate("labels", tmp_path, "a", "offline", range(2), {"p": row("p"), "q": row("q")})
+    assert ran == [("p", 0), ("q", 0), ("p", 1), ("q", 1)] and len(rows) == 4
+    other = train.ablate("labels", tmp_path, "b", "offline", range(1), {"p": row("p")})
+    assert len(other) == 1 and other[0]["key"] == "b" and len(train.whole_rows(tmp_path / "labels.jsonl")) == 5
+
+
+def test_a_key_is_of_bytes_and_settings(tmp_path):
+    (tmp_path / "x").write_text("1")
+    key = train.files_key([tmp_path], 1)
+    assert key == train.files_key([tmp_path], 1) != train.files_key([tmp_path], 2)
+    (tmp_path / "x").write_text("2")
+    assert train.files_key([tmp_path], 1) != key
+
+
+@pytest.mark.parametrize("more", [
+    ["mixture", "--data", *"abcd"], ["labels", "--data", *"abcd"], ["rerank", "--init", "no"],
+    ["labels", "--init", "no"], ["rerank", "--beir", "no"]])
+def test_a_mistake_is_one_line(home, tmp_path, more, capsys):
+    with pytest.raises(gecko.InputError, match=".{25}"):
+        ablate(home, tmp_path, *more)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# What a table says
+
+
+def results(**rows):
+    """Rows of a table: {name: [scores of the queries, a list a seed]}."""
+    return [{"table": "labels", "row": name, "seed": seed, "by": "offline", "seconds": 1.0, "cores": 2,
+             "scores": {"nDCG@10 own": list(values)}}
+            for name, lists in rows.items() for seed, values in enumerate(lists)]
+
+
+def test_a_claim_holds_only_where_an_interval_says_so(monkeypatch):
+    rng = np.random.default_rng(0)
+    base = rng.random(300)
+    rows = results(**{"p_seed, none": [base], "p_seed, sampled": [base], "p_seed, p_20": [base],
+                      "p_1, none": [base + 0.1], "p_1, sampled": [base - 0.1],
+                      "p_1, p_20": [base + rng.normal(0, 0.3, 300)]})
+    text = train.table_text("labels", rows)
+    assert "- p_1, none over p_seed, none (nDCG): yes +10.0 [+10.0, +10.0]" in text
+    assert "- p_1, sampled over p_seed, sampled (nDCG): no, the reverse -10.0" in text
+    assert "- p_1, p_20 over p_seed, p_20 (nDCG): not decided" in text
+    assert "| p_1, p_20 | 53.39 | 83.14 |" in text
+    missing = train.table_text("labels", [r for r in rows if r["row"] != "p_1, none"])
+    assert "- p_1, none over p_seed, none (nDCG): not measured" in missing
+
+
+def test_seeds_that_disagree_widen_the_interval():
+    """Three seeds, two of which gain and one of which loses, decide nothing, however many queries there are."""
+    zero = np.zeros(5000)
+    apart = results(**{"p_seed, none": [zero] * 3, "p_1, none": [zero + 0.1, zero + 0.1, zero - 0.1]})
+    mean, low, high = train.gain(apart, "p_1, none", "p_seed, none", "nDCG")
+    assert np.isclose(mean, 10 / 3) and low < 0 < high
+    alike = results(**{"p_seed, none": [zero] * 3, "p_1, none": [zero + 0.1, zero + 0.1, zero + 0.09]})
+    assert train.gain(alike, "p_1, none", "p_seed, none", "nDCG")[1] > 8
+
+
+def test_interval_is_the_bootstrap_of_the_mean():
+    """Against the normal interval of a mean over two sets of different sizes."""
+    rng = np.random.default_rng(0)
+    sets = [rng.normal(1, 1, (1, 400)), rng.normal(0, 2, (1, 900))]
+    low, high = train.interval(sets)
+    error = np.sqrt(sum(g.var() / g.size for g in sets)) / 2
+    mean = np.mean([g.mean() for g in sets])
+    np.testing.assert_allclose([low, high], [mean - 1.96 * error, mean + 1.96 * error], atol=0.1 * error)
+
+
+def test_accuracy_is_of_the_nearest_texts(home, tmp_path):
+    known, unknown = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    texts = [f"return the {w} of x" for w in ("sine", "cosine", "median", "mean")] * 5
+    gecko.write_jsonl(known, [{"text": t, "label": t.split()[2]} for t in texts])
+    gecko.write_jsonl(unknown, [{"text": "return the sine of x", "label": "sine"},
+                                {"text": "return the mean of x", "label": "sine"}])
+    assert train.class_hits(gecko.load(home / "model"), str(known), str(unknown)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda p: p.stem)
+def test_readme_shows_what_the_result_files_say(path):
+    """README's tables are made of the committed files: the same text, line for line."""
+    rows = train.whole_rows(path)
+    text = train.table_text(rows[0]["table"], rows) if "table" in rows[0] else None
+    if text is None:
+        from study_labels import study_text
+        text = study_text(rows)
+    assert text in (ROOT / "README.md").read_text(encoding="utf-8")
