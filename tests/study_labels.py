@@ -1,0 +1,233 @@
+"""Where does relabelling start to pay? Table 3 with questions whose answers are known.
+
+    python tests/study_labels.py BEIR-FOLDER... --encoder MODEL --out tests/results/study_labels.jsonl
+
+Questions written by people stand for the generated ones and their gold passage for p_seed. A stated
+share of the seeds is then replaced by a near neighbour of the gold passage (a simulation of a
+generator whose query fits another passage better). Judges of different strength rank the 20
+candidates; a small encoder is trained on p_seed or on each judge's p_1, and measured on the set's
+test questions. No language model takes part: the judges are statistics, an embedding model, and, as
+the ceiling, the gold itself.
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import llm  # noqa: E402
+import train  # noqa: E402
+from gecko import file_beside, load, topk  # noqa: E402
+
+SHARES = (0.0, 0.15, 0.3, 0.5)
+JUDGES = ("QL", "BM25", "dense", "QL + dense", "BM25 + dense", "gold")
+N, NEIGHBOURS, QUESTIONS, PASSAGES, PAIRS = 20, 3, 3000, 8000, 30_000
+C = train.TrainConfig(batch_size=256, tau=0.1, lr=2e-3, max_length=128)
+
+
+def study_set(folder, questions=QUESTIONS, passages=PASSAGES):
+    """The set's train and test questions, over a corpus of their gold passages and others, at most `passages`."""
+    known, test = train.read_beir(folder, "train"), train.read_beir(folder, "test")
+    rng = np.random.default_rng(0)
+
+    def some(beir, n):
+        ids = [list(beir.queries)[i] for i in rng.permutation(len(beir.queries))[:n]]
+        beir.queries, beir.qrels = {i: beir.queries[i] for i in ids}, {i: beir.qrels[i] for i in ids}
+
+    some(known, questions)
+    some(test, 500)
+    gold = {p for beir in (known, test) for judged in beir.qrels.values() for p in judged}
+    others = [p["_id"] for p in known.corpus if p["_id"] not in gold]
+    more = rng.permutation(len(others))[:max(0, passages - len(gold))]
+    kept = gold | {others[i] for i in more}
+    known.corpus = test.corpus = [p for p in known.corpus if p["_id"] in kept]
+    return known, test
+
+
+def vectors(folder, known, encoder, cache):
+    """The embedding model's unit vectors of the training questions and of the corpus, from the cache if there."""
+    path = cache / f"{Path(folder).resolve().name}.npz"
+    if not path.is_file():
+        model = load(encoder)
+        model.max_length = C.max_length
+        with torch.autocast("cpu", torch.bfloat16):
+            q, P = train.encoded(model, known, "question answering", progress="passages")
+        with file_beside(path) as new:
+            np.savez(new, q=q, P=P)
+    found = np.load(path)
+    return found["q"], found["P"]
+
+
+def wrong_seeds(known, P, share, seed):
+    """The seed of each question, as a row of the corpus: a gold one, or with probability `share` a neighbour."""
+    rng, place = np.random.default_rng([seed, 1]), {p["_id"]: i for i, p in enumerate(known.corpus)}
+    gold = [sorted(place[i] for i in judged) for judged in known.qrels.values()]
+    _, near = topk(P[[g[0] for g in gold]], P, NEIGHBOURS + 10)
+    seeds = []
+    for right, row in zip(gold, near, strict=True):
+        wrong = [i for i in row if i not in right][:NEIGHBOURS]
+        seeds.append(int(rng.choice(wrong)) if rng.random() < share else right[0])
+    return seeds, gold
+
+
+def judged(known, candidates, gold, q, P, bm25, offline):
+    """{judge: scores of each question's candidates}."""
+    out = {name: [] for name in JUDGES}
+    for n, (text, row, right) in enumerate(zip(known.queries.values(), candidates, gold, strict=True)):
+        lexical = bm25.scores(text)[row].tolist()
+        ql = offline.query_likelihood([(text, known.corpus[i]) for i in row])
+        dense = (P[row] @ q[n]).tolist()
+        for name, s in zip(JUDGES, (ql, lexical, dense, llm.rrf(ql, dense), llm.rrf(lexical, dense),
+                                    [s + 9 * (i in right) for s, i in zip(dense, row, strict=True)]), strict=True):
+            out[name].append(s)
+    return out
+
+
+def run(folder, encoder, cache, seed, out, done, steps):
+    """All shares of wrong seeds and all judges on one set under one seed; each judge is a line of `out`."""
+    name = Path(folder).resolve().name
+    if all((name, seed, share, judge) in done for share in SHARES for judge in JUDGES):
+        return
+    known, test = study_set(folder)
+    q, P = vectors(folder, known, encoder, cache)
+    texts, questions = [p["text"] for p in known.corpus], list(known.queries.values())
+    pairs = title_body_pairs(known.corpus, seed)
+    pre = train.untrained(known.corpus, pairs, seed)
+    train.train(pre, "prefinetune", [pairs], replace(C, lr=1e-2, steps=150, seed=seed), title=f"{name}: pre")
+    bm25, offline = train.BM25(known.corpus), llm.Offline(known.corpus)
+
+    def trained(positives, negatives, title):
+        """The encoder trained on these labels, and its nDCG@10 on the test questions."""
+        side = lambda i: None if i is None else data.side(known.corpus[i])
+        rows = [data.record("question answering", text, side(p), side(n))
+                for text, p, n in zip(questions, positives, negatives, strict=True)]
+        model = copy.deepcopy(pre)
+        train.train(model, "finetune", [rows], replace(C, steps=steps, seed=seed), title=title)
+        ranked = train.rankings(model, test, "question answering")
+        return model, float(np.mean(train.retrieval_scores(ranked, test)["ndcg@10"]))
+
+    none = [None] * len(questions)
+    for share in SHARES:
+        if all((name, seed, share, judge) in done for judge in JUDGES):
+            continue
+        start = time.time()
+        seeds, gold = wrong_seeds(known, P, share, seed)
+        first, p_seed = trained(seeds, none, f"{name} {share:.0%} p_seed")
+        _, near = topk(*train.encoded(first, known, "question answering"), N)
+        candidates = [llm.with_seed(list(map(int, row)), s) for row, s in zip(near, seeds, strict=True)]
+        for judge, scores in judged(known, candidates, gold, q, P, bm25, offline).items():
+            if (name, seed, share, judge) in done:
+                continue
+            picked = [llm.relabel(s, [texts[i] for i in row]) for s, row in zip(scores, candidates, strict=True)]
+            p_1 = [row[a] for row, (a, _) in zip(candidates, picked, strict=True)]
+            p_N = [row[b] for row, (_, b) in zip(candidates, picked, strict=True)]
+            order = [[row[i] for i in np.argsort(-np.array(s))] for s, row in zip(scores, candidates, strict=True)]
+            quality = [train.ndcg(row, dict.fromkeys(right, 1)) for row, right in zip(order, gold, strict=True)]
+            row = {"set": name, "seed": seed, "wrong": share, "judge": judge, "questions": len(questions),
+                   "judge_ndcg": np.mean(quality),
+                   "seed_right": np.mean([i in right for i, right in zip(seeds, gold, strict=True)]),
+                   "p1_right": np.mean([i in right for i, right in zip(p_1, gold, strict=True)]),
+                   "changed": np.mean(np.array(p_1) != np.array(seeds)), "p_seed": p_seed,
+                   "p_1": trained(p_1, none, f"{name} {share:.0%} {judge}")[1],
+                   "p_1, p_20": trained(p_1, p_N, f"{name} {share:.0%} {judge}, p_20")[1]}
+            row = {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
+            print(json.dumps(row), flush=True)
+            with open(out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        print(f"{name}, {share:.0%} wrong, seed {seed}: {time.time() - start:.0f} s", flush=True)
+
+
+def title_body_pairs(corpus, seed):
+    rng, pieces = np.random.default_rng(seed), [c for p in corpus for c in data.chunks(p)]
+    made = (data.title_body_pair(pieces[i], rng) for i in rng.integers(len(pieces), size=PAIRS))
+    return [data.record("search result", query, {"title": title, "text": text})
+            for query, text, title in made if query.strip() and text.strip()]
+
+
+# --------------------------------------------------------------------------------------------------
+# What it says
+
+
+def means(rows):
+    """{(set, wrong, judge): {measure: mean over seeds}}, with the gain of p_1 over p_seed in points."""
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["set"], r["wrong"], r["judge"]), []).append(r)
+    return {key: {**{m: float(np.mean([r[m] for r in group])) for m in ("judge_ndcg", "seed_right", "p1_right")},
+                  "gain": float(np.mean([100 * (r["p_1"] - r["p_seed"]) for r in group])),
+                  "spread": float(np.std([100 * (r["p_1"] - r["p_seed"]) for r in group], ddof=1))
+                  if len(group) > 1 else 0.0} for key, group in groups.items()}
+
+
+def study_text(rows):
+    """The study as a Markdown table: the judge, how often it is right, and what relabelling gains."""
+    found = means(rows)
+    lines = ["| set | judge | its nDCG@10 | its p_1 is right | " + " | ".join(
+        f"gain, {share:.0%} wrong" for share in SHARES) + " |", "|---" * (4 + len(SHARES)) + "|"]
+    for name in dict.fromkeys(s for s, _, _ in found):
+        for judge in JUDGES:
+            cells = [found.get((name, share, judge)) for share in SHARES]
+            if None in cells:
+                continue
+            lines.append(f"| {name} | {judge} | {np.mean([c['judge_ndcg'] for c in cells]):.3f} | "
+                         f"{np.mean([c['p1_right'] for c in cells]):.0%} | "
+                         + " | ".join(f"{c['gain']:+.1f} ± {c['spread']:.1f}" for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def chart(rows):
+    """Gain against the judge's nDCG, and against how much oftener than the seed its p_1 is right."""
+    from matplotlib import pyplot
+
+    found = means(rows)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
+    for n, name in enumerate(dict.fromkeys(s for s, _, _ in found)):
+        for share, color in zip(SHARES, ("#2c7bb6", "#7fbf7b", "#fdae61", "#d7191c"), strict=True):
+            points = [(v["judge_ndcg"], v["p1_right"] - v["seed_right"], v["gain"])
+                      for (s, w, _), v in found.items() if (s, w) == (name, share)]
+            x, more, gain = zip(*points, strict=True)
+            for axis, where in zip(axes, (x, more), strict=True):
+                axis.scatter(where, gain, color=color, marker="os^D"[n], s=32, edgecolor="black", linewidth=0.4,
+                             label=f"{name}, {share:.0%} of seeds wrong")
+    axes[0].set(xlabel="the judge's nDCG@10 on the candidates", ylabel="points of p_1 over p_seed (nDCG@10, test)")
+    axes[1].set(xlabel="share of p_1 that is right, less share of seeds that is right")
+    for axis in axes:
+        axis.axhline(0, color="black", linewidth=0.8)
+    axes[1].axvline(0, color="black", linewidth=0.8)
+    axes[0].legend(fontsize=7, loc="upper left")
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folders", nargs="+", help="BEIR folders with train and test")
+    parser.add_argument("--encoder", required=True, help="model folder: judge `dense`, and what is near the gold")
+    parser.add_argument("--cache", default="runs/vectors", help="folder of its vectors (%(default)s)")
+    parser.add_argument("--out", default="tests/results/study_labels.jsonl", help="lines are added (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--encode-only", action="store_true", help="fill the cache and stop")
+    args = parser.parse_args()
+    cache, out = Path(args.cache), Path(args.out)
+    if args.encode_only:
+        for folder in args.folders:
+            print(folder, [x.shape for x in vectors(folder, study_set(folder)[0], args.encoder, cache)], flush=True)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in range(args.seeds):
+        for folder in args.folders:
+            done = {(r["set"], r["seed"], r["wrong"], r["judge"]) for r in train.whole_rows(out)}
+            run(folder, args.encoder, cache, seed, out, done, args.steps)
+    print(study_text(train.whole_rows(out)))
+
+
+if __name__ == "__main__":
+    main()
