@@ -28,7 +28,7 @@ import train  # noqa: E402
 from gecko import file_beside, load, topk  # noqa: E402
 
 SHARES = (0.0, 0.15, 0.3, 0.5)
-JUDGES = ("QL", "BM25", "dense", "QL + dense", "BM25 + dense", "gold")
+JUDGES = ("first embedder", "QL", "BM25", "dense", "QL + dense", "gold")
 N, NEIGHBOURS, QUESTIONS, PASSAGES, PAIRS = 20, 3, 3000, 8000, 30_000
 C = train.TrainConfig(batch_size=256, tau=0.1, lr=2e-3, max_length=128)
 
@@ -78,14 +78,14 @@ def wrong_seeds(known, P, share, seed):
     return seeds, gold
 
 
-def judged(known, candidates, gold, q, P, bm25, offline):
-    """{judge: scores of each question's candidates}."""
+def judged(known, candidates, gold, first, q, P, bm25, offline):
+    """{judge: scores of each question's candidates}; first and q, P: vectors of two embedders."""
     out = {name: [] for name in JUDGES}
     for n, (text, row, right) in enumerate(zip(known.queries.values(), candidates, gold, strict=True)):
         lexical = bm25.scores(text)[row].tolist()
         ql = offline.query_likelihood([(text, known.corpus[i]) for i in row])
-        dense = (P[row] @ q[n]).tolist()
-        for name, s in zip(JUDGES, (ql, lexical, dense, llm.rrf(ql, dense), llm.rrf(lexical, dense),
+        own, dense = ((passages[row] @ queries[n]).tolist() for queries, passages in (first, (q, P)))
+        for name, s in zip(JUDGES, (own, ql, lexical, dense, llm.rrf(ql, dense),
                                     [s + 9 * (i in right) for s, i in zip(dense, row, strict=True)]), strict=True):
             out[name].append(s)
     return out
@@ -121,9 +121,10 @@ def run(folder, encoder, cache, seed, out, done, steps):
         start = time.time()
         seeds, gold = wrong_seeds(known, P, share, seed)
         first, p_seed = trained(seeds, none, f"{name} {share:.0%} p_seed")
-        _, near = topk(*train.encoded(first, known, "question answering"), N)
+        own = train.encoded(first, known, "question answering")
+        _, near = topk(*own, N)
         candidates = [llm.with_seed(list(map(int, row)), s) for row, s in zip(near, seeds, strict=True)]
-        for judge, scores in judged(known, candidates, gold, q, P, bm25, offline).items():
+        for judge, scores in judged(known, candidates, gold, own, q, P, bm25, offline).items():
             if (name, seed, share, judge) in done:
                 continue
             picked = [llm.relabel(s, [texts[i] for i in row]) for s, row in zip(scores, candidates, strict=True)]
@@ -193,7 +194,7 @@ def chart(rows):
         for share, color in zip(SHARES, ("#2c7bb6", "#7fbf7b", "#fdae61", "#d7191c"), strict=True):
             points = [(v["judge_ndcg"], v["p1_right"] - v["seed_right"], v["gain"])
                       for (s, w, _), v in found.items() if (s, w) == (name, share)]
-            x, more, gain = zip(*points, strict=True)
+            x, more, gain = zip(*points, strict=True) if points else ((), (), ())
             for axis, where in zip(axes, (x, more), strict=True):
                 axis.scatter(where, gain, color=color, marker="os^D"[n], s=32, edgecolor="black", linewidth=0.4,
                              label=f"{name}, {share:.0%} of seeds wrong")

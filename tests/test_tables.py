@@ -130,7 +130,7 @@ def test_dims_are_cut_and_normalised_again(lab, monkeypatch):
         (P.shape[1], np.abs(np.linalg.norm(P, axis=1) - 1).max())) or find(q, P, k))
     for row, case in train.cases("dims", lab[0]).items():
         scores = train.case_scores(lab[0], case, 0, row, (24, 8, 4))
-        assert list(scores) == ["nDCG@10 own", "nDCG@10 own, cut to 8", "nDCG@10 own, cut to 4"]
+        assert list(scores) == ["nDCG@10 own", "nDCG@10 own at 8", "nDCG@10 own at 4"]
     assert trained == ["", "24,8"] and [d for d, _ in lengths] == [24, 8, 4] * 2
     assert max(off for _, off in lengths) < 1e-5
 

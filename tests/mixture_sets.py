@@ -1,0 +1,64 @@
+"""The files of a real mixture table, from public sets in a folder.
+
+    python tests/mixture_sets.py DATA OUT
+
+DATA holds BEIR folders nq-open, wikiqa, medquad and squad; agnews-titlebody and reuters-titlebody
+(query, positive); sick-e-nli; banking77, subj and sst2 (text, label); stsb and sts12. OUT gets
+pre.jsonl (unlabelled pairs, for eq. 2), fret.jsonl (questions written by people with their passages:
+no language model took part), nli.jsonl, classification.jsonl and rest.jsonl. A training row with a
+text that an evaluation file holds too is left out and counted.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np  # noqa: E402
+
+import data  # noqa: E402
+from gecko import read_jsonl, read_passages, write_jsonl  # noqa: E402
+
+CLASSES, RETRIEVAL, STS = ("banking77", "subj", "sst2"), ("nq-open", "wikiqa", "medquad"), ("stsb", "sts12")
+
+
+def plain(text):
+    return " ".join(text.lower().split()).strip(" .?!")
+
+
+def main():
+    root, out = Path(sys.argv[1]), Path(sys.argv[2])
+
+    def file(name, part):
+        found = sorted((root / name).glob(f"{part}.jsonl*"))
+        return str(found[0])
+
+    held = {plain(row[side]) for name in STS for part in ("train_clean", "test_clean", "dev_clean")
+            for path in (root / name).glob(f"{part}.jsonl") for _, row in read_jsonl(path)
+            for side in ("sentence1", "sentence2")}
+    held |= {plain(row["text"]) for name in CLASSES for _, row in read_jsonl(file(name, "test"))}
+
+    def write(name, rows):
+        rows = list(rows)
+        kept = [r for r in rows if not held & {plain(t.rsplit(" [", 1)[0]) for t in (
+            r["query"], r["positive"]["text"], (r["negative"] or {}).get("text", ""))}]
+        print(f"{name}: {write_jsonl(out / name, kept)} rows, {len(rows) - len(kept)} left out")
+
+    rng, left_out, spans = np.random.default_rng(0), Counter(), []
+    pieces = [c for name in RETRIEVAL for p in read_passages(file(name, "corpus")) for c in data.chunks(p)]
+    for i in rng.permutation(len(pieces))[:50_000]:
+        query, text, title = data.title_body_pair(pieces[i], rng)
+        spans += [data.record("search result", query, {"title": title, "text": text})] * bool(query and text)
+    bodies = [file(f"{name}-titlebody", "train") for name in ("agnews", "reuters")]
+    titles = list(data.convert_pairs(bodies, left_out))
+    write("pre.jsonl", spans + titles)
+    write("fret.jsonl", data.convert_beir([str(root / name) for name in RETRIEVAL], left_out))
+    write("nli.jsonl", data.convert_nli([file("sick-e-nli", "train")], left_out))
+    write("classification.jsonl", (row for name in CLASSES for row in data.convert_classification(
+        [file(name, "train")], left_out)))
+    squad = next(p for p in (root / "squad", root / "squad-train-part") if p.is_dir())
+    write("rest.jsonl", [*data.convert_beir([str(squad)], left_out), *titles])
+
+
+if __name__ == "__main__":
+    main()
