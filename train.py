@@ -1205,7 +1205,9 @@ def ablate_command(args: argparse.Namespace) -> None:
         dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,))]
         run_case = {row: lambda seed, row=row, case=case: case_scores(lab, case, seed, row, dims)
                     for row, case in cases(args.table, lab).items()}
-    done = ablate(args.table, out, key, f"{o.model} {o.llm}".strip(), range(c.seed, c.seed + args.seeds), run_case)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
+        done = ablate(args.table, out, key, f"{o.model} {o.llm}".strip(), range(c.seed, c.seed + args.seeds),
+                      run_case)
     text = table_text(args.table, done)
     with file_beside(out / f"{args.table}.md") as new:
         new.write_text(text, encoding="utf-8")

@@ -29,11 +29,11 @@ from gecko import file_beside, load, topk  # noqa: E402
 
 SHARES = (0.0, 0.15, 0.3, 0.5)
 JUDGES = ("first embedder", "QL", "BM25", "dense", "QL + dense", "gold")
-N, NEIGHBOURS, QUESTIONS, PASSAGES, PAIRS = 20, 3, 3000, 8000, 30_000
+N, NEIGHBOURS, PAIRS = 20, 3, 30_000
 C = train.TrainConfig(batch_size=256, tau=0.1, lr=2e-3, max_length=128)
 
 
-def study_set(folder, questions=QUESTIONS, passages=PASSAGES):
+def study_set(folder, questions, passages):
     """The set's train and test questions, over a corpus of their gold passages and others, at most `passages`."""
     known, test = train.read_beir(folder, "train"), train.read_beir(folder, "test")
     rng = np.random.default_rng(0)
@@ -91,12 +91,12 @@ def judged(known, candidates, gold, first, q, P, bm25, offline):
     return out
 
 
-def run(folder, encoder, cache, seed, out, done, steps):
+def run(folder, sizes, encoder, cache, seed, out, done, steps):
     """All shares of wrong seeds and all judges on one set under one seed; each judge is a line of `out`."""
     name = Path(folder).resolve().name
     if all((name, seed, share, judge) in done for share in SHARES for judge in JUDGES):
         return
-    known, test = study_set(folder)
+    known, test = study_set(folder, *sizes)
     q, P = vectors(folder, known, encoder, cache)
     texts, questions = [p["text"] for p in known.corpus], list(known.queries.values())
     pairs = title_body_pairs(known.corpus, seed)
@@ -104,23 +104,21 @@ def run(folder, encoder, cache, seed, out, done, steps):
     train.train(pre, "prefinetune", [pairs], replace(C, lr=1e-2, steps=150, seed=seed), title=f"{name}: pre")
     bm25, offline = train.BM25(known.corpus), llm.Offline(known.corpus)
 
-    def trained(positives, negatives, title):
-        """The encoder trained on these labels, and its nDCG@10 on the test questions."""
-        side = lambda i: None if i is None else data.side(known.corpus[i])
-        rows = [data.record("question answering", text, side(p), side(n))
-                for text, p, n in zip(questions, positives, negatives, strict=True)]
+    def trained(positives, title):
+        """The encoder trained on these labels, without hard negatives, and its nDCG@10 on the test questions."""
+        rows = [data.record("question answering", text, data.side(known.corpus[p]))
+                for text, p in zip(questions, positives, strict=True)]
         model = copy.deepcopy(pre)
         train.train(model, "finetune", [rows], replace(C, steps=steps, seed=seed), title=title)
         ranked = train.rankings(model, test, "question answering")
         return model, float(np.mean(train.retrieval_scores(ranked, test)["ndcg@10"]))
 
-    none = [None] * len(questions)
     for share in SHARES:
         if all((name, seed, share, judge) in done for judge in JUDGES):
             continue
         start = time.time()
         seeds, gold = wrong_seeds(known, P, share, seed)
-        first, p_seed = trained(seeds, none, f"{name} {share:.0%} p_seed")
+        first, p_seed = trained(seeds, f"{name} {share:.0%} p_seed")
         own = train.encoded(first, known, "question answering")
         _, near = topk(*own, N)
         candidates = [llm.with_seed(list(map(int, row)), s) for row, s in zip(near, seeds, strict=True)]
@@ -129,7 +127,6 @@ def run(folder, encoder, cache, seed, out, done, steps):
                 continue
             picked = [llm.relabel(s, [texts[i] for i in row]) for s, row in zip(scores, candidates, strict=True)]
             p_1 = [row[a] for row, (a, _) in zip(candidates, picked, strict=True)]
-            p_N = [row[b] for row, (_, b) in zip(candidates, picked, strict=True)]
             order = [[row[i] for i in np.argsort(-np.array(s))] for s, row in zip(scores, candidates, strict=True)]
             quality = [train.ndcg(row, dict.fromkeys(right, 1)) for row, right in zip(order, gold, strict=True)]
             row = {"set": name, "seed": seed, "wrong": share, "judge": judge, "questions": len(questions),
@@ -137,8 +134,7 @@ def run(folder, encoder, cache, seed, out, done, steps):
                    "seed_right": np.mean([i in right for i, right in zip(seeds, gold, strict=True)]),
                    "p1_right": np.mean([i in right for i, right in zip(p_1, gold, strict=True)]),
                    "changed": np.mean(np.array(p_1) != np.array(seeds)), "p_seed": p_seed,
-                   "p_1": trained(p_1, none, f"{name} {share:.0%} {judge}")[1],
-                   "p_1, p_20": trained(p_1, p_N, f"{name} {share:.0%} {judge}, p_20")[1]}
+                   "p_1": trained(p_1, f"{name} {share:.0%} {judge}")[1]}
             row = {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
             print(json.dumps(row), flush=True)
             with open(out, "a", encoding="utf-8") as file:
@@ -213,20 +209,23 @@ def main():
     parser.add_argument("--encoder", required=True, help="model folder: judge `dense`, and what is near the gold")
     parser.add_argument("--cache", default="runs/vectors", help="folder of its vectors (%(default)s)")
     parser.add_argument("--out", default="tests/results/study_labels.jsonl", help="lines are added (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of everything (%(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="of each training (%(default)s)")
+    parser.add_argument("--questions", type=int, default=3000, help="at most (%(default)s)")
+    parser.add_argument("--passages", type=int, default=8000, help="of the corpus, at most, gold ones apart")
     parser.add_argument("--encode-only", action="store_true", help="fill the cache and stop")
     args = parser.parse_args()
-    cache, out = Path(args.cache), Path(args.out)
+    cache, out, sizes = Path(args.cache), Path(args.out), (args.questions, args.passages)
     if args.encode_only:
         for folder in args.folders:
-            print(folder, [x.shape for x in vectors(folder, study_set(folder)[0], args.encoder, cache)], flush=True)
+            q, P = vectors(folder, study_set(folder, *sizes)[0], args.encoder, cache)
+            print(folder, q.shape, P.shape, flush=True)
         return
     out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for folder in args.folders:
             done = {(r["set"], r["seed"], r["wrong"], r["judge"]) for r in train.whole_rows(out)}
-            run(folder, args.encoder, cache, seed, out, done, args.steps)
+            run(folder, sizes, args.encoder, cache, seed, out, done, args.steps)
     print(study_text(train.whole_rows(out)))
 
 
