@@ -632,9 +632,11 @@ class Server:
             while self.connections:
                 self.connections.popitem()[1].close()
 
-    def call(self, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any]) -> Any:
+    def call(self, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any],
+             tries: int = 0) -> Any:
         """read(reply), tried again while that may help; then CallFailed, or LLMError to stop the run."""
-        for attempt in range(TRIES):
+        tries = tries or TRIES
+        for attempt in range(tries):
             pause = min(self.backoff * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
             try:
                 return read(self.once(path, body))
@@ -652,9 +654,9 @@ class Server:
                 reason = f"no answer ({type(error).__name__}: {error})"
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {str(error)[:100]})"
-            if self.halt.wait(pause if attempt + 1 < TRIES else 0):
+            if self.halt.wait(pause if attempt + 1 < tries else 0):
                 raise CallFailed("the run was stopped")
-        raise CallFailed(f"{self.hide(reason)}, {TRIES} times")
+        raise CallFailed(f"{self.hide(reason)}, {tries} times")
 
     def once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """One exchange: the decoded reply, or an exception that says what its status means."""
@@ -922,7 +924,7 @@ class Endpoint:
         return {"model": self.model, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1,
                 "temperature": 0}
 
-    def echo(self, chunk: Sequence[tuple[str, str]]) -> list[list[Any]]:
+    def echo(self, chunk: Sequence[tuple[str, str]], tries: int = 0) -> list[list[Any]]:
         """The server returns the prompt with its log-probabilities; several prompts a request."""
         prompts = [prefix + text for prefix, text in chunk]
 
@@ -931,7 +933,7 @@ class Endpoint:
             return [span(part, prefix, text, self.head)
                     for part, (prefix, text) in zip(parts, chunk, strict=True)]
         body = self.echo_body(prompts if len(chunk) > 1 else prompts[0])
-        return self.server.call("/v1/completions", body, read)
+        return self.server.call("/v1/completions", body, read, tries)
 
     def head_tokens(self, prefix: str) -> tuple[str, ...]:
         """The tokens of a prefix alone."""
@@ -1160,7 +1162,7 @@ def probe_scores(e: Endpoint, prompts: Sequence[tuple[str, str]]) -> tuple[Way |
         evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
         if way[0] == "echo":
             try:
-                both = e.echo(prompts)
+                both = e.echo(prompts, tries=1)
                 e.can.group = 16 if all(math.isclose(x[0], y, rel_tol=1e-3)
                                         for x, y in zip(both, (a, b), strict=True)) else 1
             except (CallFailed, LLMError):

@@ -181,7 +181,7 @@ class FakeServer:
         if path == "/v1/completions":
             prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
             if self.kind == "llama-cpp-python" and isinstance(body["prompt"], list):
-                return 500, {"error": {"message": "1 validation error: prompt"}}
+                return 500, {"error": {"message": "", "type": "internal_server_error"}}
             if self.kind == "together" and isinstance(body["prompt"], list):
                 return 400, {"error": {"message": "prompt must be a string"}}
             if self.kind == "reasoning":
