@@ -13,7 +13,8 @@ Where we differ from the paper, or fill a gap in it:
 1. Prompts (3.2, not published): P_QG, P_QL and P_RC below are ours.
 2. The seed is always among the N candidates: where retrieval misses it, it takes the last place.
 3. Ties in R (silent): the passage that the first embedder ranks higher comes first.
-4. `offline` is no language model: see the class.
+4. A passage is cut in prompts (3.2, silent) to what a model's context holds; see LONGEST.
+5. `offline` is no language model: see the class.
 """
 
 from __future__ import annotations
@@ -169,8 +170,16 @@ def task_kind(task: str) -> str:
 
 
 def as_text(passage: Passage) -> str:
-    """A passage as prompts show it: title and text in one line each."""
+    """Title and text in one line."""
     return " ".join(f"{passage['title']}\n{passage['text']}".split())
+
+
+LONGEST = 4000  # characters of a passage that a prompt shows: more than the embedder reads of it
+
+
+def shown(passage: Passage) -> str:
+    """A passage as prompts show it. One that no context can hold would lose each query it is near to."""
+    return as_text(passage)[:LONGEST]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,12 +204,12 @@ class LLM(Protocol):
 def ql_prompt(query: str, passage: Passage) -> tuple[str, str]:
     """(prefix, continuation): QL(q, p) = log p(continuation | prefix)."""
     # subtle: the blank goes with the query, for tokens such as " what" would else cross the border
-    return fill(P_QL, passage=as_text(passage)), " " + query
+    return fill(P_QL, passage=shown(passage)), " " + query
 
 
 def rc_prompt(query: str, passage: Passage) -> str:
     """What a label continues; the passages of one query share all that stands before the passage."""
-    return fill(P_RC, query=query, passage=as_text(passage))
+    return fill(P_RC, query=query, passage=shown(passage))
 
 
 def graded(log_p: Sequence[float]) -> float:
@@ -815,7 +824,8 @@ CHATS: tuple[Way, ...] = (
     ("chat", {"reasoning_effort": "none"}),
     ("chat", {"reasoning_effort": "none", "max_tokens": None, "max_completion_tokens": 256, "temperature": 1}))
 GENERATES = (*CHATS, ("completions", {}))
-TOPS = (*CHATS, ("completions", {"logprobs": 20}), ("completions", {"logprobs": 5}))
+TOPS = (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
+        ("completions", {"logprobs": 5}))
 
 
 @dataclass
@@ -848,7 +858,7 @@ class Endpoint:
         way, items = able(self, "generate"), []
         for p in passages:
             self.drawn[p["_id"]] += 1                                # another draw, another seed
-            items.append((fill(P_QG, passage=as_text(p)), 1000 * self.seed + self.drawn[p["_id"]]))
+            items.append((fill(P_QG, passage=shown(p)), 1000 * self.seed + self.drawn[p["_id"]]))
         return self.all(items, lambda item: self.generation(way, *item), lambda chunk: [
             self.server.call(*self.generation(way, *item), said) for item in chunk])
 
@@ -912,11 +922,11 @@ class Endpoint:
         return "/v1/completions", body | {"prompt": prompt, "stop": ["\n\n"]}
 
     def top(self, way: Way, prompt: str) -> tuple[str, Any]:
-        body = {"model": self.model, "max_tokens": 1, "temperature": 0, **way[1]}
+        body = {"model": self.model, "max_tokens": 1, "temperature": 0}
         if way[0] == "chat":
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}],
-                                                   "logprobs": True, "top_logprobs": 20}
-        return "/v1/completions", body | {"prompt": prompt}
+                                                   "logprobs": True, "top_logprobs": 20, **way[1]}
+        return "/v1/completions", body | {"prompt": prompt, **way[1]}
 
     def echo_body(self, prompt: str | list[str]) -> dict[str, Any]:
         # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one
@@ -1138,7 +1148,7 @@ def probe_generate(e: Endpoint) -> tuple[Way | None, str]:
     answered: list[Way] = []
 
     def attempt(way: Way) -> tuple[bool, str]:
-        prompt = fill(P_QG, passage=as_text(TEA))
+        prompt = fill(P_QG, passage=shown(TEA))
         answer = e.server.call(*e.generation(way, prompt, 1, temperature=0, max_tokens=96), said)
         if "<think" not in answer:
             answered.append(way)
@@ -1258,7 +1268,7 @@ def estimate(what: str, calls: int, tokens: int, shared: int, longest: int, pric
 
 
 def estimate_generate(corpus: Sequence[Passage], limit: int, o: Options) -> None:
-    sizes = [tokens_in(fill(P_QG, passage=as_text(p))) for p in corpus]
+    sizes = [tokens_in(fill(P_QG, passage=shown(p))) for p in corpus]
     drawn = [sizes[i] for i in seed_draws(len(corpus), limit, o.seed)]
     head = tokens_in(P_QG.partition("{passage}")[0])
     estimate("generate", limit, sum(drawn), head * (limit - 1), max(drawn), o.price)
@@ -1267,7 +1277,7 @@ def estimate_generate(corpus: Sequence[Passage], limit: int, o: Options) -> None
 def estimate_mine(corpus: Sequence[Passage], queries: Sequence[Record], N: int, rank: str, labels: int,
                   o: Options) -> None:
     """Candidates are not known yet: they are taken to be as long as the corpus's mean passage."""
-    passages = [tokens_in(as_text(p)) for p in corpus]
+    passages = [tokens_in(shown(p)) for p in corpus]
     asked = [tokens_in(row["query"]) for row in queries]
     mean, longest, calls = sum(passages) / len(passages), max(passages) + max(asked), len(queries) * N
     if rank == "fused":

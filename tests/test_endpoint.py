@@ -184,6 +184,16 @@ def test_rc_by_top_tokens_adds_variants(kind, score):
     assert e.spent.bounded == 0
 
 
+def test_fewer_top_tokens_are_asked_for_where_twenty_are_refused(monkeypatch):
+    with FakeServer("openai") as server:
+        chat = server.chat
+        monkeypatch.setattr(server, "chat", lambda body: (
+            (400, {"error": "at most 5"}) if body.get("top_logprobs", 0) > 5 else chat(body)))
+        e = endpoint(server)
+        assert e.relevance([("is tea mild", passage(1))])[0] < 0
+    assert e.can.rc == ("chat", {"top_logprobs": 5})
+
+
 def test_labels_outside_the_top_are_bounded_counted_and_warned_of():
     """A label not listed gets the smallest listed value, and the report says how often."""
     top = [{"token": " Not", "logprob": -0.1}, {"token": " the", "logprob": -3.0}]

@@ -118,6 +118,14 @@ def test_prompts_are_fixed_but_for_the_passage():
         assert prompt.index("{passage}") > 0.7 * len(prompt)
 
 
+def test_a_passage_too_long_for_a_context_is_cut_in_prompts():
+    """One endless passage does not lose the queries that it is a candidate of; others are shown whole."""
+    endless = {"_id": "x", "title": "T", "text": "word " * 10 ** 5}
+    for prompt in (llm.ql_prompt("q", endless)[0], llm.rc_prompt("q", endless)):
+        assert llm.LONGEST < len(prompt) < llm.LONGEST + 1000
+    assert all(llm.shown(p) == llm.as_text(p) for p in CORPUS)
+
+
 def queries(n=6):
     return [{"_id": f"q{i}", "task": "t", "kind": "other", "query": f"query {i} sort the list",
              "seed_id": CORPUS[i % len(CORPUS)]["_id"]} for i in range(n)]
