@@ -13,7 +13,8 @@ Where we differ from the paper, or fill a gap in it:
 1. Prompts (3.2, not published): P_QG, P_QL and P_RC below are ours.
 2. The seed is always among the N candidates: where retrieval misses it, it takes the last place.
 3. Ties in R (silent): the passage that the first embedder ranks higher comes first.
-4. `offline` is no language model: see the class.
+4. A passage is cut in prompts (3.2, silent) to what a model's context holds; see LONGEST.
+5. `offline` is no language model: see the class.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ import re
 import socket
 import threading
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -170,8 +170,16 @@ def task_kind(task: str) -> str:
 
 
 def as_text(passage: Passage) -> str:
-    """A passage as prompts show it: title and text in one line each."""
+    """Title and text in one line."""
     return " ".join(f"{passage['title']}\n{passage['text']}".split())
+
+
+LONGEST = 4000  # characters of a passage that a prompt shows: more than the embedder reads of it
+
+
+def shown(passage: Passage) -> str:
+    """A passage as prompts show it. One that no context can hold would lose each query it is near to."""
+    return as_text(passage)[:LONGEST]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,12 +204,12 @@ class LLM(Protocol):
 def ql_prompt(query: str, passage: Passage) -> tuple[str, str]:
     """(prefix, continuation): QL(q, p) = log p(continuation | prefix)."""
     # subtle: the blank goes with the query, for tokens such as " what" would else cross the border
-    return fill(P_QL, passage=as_text(passage)), " " + query
+    return fill(P_QL, passage=shown(passage)), " " + query
 
 
 def rc_prompt(query: str, passage: Passage) -> str:
     """What a label continues; the passages of one query share all that stands before the passage."""
-    return fill(P_RC, query=query, passage=as_text(passage))
+    return fill(P_RC, query=query, passage=shown(passage))
 
 
 def graded(log_p: Sequence[float]) -> float:
@@ -224,7 +232,8 @@ def parse_generation(answer: str) -> tuple[str, str]:
     >>> parse_generation("Task: find an answer\\nQuery: what is tea")
     ('find an answer', 'what is tea')
     """
-    match = re.match(r"\s*(?:Task:[ \t]*)?((?!Task:|Query:)\S[^\n]*)\n\s*Query:[ \t]*(\S[^\n]*)", answer)
+    line = r"((?!Task:|Query:)\S[^\n]*)\s*"
+    match = re.fullmatch(rf"\s*(?:Task:[ \t]*)?{line}\nQuery:[ \t]*{line}", answer)
     if not match:
         raise ValueError("not a Task line and a Query line")
     return match[1].strip(), match[2].strip()
@@ -551,6 +560,8 @@ class Spent:
     def charge(self, answer: dict[str, Any]) -> None:
         usage = answer.get("usage") or {"prompt_tokens": answer.get("tokens_evaluated"),
                                         "completion_tokens": answer.get("tokens_predicted")}
+        if self.max_tokens and "choices" in answer and not usage.get("prompt_tokens"):
+            raise LLMError("the server reports no `usage`, so --max-tokens-total cannot hold; leave it out")
         with self.lock:
             for i, name in enumerate(("prompt_tokens", "completion_tokens")):
                 self.tokens[i] += int(usage.get(name) or 0)
@@ -576,28 +587,34 @@ class Spent:
 
 
 TRIES, IN_A_ROW, LONGEST_WAIT = 6, 20, 120.0  # times a request, failed calls, seconds
+HOPELESS = 200                                # rows that all failed from the first on
 
 
 class Server:
     """Requests to one server: a kept-alive connection a thread, retries, one pause for all threads."""
 
-    def __init__(self, url: str, threads: int, timeout: float, backoff: float, spent: Spent) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or "@" in url:
+    def __init__(self, url: str, threads: int, timeout: float, backoff: float, spent: Spent,
+                 send_key: bool) -> None:
+        try:
+            parts = urlsplit(url)
+            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:                                           # a port that is no number
+            good = False
+        if not good or parts.query or "@" in url:
             raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in "
                              "OPENAI_API_KEY and nowhere else")
-        self.parts, self.root = parts, parts.path.rstrip("/").removesuffix("/v1")
+        self.parts = parts
+        self.root = self.parts.path.rstrip("/").removesuffix("/v1")
         self.threads, self.timeout, self.backoff, self.spent = threads, timeout, backoff, spent
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip() if send_key else ""
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
-        self.local, self.halt, self.resume_at = threading.local(), threading.Event(), 0.0
-        self.open: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
+        self.halt, self.resume_at = threading.Event(), 0.0
+        self.connections: dict[int, http.client.HTTPConnection] = {}  # of each thread
 
     def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         """work(item) for all items, `threads` at a time; after an exception nothing more is sent."""
         turn = itertools.count()
-        self.halt.clear()
 
         def worker() -> None:
             try:
@@ -607,21 +624,28 @@ class Server:
                 self.halt.set()
                 raise
 
-        with ThreadPoolExecutor(max(1, min(self.threads, len(items)))) as pool:
-            futures = [pool.submit(worker) for _ in range(min(self.threads, len(items)))]
-            try:
-                for future in futures:
-                    future.result()
-            except KeyboardInterrupt:
-                self.halt.set()
-                for connection in list(self.open):                   # do not wait for slow answers
-                    with contextlib.suppress(OSError, AttributeError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                raise
+        try:
+            with ThreadPoolExecutor(max(1, min(self.threads, len(items)))) as pool:
+                futures = [pool.submit(worker) for _ in range(min(self.threads, len(items)))]
+                try:
+                    for future in futures:
+                        future.result()
+                except KeyboardInterrupt:
+                    self.halt.set()
+                    for connection in list(self.connections.values()):  # do not wait for slow answers
+                        with contextlib.suppress(OSError, AttributeError):
+                            connection.sock.shutdown(socket.SHUT_RDWR)
+                    raise
+        finally:
+            self.halt.clear()
+            while self.connections:
+                self.connections.popitem()[1].close()
 
-    def call(self, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any]) -> Any:
+    def call(self, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any],
+             tries: int = 0) -> Any:
         """read(reply), tried again while that may help; then CallFailed, or LLMError to stop the run."""
-        for attempt in range(TRIES):
+        tries = tries or TRIES
+        for attempt in range(tries):
             pause = min(self.backoff * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
             try:
                 return read(self.once(path, body))
@@ -639,15 +663,14 @@ class Server:
                 reason = f"no answer ({type(error).__name__}: {error})"
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {str(error)[:100]})"
-            if self.halt.wait(pause if attempt + 1 < TRIES else 0):
+            if self.halt.wait(pause if attempt + 1 < tries else 0):
                 raise CallFailed("the run was stopped")
-        raise CallFailed(f"{self.hide(reason)}, {TRIES} times")
+        raise CallFailed(f"{self.hide(reason)}, {tries} times")
 
     def once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """One exchange: the decoded reply, or an exception that says what its status means."""
         while (wait := self.resume_at - time.monotonic()) > 0 and not self.halt.wait(wait):
             pass
-        self.spent.admit()
         status, headers, data = self.exchange(path, body)
         text = " ".join(data.decode(errors="replace").split())
         if status == 200:
@@ -657,8 +680,9 @@ class Server:
                 return answer
             code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
             status = code if isinstance(code, int) and code >= 400 else 500  # an error inside a 200
-        said = f"HTTP {status}: {self.hide(text[:200])}"
-        if status in (401, 402, 403, 404) or "insufficient_quota" in text:
+        said = f"HTTP {status}: {self.hide(headers.get('location') or text)[:200]}"
+        # a redirection is not followed: the key is for the host that was named
+        if status in (401, 402, 403, 404) or 300 <= status < 400 or "insufficient_quota" in text:
             raise LLMError(f"{said}; mend the URL, the model's name, the key or the account")
         if status in (408, 409, 429) or status >= 500 and "validation error" not in text:
             raise Again(said, retry_after(headers))
@@ -670,14 +694,16 @@ class Server:
 
     def exchange(self, path: str, body: dict[str, Any] | None) -> tuple[int, Any, bytes]:
         """Status, headers and body of one request on this thread's connection."""
-        data = None if body is None else json.dumps(body).encode()
+        data = None if body is None else json.dumps(
+            {k: v for k, v in body.items() if v is not None}).encode()
         headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {self.key}"} if self.key else {})
         deadline = time.monotonic() + self.timeout
-        kept = getattr(self.local, "connection", None)
+        kept = self.connections.get(threading.get_ident())
         try:
             for connection in (kept, None) if kept else (None,):
                 connection = connection or self.connect()
+                self.spent.admit()
                 try:
                     connection.request("POST" if data else "GET", self.root + path, data, headers)
                     reply = connection.getresponse()
@@ -707,13 +733,13 @@ class Server:
         connection = kind(self.parts.hostname or "", self.parts.port, timeout=min(10.0, self.timeout))
         connection.connect()
         connection.sock.settimeout(self.timeout)
-        self.local.connection = connection
-        self.open.add(connection)
+        self.connections[threading.get_ident()] = connection
+        if self.halt.is_set():                                       # too late for Ctrl-C to close it
+            raise CallFailed("the run was stopped")
         return connection
 
     def drop(self) -> None:
-        connection, self.local.connection = getattr(self.local, "connection", None), None
-        if connection:
+        if connection := self.connections.pop(threading.get_ident(), None):
             connection.close()
 
 
@@ -792,10 +818,14 @@ def digest(path: str, body: dict[str, Any], *of: str) -> str:
 Way = tuple[str, dict[str, Any]]  # echo, forced, chat or completions; further fields of the body
 
 # A model that thinks first does not begin its answer with the answer: thinking off, as servers spell it.
-CHATS: tuple[Way, ...] = (("chat", {}), ("chat", {"chat_template_kwargs": {"enable_thinking": False}}),
-                          ("chat", {"reasoning_effort": "none"}))
+# The last is OpenAI's for its reasoning models, which refuse max_tokens and other temperatures.
+CHATS: tuple[Way, ...] = (
+    ("chat", {}), ("chat", {"chat_template_kwargs": {"enable_thinking": False}}),
+    ("chat", {"reasoning_effort": "none"}),
+    ("chat", {"reasoning_effort": "none", "max_tokens": None, "max_completion_tokens": 256, "temperature": 1}))
 GENERATES = (*CHATS, ("completions", {}))
-TOPS = (*CHATS, ("completions", {"logprobs": 20}), ("completions", {"logprobs": 5}))
+TOPS = (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
+        ("completions", {"logprobs": 5}))
 
 
 @dataclass
@@ -814,20 +844,21 @@ class Endpoint:
 
     def __init__(self, url: str, model: str = "", threads: int = 16, timeout: float = 120.0, *,
                  cache: str | Path | None = None, spent: Spent | None = None, seed: int = 0,
-                 score: str = "label", scorer: Endpoint | None = None, backoff: float = 0.5) -> None:
+                 score: str = "label", scorer: Endpoint | None = None, backoff: float = 0.5,
+                 send_key: bool = True) -> None:
         self.name, self.model, self.seed, self.score, self.scorer = url, model, seed, score, scorer
         self.spent = spent or Spent()
-        self.server = Server(url, threads, timeout, backoff, self.spent)
+        self.server = Server(url, threads, timeout, backoff, self.spent, send_key)
         self.cache: Cache = scorer.cache if scorer else Cache(cache)
         self.can = Abilities()
         self.drawn: Counter[str] = Counter()
-        self.head = functools.lru_cache(4096)(self.head_tokens)
+        self.head = functools.lru_cache(1024)(self.head_tokens)
 
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
         way, items = able(self, "generate"), []
         for p in passages:
             self.drawn[p["_id"]] += 1                                # another draw, another seed
-            items.append((fill(P_QG, passage=as_text(p)), 1000 * self.seed + self.drawn[p["_id"]]))
+            items.append((fill(P_QG, passage=shown(p)), 1000 * self.seed + self.drawn[p["_id"]]))
         return self.all(items, lambda item: self.generation(way, *item), lambda chunk: [
             self.server.call(*self.generation(way, *item), said) for item in chunk])
 
@@ -885,17 +916,17 @@ class Endpoint:
         return [values[key] for key in keys]
 
     def generation(self, way: Way, prompt: str, seed: int, **other: Any) -> tuple[str, Any]:
-        body = {"model": self.model, "max_tokens": 256, "temperature": 0.7, "seed": seed, **way[1], **other}
+        body = {"model": self.model, "max_tokens": 256, "temperature": 0.7, "seed": seed, **other, **way[1]}
         if way[0] == "chat":
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}
         return "/v1/completions", body | {"prompt": prompt, "stop": ["\n\n"]}
 
     def top(self, way: Way, prompt: str) -> tuple[str, Any]:
-        body = {"model": self.model, "max_tokens": 1, "temperature": 0, **way[1]}
+        body = {"model": self.model, "max_tokens": 1, "temperature": 0}
         if way[0] == "chat":
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}],
-                                                   "logprobs": True, "top_logprobs": 20}
-        return "/v1/completions", body | {"prompt": prompt}
+                                                   "logprobs": True, "top_logprobs": 20, **way[1]}
+        return "/v1/completions", body | {"prompt": prompt, **way[1]}
 
     def echo_body(self, prompt: str | list[str]) -> dict[str, Any]:
         # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one
@@ -903,7 +934,7 @@ class Endpoint:
         return {"model": self.model, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1,
                 "temperature": 0}
 
-    def echo(self, chunk: Sequence[tuple[str, str]]) -> list[list[Any]]:
+    def echo(self, chunk: Sequence[tuple[str, str]], tries: int = 0) -> list[list[Any]]:
         """The server returns the prompt with its log-probabilities; several prompts a request."""
         prompts = [prefix + text for prefix, text in chunk]
 
@@ -912,7 +943,7 @@ class Endpoint:
             return [span(part, prefix, text, self.head)
                     for part, (prefix, text) in zip(parts, chunk, strict=True)]
         body = self.echo_body(prompts if len(chunk) > 1 else prompts[0])
-        return self.server.call("/v1/completions", body, read)
+        return self.server.call("/v1/completions", body, read, tries)
 
     def head_tokens(self, prefix: str) -> tuple[str, ...]:
         """The tokens of a prefix alone."""
@@ -956,19 +987,23 @@ def log_prob(value: Any) -> float:
 
 def scored_tokens(answer: dict[str, Any], prompt: str) -> tuple[list[str], list[float | None]]:
     """Tokens of an echoed prompt and their log-probabilities; CallFailed if it was not scored."""
-    choice = answer["choices"][0]
-    scored, usage = choice.get("logprobs") or {}, answer.get("usage") or {}
+    usage: dict[str, Any] = answer.get("usage") or {}
+    choice, made = answer["choices"][0], usage.get("completion_tokens", 0)
+    if answer.get("prompt"):                                         # Together: apart from the answer
+        choice, made = answer["prompt"][0], 0
+    scored = choice.get("logprobs") or {}
     tokens, values = scored.get("tokens"), scored.get("token_logprobs")
-    if not isinstance(tokens, list) or not isinstance(values, list) \
-            or not choice["text"].startswith(prompt):
+    if not isinstance(tokens, list) or not isinstance(values, list) or prompt not in choice["text"]:
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
                          f"{usage.get('prompt_tokens')}-token prompt")
-    n = len(tokens) - usage["completion_tokens"]                     # right also after an EOS
+    n = len(tokens) - made                                           # right also after an EOS
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
     if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out
         raise CallFailed(f"{n} log-probs for a {usage['prompt_tokens']}-token prompt")
+    if prompt.split()[0] not in "".join(tokens[:12]):
+        raise CallFailed("the prompt's beginning was cut off: is the model's context too short?")
     return tokens[:n], values[:1] + [log_prob(v) for v in values[1:n]]
 
 
@@ -984,7 +1019,8 @@ def span(answer: dict[str, Any], prefix: str, text: str,
     while start > 1 and len(spelled) < len(text):
         start -= 1
         spelled = tokens[start] + spelled
-    if spelled != text:
+    # subtle: an empty token before may be the first half of the text's first character
+    if spelled != text or not tokens[start - 1]:
         alone = list(head(prefix))
         start = len(alone)
         if not 0 < start < len(tokens) or tokens[:start] != alone:
@@ -1005,6 +1041,8 @@ def apart(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:
 
 def forced_token(answer: dict[str, Any], forced: int, wanted: int) -> float | None:
     """The raw log-probability of a token where one was forced; None where it is not listed."""
+    if answer.get("truncated"):
+        raise CallFailed("the prompt was cut off: is the model's context too short?")
     token, = answer["completion_probabilities"]
     if token["id"] != forced:
         raise CallFailed(f"token {token['id']} came where {forced} was forced")
@@ -1035,12 +1073,14 @@ def label_log_probs(answer: dict[str, Any]) -> list[list[Any]]:
 
 
 def said(answer: dict[str, Any]) -> str:
-    """The text of an answer, without a last line that was cut at max_tokens."""
+    """The text of an answer, without a last line that was cut off."""
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if not isinstance(text, str) or not text.strip():
         raise CallFailed(f"no text, finish_reason {choice.get('finish_reason')}: does the model think first?")
-    return text.rpartition("\n")[0] if choice.get("finish_reason") == "length" else text
+    text.encode()                                                    # ValueError: half a surrogate pair
+    cut = choice.get("finish_reason") in ("length", "content_filter")
+    return text.rpartition("\n")[0] if cut else text
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1056,13 +1096,14 @@ def able(e: Endpoint, what: str) -> Way:
     """The way in which the endpoint does `what`; LLMError, with the evidence, where it cannot."""
     if what not in e.can.evidence:
         probe(e, (what,))
+        say(**{what: e.can.evidence[what]})
     way = getattr(e.can, what)
     if way is None:
         need = {"ql": "Query likelihood needs echo with logprobs (vLLM, SGLang, llama-cpp-python) or "
                 "llama-server. Use --rank rc to rank by relevance alone, or --scorer-llm for another",
                 "rc": "Relevance needs echo, llama-server or top_logprobs, and a model that does not think "
                 "first: turn thinking off at the server, or take another model",
-                "generate": "Is there a model behind it?"}[what]
+                "generate": "Is there a model behind it, and does it answer without thinking first?"}[what]
         raise LLMError(f"{e.name} (model {e.model}) cannot do {what}: {e.can.evidence[what]}. {need}")
     return way
 
@@ -1073,7 +1114,7 @@ def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> Abilit
         served = e.server.call("/v1/models", None, lambda answer: [m["id"] for m in answer["data"]])
         e.model = e.model or served[0]
     except (CallFailed, LLMError, IndexError) as error:
-        if re.match("no answer|HTTP 40[123]|stopped", str(error)):   # nobody there, or a bad key
+        if not re.match("HTTP 40[045]|a malformed|list index", str(error)):  # nobody, or a bad key
             raise LLMError(f"{e.name} does not answer: {error}") from error
     for name in what:
         way, e.can.evidence[name] = {
@@ -1090,8 +1131,8 @@ def tried(ways: Sequence[Way], attempt: Callable[[Way], tuple[bool, str]]) -> tu
         try:
             good, evidence = attempt(way)
         except (CallFailed, LLMError) as error:
-            if re.match("HTTP 40[123]|stopped", str(error)):
-                raise
+            if isinstance(error, LLMError) and not str(error).startswith("HTTP 404"):
+                raise                                                # a key, a limit: no way will do
             good, evidence = False, str(error)
         if good:
             return way, f"{spelled_out(way)}: {evidence}"
@@ -1107,9 +1148,10 @@ def probe_generate(e: Endpoint) -> tuple[Way | None, str]:
     answered: list[Way] = []
 
     def attempt(way: Way) -> tuple[bool, str]:
-        prompt = fill(P_QG, passage=as_text(TEA))
+        prompt = fill(P_QG, passage=shown(TEA))
         answer = e.server.call(*e.generation(way, prompt, 1, temperature=0, max_tokens=96), said)
-        answered.append(way)
+        if "<think" not in answer:
+            answered.append(way)
         try:
             return True, "task {!r}, query {!r}".format(*parse_generation(answer))
         except ValueError as error:
@@ -1130,7 +1172,7 @@ def probe_scores(e: Endpoint, prompts: Sequence[tuple[str, str]]) -> tuple[Way |
         evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
         if way[0] == "echo":
             try:
-                both = e.echo(prompts)
+                both = e.echo(prompts, tries=1)
                 e.can.group = 16 if all(math.isclose(x[0], y, rel_tol=1e-3)
                                         for x, y in zip(both, (a, b), strict=True)) else 1
             except (CallFailed, LLMError):
@@ -1174,6 +1216,7 @@ class Options:
     llm: str = flag("offline", "offline, or an endpoint's URL such as http://127.0.0.1:8000/v1")
     model: str = flag("", "the model's name at the endpoint; else the first that it serves")
     threads: int = flag(16, "requests at a time")
+    timeout: float = flag(120.0, "seconds an answer may take; a slow server wants this or fewer threads")
     seed: int = flag(0, "of the draws of seeds and of sampled negatives")
     cache: str = flag("", "JSONL of the endpoint's answers, to go on from; else X.cache.jsonl beside X.jsonl")
     max_requests: int = flag(0, "stop before one more; 0 for no limit")
@@ -1187,9 +1230,11 @@ def endpoint(o: Options, output: str, score: str = "label", scorer_llm: str = ""
     name = Path(output.removesuffix(".gz"))
     cache = o.cache or name.with_name(f"{name.stem}.cache.jsonl")
     spent = Spent(o.max_requests, o.max_tokens_total)
-    scorer = Endpoint(scorer_llm, scorer_model, o.threads, cache=cache, spent=spent) if scorer_llm else None
-    return Endpoint(o.llm, o.model, o.threads, cache=cache, spent=spent, seed=o.seed, score=score,
-                    scorer=scorer)
+    # the key is for the host of --llm, not for another's
+    scorer = Endpoint(scorer_llm, scorer_model, o.threads, o.timeout, cache=cache, spent=spent, send_key=
+                      urlsplit(scorer_llm).netloc == urlsplit(o.llm).netloc) if scorer_llm else None
+    return Endpoint(o.llm, o.model, o.threads, o.timeout, cache=cache, spent=spent, seed=o.seed,
+                    score=score, scorer=scorer)
 
 
 @contextlib.contextmanager
@@ -1210,10 +1255,38 @@ def scored_by(llm: Endpoint, rank: str) -> dict[str, str | None]:
             "rc": f"{llm.model}: {llm.score} by {top}{rc[0]}"}
 
 
-def estimate(what: str, calls: int, characters: float, price: float) -> None:
-    tokens = int(characters) // 4
+def tokens_in(*texts: str) -> int:
+    """About how many tokens: one for four bytes."""
+    return sum(len(text.encode()) for text in texts) // 4
+
+
+def estimate(what: str, calls: int, tokens: int, shared: int, longest: int, price: float) -> None:
+    """What a step will send; `shared`: prompt tokens that a server with a prefix cache reads only once."""
     cost = f", {tokens / 1e6 * price:,.2f} at {price} a million" if price else ""
-    print(f"{what}: {calls:,} calls, about {tokens:,} prompt tokens (4 characters each){cost}")
+    print(f"{what}: {calls:,} calls, about {tokens:,} prompt tokens (4 bytes each){cost}; a prefix cache "
+          f"saves {shared:,} of them; the longest prompt has {longest:,}")
+
+
+def estimate_generate(corpus: Sequence[Passage], limit: int, o: Options) -> None:
+    sizes = [tokens_in(fill(P_QG, passage=shown(p))) for p in corpus]
+    drawn = [sizes[i] for i in seed_draws(len(corpus), limit, o.seed)]
+    head = tokens_in(P_QG.partition("{passage}")[0])
+    estimate("generate", limit, sum(drawn), head * (limit - 1), max(drawn), o.price)
+
+
+def estimate_mine(corpus: Sequence[Passage], queries: Sequence[Record], N: int, rank: str, labels: int,
+                  o: Options) -> None:
+    """Candidates are not known yet: they are taken to be as long as the corpus's mean passage."""
+    passages = [tokens_in(shown(p)) for p in corpus]
+    asked = [tokens_in(row["query"]) for row in queries]
+    mean, longest, calls = sum(passages) / len(passages), max(passages) + max(asked), len(queries) * N
+    if rank == "fused":
+        head, whole = tokens_in(P_QL.partition("{passage}")[0]), tokens_in(P_QL)
+        estimate("mine, QL", calls, int(calls * (whole + mean) + N * sum(asked)), head * (calls - 1),
+                 whole + longest, o.price)
+    head, whole, calls = tokens_in(P_RC.partition("{query}")[0]), tokens_in(P_RC), calls * labels
+    estimate("mine, RC", calls, int(calls * (whole + mean) + N * labels * sum(asked)),
+             head * (calls - 1) + (N * labels - 1) * sum(asked), whole + longest, o.price)
 
 
 def probe_command(args: argparse.Namespace) -> None:
@@ -1243,28 +1316,40 @@ def read_queries(path: str | Path, corpus: Sequence[Passage]) -> list[Record]:
     return rows
 
 
-def write_kept(path: str | Path, rows: Iterator[Record], total: int, what: str) -> list[Record]:
-    """Write the rows that did not fail, beside then renamed; say "kept K of N" and show a failure."""
-    kept, failed = [], []
-    for row in tqdm(rows, total=total, desc=what, unit="row"):
-        (failed if "failed" in row else kept).append(row)
-    if not kept:
-        raise LLMError(f"{what}: none of {total} rows succeeded; the first: {failed[0]['failed']}")
-    if "candidates" in kept[0]:
-        refuse_equal_scores(kept)
-    write_jsonl(path, kept)
-    example = f"; a failure: {failed[0]['failed']}" if failed else ""
-    print(f"{what}: kept {len(kept)} of {total}{example}; wrote {path}")
-    return kept
+def write_kept(path: str | Path, rows: Iterator[Record], total: int, what: str) -> Counter[str]:
+    """Write the rows that did not fail as they come; say "kept K of N" and show a failure.
 
+    The counts of rows: kept, failed, relabelled (p+ is not p_seed). LLMError, and nothing written, when
+    none is kept, or all scores are equal: that is an endpoint that does not score, not a judgement.
+    """
+    count: Counter[str] = Counter()
+    example, values = "", {score: set[Any]() for score in ("ql", "rc")}
 
-def refuse_equal_scores(rows: Sequence[Record]) -> None:
-    """All-equal scores are an endpoint that does not score, not a judgement."""
-    for score in ("ql", "rc"):
-        values = {c[score] for row in rows for c in row["candidates"]}
-        if len(values) == 1 and None not in values and len(rows[0]["candidates"]) > 1:
-            raise LLMError(f"all {score} scores equal {values.pop()}: the endpoint does not score; "
-                           "nothing was written")
+    def kept() -> Iterator[Record]:
+        nonlocal example
+        for row in tqdm(rows, total=total, desc=what, unit="row"):
+            if "failed" in row:
+                count["failed"], example = count["failed"] + 1, example or row["failed"]
+                if count["failed"] < HOPELESS or count["kept"]:
+                    continue
+                break
+            count["kept"] += 1
+            count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
+            for score, seen in values.items():
+                if len(seen) < 2:
+                    seen.update(c[score] for c in row.get("candidates", ()))
+            yield row
+        if not count["kept"]:
+            raise LLMError(f"{what}: none of the first {count['failed']} rows succeeded; one: {example}")
+        for score, seen in values.items():
+            if len(seen) == 1 and seen != {None}:
+                raise LLMError(f"all {score} scores equal {seen.pop()}: the endpoint does not score; "
+                               "nothing was written")
+
+    write_jsonl(path, kept())
+    example = f"; a failure: {example}" if example else ""
+    print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
+    return count
 
 
 def generate_command(args: argparse.Namespace) -> None:
@@ -1272,11 +1357,11 @@ def generate_command(args: argparse.Namespace) -> None:
     limit = args.limit or len(corpus)
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
     if args.dry_run:
-        estimate("generate", limit, sum(len(P_QG) + len(as_text(corpus[i]))
-                                        for i in seed_draws(len(corpus), limit, o.seed)), o.price)
-        return
+        return estimate_generate(corpus, limit, o)
     llm: LLM = Offline(corpus, seed=o.seed) if o.llm == "offline" else endpoint(o, args.queries)
     with accounted(llm, o.price):
+        if isinstance(llm, Endpoint):
+            able(llm, "generate")
         write_kept(args.queries, generate(llm, corpus, limit, o.seed), limit, "generate")
     print(f"next: train a seed model on {args.queries}, then python llm.py mine --help")
 
@@ -1288,13 +1373,8 @@ def mine_command(args: argparse.Namespace) -> None:
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")
     say(corpus=args.corpus, queries=len(queries), N=args.N, rank=args.rank, **vars(o))
     if args.dry_run:
-        each = np.mean([len(as_text(p)) for p in corpus]) + np.mean([len(q["query"]) for q in queries])
-        calls = len(queries) * args.N
-        if args.rank == "fused":
-            estimate("mine, QL", calls, calls * (len(P_QL) + each), o.price)
-        labels = calls * (len(LABELS) if args.score == "expected" else 1)
-        estimate("mine, RC", labels, labels * (len(P_RC) + each), o.price)
-        return
+        labels = len(LABELS) if args.score == "expected" else 1
+        return estimate_mine(corpus, queries, args.N, args.rank, labels, o)
     embedder = load(args.model_dir)
     llm: LLM = Offline(corpus, embedder, o.seed) if o.llm == "offline" else endpoint(
         o, args.fret, args.score, args.scorer_llm, args.scorer_model)
@@ -1302,13 +1382,9 @@ def mine_command(args: argparse.Namespace) -> None:
         by = {"scored_by": scored_by(llm, args.rank)} if isinstance(llm, Endpoint) else {}
         rows = (row if "failed" in row else row | by for row in
                 mine(llm, embedder, corpus, queries, args.N, args.negative, args.rank, o.seed))
-        kept = write_kept(args.fret, rows, len(queries), "mine")
-    print(f"p+ differs from p_seed in {relabelled_share(kept):.1%} of them")
+        count = write_kept(args.fret, rows, len(queries), "mine")
+    print(f"p+ differs from p_seed in {count['relabelled'] / count['kept']:.1%} of them")
     print(f"next: python train.py finetune {args.fret} --init {args.model_dir} --out runs/gecko")
-
-
-def relabelled_share(rows: Sequence[Record]) -> float:
-    return sum(r["positive_id"] != r["seed_id"] for r in rows) / len(rows)
 
 
 def main() -> None:

@@ -308,8 +308,9 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
 
     print("3.2  FRet, step 1: a task and a query for passages, then the first embedder on (q, p_seed)")
     drawn = n.queries * len(corpus)
-    queries = fret.write_kept(out / "queries.jsonl", fret.generate(
+    fret.write_kept(out / "queries.jsonl", fret.generate(
         fret.Offline(corpus, seed=seed), corpus, drawn, seed), drawn, "generate")
+    queries = fret.read_queries(out / "queries.jsonl", corpus)
     by_id = {p["_id"]: p for p in corpus}
     seeds = [record(row["task"], row["query"], by_id[row["seed_id"]]) for row in queries]
     first = copy.deepcopy(pre)
@@ -319,8 +320,9 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
 
     print("3.2  FRet, step 2: the top 20, ranked twice, fused, relabelled")
     judge = fret.Offline(corpus, first, seed)
-    rows = fret.write_kept(out / "fret.jsonl", fret.mine(judge, first, corpus, queries, seed=seed),
-                           len(queries), "mine")
+    fret.write_kept(out / "fret.jsonl", fret.mine(judge, first, corpus, queries, seed=seed),
+                    len(queries), "mine")
+    rows = [row for _, row in read_jsonl(out / "fret.jsonl")]
 
     print("3.3  Fine-tuning on FRet (eq. 3, Matryoshka)")
     gecko = copy.deepcopy(pre)

@@ -4,7 +4,10 @@
     llama-cpp-python  echo without BOS; "" for a token that is part of a character; no lists (500)
     llama-server      ignores echo; /tokenize, /completion with logit_bias; chat-shaped log-probs
     openai            echo is a 400; chat with top_logprobs
+    together          echo beside the answer, in a shape of its own; no lists
+    reasoning         openai that takes neither max_tokens nor another temperature than 1
     thinking          openai whose answer begins with a thought, unless thinking is turned off
+    stubborn          the same, whatever is turned off, and in completions too
     constant          vllm whose every log-probability is the same
 """
 
@@ -23,18 +26,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 BOS = b"<s>"
+CHATTING = ("openai", "reasoning", "thinking", "stubborn", "llama-server")
 NAMES: list[bytes] = [BOS]  # token id -> bytes, as they are met
 IDS: dict[bytes, int] = {BOS: 0}
 LOCK = threading.Lock()
 
 
 def tokenize(text: str) -> list[bytes]:
-    """Blank with word in pieces of four letters; one token for each byte of any other character."""
+    """Blank with word in pieces of four letters; one token for each byte of any other character, the
+    first with the blank before it."""
     out: list[bytes] = []
-    for piece in re.findall(r"\n|:| ?[A-Za-z0-9]+|[^A-Za-z0-9]", text):
+    for piece in re.findall(r"\n|:| ?[A-Za-z0-9]+| ?[^\x00-\x7f]|[^A-Za-z0-9]", text):
         data = piece.encode()
         out += [data[i:i + 4] for i in range(0, len(data), 4)] if piece.isascii() \
-            else [data[i:i + 1] for i in range(len(data))]
+            else re.findall(rb" ?.", data, re.DOTALL)
     return out
 
 
@@ -113,6 +118,7 @@ class FakeServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                fake.keys.add(self.headers.get("Authorization", ""))
                 self.reply(200, {"data": [{"id": "tiny"}]})
 
             def do_POST(self) -> None:
@@ -170,13 +176,17 @@ class FakeServer:
             handler.reply(status, answer)
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        if path == "/v1/chat/completions" and self.kind in ("openai", "thinking", "llama-server"):
+        if path == "/v1/chat/completions" and self.kind in CHATTING:
             return self.chat(body)
         if path == "/v1/completions":
             prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
             if self.kind == "llama-cpp-python" and isinstance(body["prompt"], list):
-                return 500, {"error": {"message": "1 validation error: prompt"}}
-            if self.kind in ("openai", "thinking") and body.get("echo"):
+                return 500, {"error": {"message": "", "type": "internal_server_error"}}
+            if self.kind == "together" and isinstance(body["prompt"], list):
+                return 400, {"error": {"message": "prompt must be a string"}}
+            if self.kind == "reasoning":
+                return 404, {"error": {"message": "This is a chat model"}}
+            if self.kind in CHATTING[:-1] and body.get("echo"):
                 return 400, {"error": {"message": "Setting 'echo' and 'logprobs' is not supported"}}
             return 200, self.completions(prompts, body)
         if self.kind == "llama-server" and path == "/tokenize":
@@ -185,7 +195,7 @@ class FakeServer:
         if self.kind == "llama-server" and path == "/completion":
             (forced, _), = body["logit_bias"]
             before, usage = [NAMES[i] for i in body["prompt"]], {"tokens_evaluated": len(body["prompt"])}
-            if NAMES[forced][0] >= 0xC0:                 # half a character is withheld
+            if NAMES[forced][-1] >= 0xC0:                # half a character is withheld
                 return 200, usage
             few = body["n_probs"] <= 1000                # as if the vocabulary were larger
             top = [{"id": i, "logprob": log_p(before, NAMES[i])} for i in range(few, len(NAMES), 1 + few)]
@@ -199,6 +209,7 @@ class FakeServer:
             tokens = [BOS, *tokenize(prompt)]
             seen, made = seen + len(tokens), made + 1
             text = written(prompt) if prompt.endswith("Task:") else " next"
+            text = "<think>\nThe user" if self.kind == "stubborn" else text
             choice: dict[str, Any] = {"index": index, "text": text.removeprefix("Task:"), "logprobs": None,
                                       "finish_reason": "stop"}
             if self.kind == "llama-server" and body.get("logprobs"):
@@ -209,7 +220,12 @@ class FakeServer:
             elif body.get("logprobs"):
                 choice["logprobs"] = {"top_logprobs": [dict(relevance_top(prompt)[:body["logprobs"]])]}
             choices.append(choice)
-        return {"choices": choices, "usage": {"prompt_tokens": seen, "completion_tokens": made}}
+        answer = {"choices": choices, "usage": {"prompt_tokens": seen, "completion_tokens": made}}
+        if self.kind == "together" and body.get("echo"):
+            scored = {k: v[:-1] for k, v in choices[0].pop("logprobs").items()}
+            answer["prompt"] = [{"text": "<s>" + prompts[0], "logprobs": scored}]
+            choices[0]["text"] = " next"
+        return answer
 
     def echoed(self, tokens: list[bytes]) -> dict[str, Any]:
         bos = self.kind != "llama-cpp-python"
@@ -223,7 +239,9 @@ class FakeServer:
 
     def chat(self, body: dict[str, Any]) -> tuple[int, Any]:
         prompt = body["messages"][0]["content"]
-        thinks = self.kind == "thinking" and not body.get("chat_template_kwargs")
+        if self.kind == "reasoning" and ("max_tokens" in body or body["temperature"] != 1):
+            return 400, {"error": {"message": "Unsupported parameter: 'max_tokens'"}}
+        thinks = self.kind == "stubborn" or self.kind == "thinking" and not body.get("chat_template_kwargs")
         text = "<think>\nThe user" if thinks else written(prompt) if prompt.endswith("Task:") else "Highly"
         choice: dict[str, Any] = {"index": 0, "finish_reason": "stop",
                                   "message": {"role": "assistant", "content": text}, "logprobs": None}

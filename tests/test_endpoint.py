@@ -11,12 +11,16 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
+import ssl
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import fake_server
+import numpy as np
 import pytest
 from fake_server import FakeServer, by_hand
 
@@ -49,7 +53,7 @@ def endpoint(server: FakeServer, **options) -> Endpoint:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("kind", ["vllm", "llama-cpp-python", "llama-server"])
+@pytest.mark.parametrize("kind", ["vllm", "llama-cpp-python", "llama-server", "together"])
 def test_ql_is_the_sum_over_the_query_alone(kind, text):
     """QL by echo, with or without BOS and whole tokens, and by forcing, is the sum by hand."""
     p = passage(1, "Thé vert 緑茶 🍵 is tea.")
@@ -72,7 +76,8 @@ def test_text_offset_would_give_another_sum(text):
     n = len(scored["tokens"]) - 1
     wrong = sum(v for v, at in zip(scored["token_logprobs"][:n], scored["text_offset"], strict=False)
                 if at >= len(prefix))
-    right = llm.span(answer, prefix, continuation, head=lambda _: pytest.fail("spelling is enough"))[0]
+    right = llm.span(answer, prefix, continuation, head=lambda _: scored["tokens"][:1 + len(
+        fake_server.tokenize(prefix))])[0]
     assert right == pytest.approx(by_hand(prefix, continuation), abs=1e-9)
     assert abs(wrong - right) > 0.1
 
@@ -97,6 +102,32 @@ def test_span_refuses_what_it_cannot_be_sure_of():
         llm.span(echoed(tokens, values, "a: b", prompt_tokens=9), "a:", " b", list)
     with pytest.raises(CallFailed, match="did not score"):
         llm.span(echoed(tokens, values, "other"), "a:", " b", list)
+
+
+def test_an_empty_token_before_the_span_is_not_passed_over():
+    """Real vLLM names the first half of " 東" "": spelling alone would leave its log-prob out."""
+    tokens, values = ["<s>", "a", ":", "", " 東", "!"], [None, -1.0, -2.0, -4.0, -3.0, -0.5]
+    assert llm.span(echoed(tokens, values, "a: 東"), "a:", " 東", lambda _: ["<s>", "a", ":"]) == [-7.0, 2]
+    tokens[3] = ","                                        # negative control: here it is the prefix's own
+    assert llm.span(echoed(tokens, values, "a:, 東"), "a:,", " 東", list) == [-3.0, 1]
+
+
+def test_a_prompt_whose_beginning_was_cut_off_is_no_score():
+    """A server that keeps the last tokens alone scores them all, after another context."""
+    with FakeServer("vllm") as server:
+        e = endpoint(server)
+        assert e.echo([ql_prompt("tea", passage(1))])
+        completions = server.completions
+        server.completions = lambda prompts, body: completions(prompts, body) | {"choices": [
+            c | {"text": p} for p, c in zip(prompts, completions([p[-200:] for p in prompts], body)["choices"],
+                                            strict=True)], "usage": completions(
+                                                [p[-200:] for p in prompts], body)["usage"]}
+        with pytest.raises(CallFailed, match="beginning was cut off"):
+            e.echo([ql_prompt("tea", passage(1))])
+    token = {"id": 7, "logprob": -1.0, "top_logprobs": []}
+    assert llm.forced_token({"completion_probabilities": [token]}, 7, 7) == -1.0
+    with pytest.raises(CallFailed, match="cut off"):
+        llm.forced_token({"completion_probabilities": [token], "truncated": True}, 7, 7)
 
 
 def test_generated_eos_does_not_shift_the_span():
@@ -136,7 +167,7 @@ def test_rc_scores_whole_labels_where_prompts_are_scored(kind, score):
     assert got == pytest.approx([want], abs=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["openai", "thinking"])
+@pytest.mark.parametrize("kind", ["openai", "thinking", "reasoning"])
 @pytest.mark.parametrize("score", ["label", "expected"])
 def test_rc_by_top_tokens_adds_variants(kind, score):
     """Without echo the label's first token counts, " High" and "Highly" together; thinking is off."""
@@ -144,13 +175,23 @@ def test_rc_by_top_tokens_adds_variants(kind, score):
     with FakeServer(kind) as server:
         e = endpoint(server, score=score)
         got = e.relevance(pairs)
-    assert e.can.rc == llm.CHATS[kind == "thinking"]
+    assert e.can.rc == llm.CHATS[{"openai": 0, "thinking": 1, "reasoning": 3}[kind]]
     for (q, p), value in zip(pairs, got, strict=True):
         top = {t: math.exp(v) for t, v in fake_server.relevance_top(rc_prompt(q, p))}
         high, some, no = top[" High"] + top["Highly"], top[" Some"], top[" Not"]
         assert value == pytest.approx(math.log(high) if score == "label"
                                       else (2 * high + some) / (high + some + no))
     assert e.spent.bounded == 0
+
+
+def test_fewer_top_tokens_are_asked_for_where_twenty_are_refused(monkeypatch):
+    with FakeServer("openai") as server:
+        chat = server.chat
+        monkeypatch.setattr(server, "chat", lambda body: (
+            (400, {"error": "at most 5"}) if body.get("top_logprobs", 0) > 5 else chat(body)))
+        e = endpoint(server)
+        assert e.relevance([("is tea mild", passage(1))])[0] < 0
+    assert e.can.rc == ("chat", {"top_logprobs": 5})
 
 
 def test_labels_outside_the_top_are_bounded_counted_and_warned_of():
@@ -167,10 +208,25 @@ def test_labels_differ_in_their_first_token():
 
 
 def test_thinking_that_cannot_be_turned_off_is_refused(monkeypatch):
-    with FakeServer("thinking") as server:
-        monkeypatch.setattr(llm, "TOPS", llm.TOPS[:1])
+    with FakeServer("stubborn") as server:
+        monkeypatch.setattr(llm, "TOPS", llm.CHATS)
         with pytest.raises(LLMError, match="cannot do rc.*<think>.*thinking off"):
             endpoint(server).relevance([("q", passage(1))])
+        with pytest.raises(LLMError, match="cannot do generate.*<think>.*without thinking"):
+            endpoint(server).generate([passage(1)])
+
+
+@pytest.mark.parametrize("reason, text, kept", [
+    ("stop", "Task: t\nQuery: whole", "Task: t\nQuery: whole"), ("length", "Task: t\nQuery: ha", "Task: t"),
+    ("content_filter", "Task: t\nQuery: ha", "Task: t"), ("stop", "Task: t\nQuery: \ud83d", None),
+    ("length", "", None), ("stop", None, None)])
+def test_a_text_that_was_cut_off_is_no_query(reason, text, kept):
+    answer = {"choices": [{"finish_reason": reason, "message": {"content": text}}]}
+    if kept is None:
+        with pytest.raises((CallFailed, ValueError)):
+            llm.said(answer)
+    else:
+        assert llm.said(answer) == kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -180,13 +236,15 @@ def test_thinking_that_cannot_be_turned_off_is_refused(monkeypatch):
 @pytest.mark.parametrize("kind, generate, ql, rc", [
     ("vllm", "completions", "echo", "echo"), ("llama-cpp-python", "completions", "echo", "echo"),
     ("llama-server", "chat", "forced", "forced"), ("openai", "chat", None, "chat"),
-    ("thinking", "chat", None, "chat"), ("constant", "completions", None, "completions")])
+    ("thinking", "chat", None, "chat"), ("reasoning", "chat", None, "chat"),
+    ("together", "completions", "echo", "echo"), ("constant", "completions", None, "completions")])
 def test_probe_says_what_works_with_numbers(kind, generate, ql, rc, monkeypatch, capsys):
     with FakeServer(kind) as server:
         monkeypatch.setattr(sys, "argv", ["llm.py", "probe", "--llm", server.url])
         llm.main()
         e = endpoint(server)
         can = llm.probe(e)
+        assert e.spent.requests <= 40                      # seconds, also where an error is a 500
     assert [way and way[0] for way in (can.generate, can.ql, can.rc)] == [generate, ql, rc]
     out = capsys.readouterr().out
     for name in ("generate", "ql", "rc"):
@@ -205,6 +263,21 @@ def test_no_likelihood_is_said_with_the_way_out():
     with FakeServer("llama-server") as server:
         with pytest.raises(CallFailed, match="200 but did not score the prompt: 1 log-probs for a"):
             endpoint(server).echo([("a:", " b")])
+
+
+def test_what_was_found_is_said_before_a_run(capsys):
+    with FakeServer("vllm") as server:
+        endpoint(server).query_likelihood([("q", passage(1))])
+    assert re.search(r"ql=echo: -\d+\.\d\d over \d+ tokens", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("status, message", [(503, "HTTP 503"), (401, "HTTP 401"), (307, "HTTP 307: http://to")])
+def test_a_server_that_is_not_ready_is_not_said_to_be_unable(status, message, monkeypatch):
+    monkeypatch.setattr(llm, "TRIES", 2)
+    monkeypatch.setattr(llm.Server, "exchange", lambda *_: (status, {"location": "http://to/x"} if status == 307
+                                                           else {}, b"{}"))
+    with pytest.raises(LLMError, match=f"does not answer: {message}"):
+        Endpoint("http://127.0.0.1:9", backoff=0.001).generate([passage(1)])
 
 
 def test_nobody_there_is_one_line(monkeypatch):
@@ -306,6 +379,41 @@ def test_a_body_that_drips_meets_the_timeout(monkeypatch):
     assert got == pytest.approx([by_hand(*ql_prompt("first", passage(0)))])
 
 
+def test_each_request_that_is_sent_is_counted():
+    """The free second try on a connection that was closed is a request too: it may be paid for."""
+    with FakeServer("vllm") as server:
+        e = endpoint(server, threads=2)
+        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        server.script = ["", "", "", "closed", "", "closed", "500"]
+        assert None not in e.query_likelihood([(f"query {i}", passage(i)) for i in range(20)])
+        assert e.spent.requests == len(server.bodies) == 23
+
+
+def test_a_limit_on_tokens_needs_usage(monkeypatch):
+    """Where a server does not say what it charges, the limit would never be met: an error."""
+    with FakeServer("openai") as server:
+        chat = server.chat
+        monkeypatch.setattr(server, "chat", lambda body: (200, chat(body)[1] | {"usage": None}))
+        assert endpoint(server).relevance([("q", passage(1))])[0] < 0
+        with pytest.raises(LLMError, match="max-tokens-total cannot hold"):
+            endpoint(server, spent=Spent(max_tokens=10 ** 6)).relevance([("q", passage(1))])
+
+
+def test_the_window_is_bounded(monkeypatch):
+    """One future a thread, whatever the number of items; a late connection is not opened after a stop."""
+    submitted = []
+    submit = llm.ThreadPoolExecutor.submit
+    monkeypatch.setattr(llm.ThreadPoolExecutor, "submit", lambda *a: submitted.append(1) or submit(*a))
+    with FakeServer("llama-cpp-python") as server:
+        e = endpoint(server, threads=4)
+        done: list[int] = []
+        e.server.map(done.append, range(1000))
+        assert sorted(done) == list(range(1000)) and len(submitted) == 4
+        e.server.halt.set()
+        with pytest.raises(CallFailed, match="was stopped"):
+            e.server.call("/v1/models", None, lambda answer: answer)
+
+
 def test_connections_are_kept(monkeypatch):
     connects = []
     connect = llm.Server.connect
@@ -317,7 +425,8 @@ def test_connections_are_kept(monkeypatch):
     assert len(connects) <= 4
 
 
-@pytest.mark.parametrize("url", ["ftp://h/v1", "http://", "h:80", "http://user:secret@h/v1", "http://h/v1?key=x"])
+@pytest.mark.parametrize("url", ["ftp://h/v1", "http://", "h:80", "http://user:secret@h/v1", "http://h/v1?key=x",
+                                 "http://h:abc/v1", "http://h:99999/v1", "http://[::1/v1"])
 def test_bad_urls_are_refused_without_repeating_them(url):
     with pytest.raises(gecko.InputError, match="OPENAI_API_KEY") as error:
         Endpoint(url)
@@ -400,6 +509,7 @@ def test_kill_at_any_moment_then_run_again(undisturbed, work, tmp_path):
             out = tmp_path / str(finished)
             out.mkdir(exist_ok=True)
             for argv in commands(work, out, server.url):
+                argv[argv.index("--threads") + 1] = rng.choice(["1", "3", "16"])
                 while not (out / Path(argv[2 + (argv[0] == "mine")]).name).exists():
                     child = context.Process(target=fake_server.run_llm, args=(argv,))
                     child.start()
@@ -415,12 +525,12 @@ def test_kill_at_any_moment_then_run_again(undisturbed, work, tmp_path):
             requests.append(len(server.bodies))
             server.bodies.clear()
         paid = 30 + 30 * 5 * 2                             # queries, QL and RC of five candidates
-        probes = 25                                       # a start, and what was in flight at a kill
+        probes = 30                                       # a start, and what was in flight at a kill
         assert sum(requests) <= finished * paid + (kills + 2 * finished) * probes
 
 
-def test_interrupted_does_not_wait_for_slow_answers(undisturbed, work, tmp_path):
-    """Ctrl-C ends the run at once, though eight answers are outstanding."""
+def test_interrupted_does_not_wait_for_slow_answers(undisturbed, work, tmp_path, monkeypatch):
+    """Ctrl-C ends the run at once, though answers are outstanding; then it goes on to the same bytes."""
     (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
     argv = commands(work, tmp_path, "URL")[1]
     with FakeServer("llama-cpp-python") as server:
@@ -436,7 +546,10 @@ def test_interrupted_does_not_wait_for_slow_answers(undisturbed, work, tmp_path)
         os.kill(child.pid, signal.SIGINT)
         child.join(10)
         assert child.exitcode == 1                         # KeyboardInterrupt came up
-    assert not (tmp_path / "fret.jsonl").exists()
+        assert not (tmp_path / "fret.jsonl").exists()
+        server.latency = 0.0
+        main(monkeypatch, [*argv, "--threads", "7"])
+    assert (tmp_path / "fret.jsonl").read_bytes() == undisturbed["fret.jsonl"]
 
 
 def test_torn_and_foreign_lines_of_a_cache_are_passed_over(tmp_path):
@@ -478,15 +591,35 @@ def test_limits_stop_cleanly_and_the_same_command_goes_on(flag, number, undistur
         assert (tmp_path / name).read_bytes() == data
 
 
-def test_dry_run_sends_nothing_and_prices(undisturbed, work, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("score", ["label", "expected"])
+def test_dry_run_counts_what_a_run_sends(score, undisturbed, work, tmp_path, monkeypatch, capsys):
+    """It sends nothing, and its figures are those of the run: calls, prompt tokens (of four bytes), and
+    those that a prefix cache saves, which earlier prompts have begun with."""
     (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
-    with FakeServer("vllm") as server:
-        for argv in commands(work, tmp_path, server.url, "--dry-run", "--price", "2"):
-            main(monkeypatch, argv)
+    with FakeServer("llama-cpp-python") as server:         # it takes one prompt a request
+        generate, mine = commands(work, tmp_path, server.url, "--price", "2")
+        mine += ["--score", score]
+        for argv in (generate, mine):
+            main(monkeypatch, [*argv, "--dry-run"])
         assert not server.bodies
-    out = capsys.readouterr().out
-    assert re.search(r"generate: 30 calls, about [\d,]+ prompt tokens .* 0\.\d\d at 2.0 a million", out)
-    assert out.count("150 calls") == 2
+        said = re.findall(r"(.*): ([\d,]+) calls, about ([\d,]+) prompt tokens .4 bytes each., ([\d.]+) at 2.0 a "
+                          r"million; a prefix cache saves ([\d,]+) of them; the longest prompt has ([\d,]+)",
+                          capsys.readouterr().out)
+        for argv in (generate, mine):
+            main(monkeypatch, argv)
+        sent = [body["prompt"] for _, body in server.bodies if isinstance(body.get("prompt"), str)]
+    labels = 3 if score == "expected" else 1
+    for (name, *numbers), prompt, count in zip(said, (llm.P_QG, llm.P_QL, llm.P_RC), (30, 150, 150 * labels),
+                                               strict=True):
+        calls, tokens, cost, saved, longest = (float(n.replace(",", "")) for n in numbers)
+        own = list(dict.fromkeys(p for p in sent if p[:40] == prompt[:40] and "Passage: Tea" in p))
+        assert calls == count == pytest.approx(len(own), rel=0.02)         # a pair that recurs is sent once
+        assert tokens == pytest.approx(calls * np.mean([len(p.encode()) / 4 for p in own]), rel=0.03), name
+        assert cost == pytest.approx(tokens * 2e-6, abs=0.005)
+        assert longest == pytest.approx(max(len(p.encode()) / 4 for p in own), rel=0.05)
+        heads, met = [p[:p.rindex("Passage: ")] for p in own], set()
+        begun = [head if head in met or met.add(head) else os.path.commonprefix(heads) for head in heads]
+        assert saved == pytest.approx(calls * np.mean([len(p.encode()) / 4 for p in begun]), rel=0.03), name
 
 
 def test_scores_all_equal_write_nothing(undisturbed, work, tmp_path, monkeypatch):
@@ -535,6 +668,53 @@ def test_the_key_goes_to_the_server_and_nowhere_else(work, tmp_path, monkeypatch
     with pytest.raises(gecko.InputError) as error:
         Endpoint("http://127.0.0.1:9")
     assert "sk-do" not in str(error.value)
+
+
+def test_a_redirection_is_not_followed(monkeypatch):
+    """The key goes to the host that was named and to no other, whatever a server says."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
+    with FakeServer("vllm") as server, FakeServer("vllm") as other:
+        e = endpoint(server)
+        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        monkeypatch.setitem(fake_server.FAULTS, "307", lambda h, a: h.reply(307, b"", (("Location", other.url),)))
+        server.script = ["307"]
+        with pytest.raises(LLMError, match=f"HTTP 307: {other.url}; mend the URL"):
+            e.query_likelihood([("q", passage(1))])
+        assert len(server.bodies) == 1 and not other.bodies and not other.keys
+
+
+def test_the_key_is_not_for_a_scorer_elsewhere(monkeypatch, tmp_path):
+    """--scorer-llm at another host gets no key; at the same host it does."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
+    with FakeServer("vllm") as server, FakeServer("vllm") as other:
+        for scorer in (other, server):
+            e = llm.endpoint(llm.Options(llm=server.url, cache=str(tmp_path / "c.jsonl")), "f.jsonl",
+                             scorer_llm=scorer.url)
+            assert e.query_likelihood([("q", passage(1)), ("r", passage(2))])
+            assert e.relevance([("q", passage(3))])
+        assert other.keys == {""} and server.keys == {"Bearer sk-do-not-show-me"}
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
+def test_https_is_checked_before_the_key_is_sent(monkeypatch, tmp_path):
+    """A certificate that is not trusted: not one request; trusted: the same scores as over http."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
+    monkeypatch.setattr(llm, "TRIES", 1)
+    pem, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
+                    "-nodes", "-keyout", key, "-out", pem, "-days", "2", "-subj", "/CN=localhost", "-addext",
+                    "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    with FakeServer("vllm") as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem, key)
+        server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+        server.url = server.url.replace("http:", "https:")
+        with pytest.raises(LLMError, match="does not answer: no answer .SSLCertVerificationError"):
+            endpoint(server).query_likelihood([("q", passage(1))])
+        assert not server.bodies and not server.keys
+        monkeypatch.setenv("SSL_CERT_FILE", pem)
+        assert endpoint(server).query_likelihood([("q", passage(1))]) == pytest.approx(
+            [by_hand(*ql_prompt("q", passage(1)))])
 
 
 def test_prompts_share_their_first_part():

@@ -20,11 +20,9 @@ pytest.importorskip("xllamacpp", reason="no llama-server: pip install xllamacpp"
 pytest.importorskip("gguf", reason="no way to write the model: pip install gguf")
 
 import tiny_llama  # noqa: E402
+from tiny_llama import BOOK, TEA  # noqa: E402
 
-TEA = {"_id": "t", "title": "Tea", "text": "Thé vert 緑茶 🍵: tea is a drink."}
-BOOK = {"_id": "b", "title": "", "text": "A book has pages."}
-QUERIES = ["what is tea", "où boire un thé à la crème", "東京でお茶はどこですか", "tea 🍵 for a 👩‍🚀",
-           "<s> is not a token here"]
+QUERIES = [*tiny_llama.QUERIES.values(), "<s> is not a token here"]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +68,9 @@ def test_ql_is_what_the_weights_give(server, tok, query):
     each = [tiny_llama.reference(tok, *ql_prompt(query, p)) for p in (TEA, BOOK)]
     want = [sum(values) for values in each]
     assert got == pytest.approx(want, rel=0.002)
-    # negative controls: the tolerance tells passages apart, and a token too few
-    assert got[0] != pytest.approx(want[1], rel=0.002)
+    # negative controls: the tolerance tells a token too few, at either end
     assert got[0] != pytest.approx(sum(each[0][1:]), rel=0.002)
+    assert got[0] != pytest.approx(sum(each[0][:-1]), rel=0.002)
 
 
 def test_rc_is_what_the_weights_give(server, tok):
@@ -85,7 +83,7 @@ def test_rc_is_what_the_weights_give(server, tok):
     assert expected == pytest.approx([llm.graded(row) for row in rows], abs=0.02)
 
 
-@pytest.mark.parametrize("way", llm.TOPS[:1] + llm.TOPS[3:])
+@pytest.mark.parametrize("way", [llm.TOPS[0], *llm.TOPS[-2:]])
 def test_top_tokens_are_the_models(server, tok, way):
     """The first token's log-probs that RC falls back to, from chat and from completions."""
     e, prompt = Endpoint(server, "tiny"), rc_prompt("what is tea", TEA)

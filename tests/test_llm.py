@@ -7,6 +7,7 @@ the candidates; a failed call is never a score; a passage changes nothing but it
 import json
 import math
 import random
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -100,7 +101,9 @@ def test_generate_counts_what_cannot_be_parsed_and_draws_every_passage():
     assert [r["_id"] for r in rows] == [f"q{n:07d}" for n in range(12)]
 
 
-@pytest.mark.parametrize("answer", ["", "Query: q", "Task: t", "Task:\nQuery: q", "Task: t\nQuery:", "{}"])
+@pytest.mark.parametrize("answer", ["", "Query: q", "Task: t", "Task:\nQuery: q", "Task: t\nQuery:", "{}",
+                                    "Task: t\nQuery: q\nTask: u\nQuery: r", "Task: t\nQuery: q\n\nThis asks ...",
+                                    "Sure!\nTask: t\nQuery: q", "<think>\nQuery?\n</think>\nTask: t\nQuery: q"])
 def test_parse_generation_refuses(answer):
     with pytest.raises(ValueError):
         llm.parse_generation(answer)
@@ -113,6 +116,14 @@ def test_prompts_are_fixed_but_for_the_passage():
     assert sum(line.startswith("Task: Given") for line in llm.P_QG.splitlines()) >= 8
     for prompt in (llm.P_QG, llm.P_QL, llm.P_RC):
         assert prompt.index("{passage}") > 0.7 * len(prompt)
+
+
+def test_a_passage_too_long_for_a_context_is_cut_in_prompts():
+    """One endless passage does not lose the queries that it is a candidate of; others are shown whole."""
+    endless = {"_id": "x", "title": "T", "text": "word " * 10 ** 5}
+    for prompt in (llm.ql_prompt("q", endless)[0], llm.rc_prompt("q", endless)):
+        assert llm.LONGEST < len(prompt) < llm.LONGEST + 1000
+    assert all(llm.shown(p) == llm.as_text(p) for p in CORPUS)
 
 
 def queries(n=6):
@@ -191,6 +202,21 @@ def test_write_kept_says_how_many_and_refuses_equal_scores(tmp_path, capsys, emb
     with pytest.raises(llm.LLMError, match="all ql scores equal"):
         llm.write_kept(tmp_path / "f.jsonl", iter(flat), 6, "mine")
     assert not (tmp_path / "f.jsonl").exists()
+
+
+def test_write_kept_holds_no_rows_and_gives_up_early(tmp_path):
+    """Rows go to the file as they come; when the first ones all fail, no more are asked for."""
+    rows = ({"_id": str(i), "seed_id": "s", "query": "x" * 10_000} for i in range(2000))
+    tracemalloc.start()
+    count = llm.write_kept(tmp_path / "q.jsonl", rows, 2000, "generate")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count["kept"] == 2000 and peak < 4e6 < 2e7 < (tmp_path / "q.jsonl").stat().st_size + 1e6
+    asked = []
+    hopeless = ({"_id": str(i), "failed": f"reason {i}"} for i in range(5000) if asked.append(i) is None)
+    with pytest.raises(llm.LLMError, match="none of the first 200 rows succeeded; one: reason 0"):
+        llm.write_kept(tmp_path / "f.jsonl", hopeless, 5000, "mine")
+    assert len(asked) == 200 and not (tmp_path / "f.jsonl").exists()
 
 
 def test_queries_must_belong_to_the_corpus(tmp_path):

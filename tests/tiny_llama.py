@@ -1,32 +1,47 @@
-"""A llama of random weights: as a GGUF file for real servers, and as plain numpy for the sums they must give.
+"""A llama of random weights: as a model for real servers, and as plain numpy for the sums they must give.
 
-    python tests/tiny_llama.py tiny.gguf     then llama_cpp.server --model tiny.gguf, or
-    python tests/tiny_llama.py serve tiny.gguf PORT
+    python tests/tiny_llama.py make DIR          DIR/tiny.gguf for llama.cpp, DIR/hf for vLLM
+    python tests/tiny_llama.py serve tiny.gguf PORT            llama.cpp's own server, or
+    python -m llama_cpp.server --model DIR/tiny.gguf --n_ctx 2048 --port PORT                  or
+    vllm serve DIR/hf --dtype float32 --max-model-len 2048 --enforce-eager --port PORT
+    python tests/tiny_llama.py check URL         the server's QL and RC beside those of the weights
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import math
 import sys
 import sysconfig
 import time
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 V, D, LAYERS, H, KV, FF, CONTEXT = 2048, 64, 2, 2, 1, 128, 2048
 SPECIAL = ["<unk>", "<s>", "</s>"]
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+TEA = {"_id": "t", "title": "Tea", "text": "Thé vert 緑茶 🍵: tea is a drink."}
+BOOK = {"_id": "b", "title": "", "text": "A book has pages."}
+QUERIES = {"ascii": "what is tea", "accents": "où boire un thé à la crème", "cjk": "東京でお茶はどこですか",
+           "emoji": "tea 🍵 for a 👩‍🚀"}
 
 
 def tokenizer() -> Tokenizer:
-    """Byte-level BPE, trained on the standard library's own text."""
+    """Byte-level BPE, trained on the standard library's own text; a blank and the first byte of a
+    Japanese character are one token, as in many a real vocabulary."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     files = sorted(glob.glob(sysconfig.get_path("stdlib") + "/*.py"))[:60]
-    tok.train(files, trainers.BpeTrainer(vocab_size=V, special_tokens=SPECIAL, show_progress=False,
-                                         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    kanji = " ".join(chr(c) for c in range(0x6700, 0x6800) if chr(c) not in QUERIES["cjk"])
+    texts = [Path(file).read_text(encoding="utf-8") for file in files] + [f" {kanji}"] * 100
+    tok.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=V, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     return tok
 
 
@@ -78,13 +93,45 @@ def write_gguf(path: str | Path) -> None:
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
     w.add_add_bos_token(True)
-    w.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    w.add_chat_template(CHAT)
     for name, tensor in weights(len(names)).items():
         w.add_tensor(f"{name}.weight", tensor)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
+
+
+def write_folder(folder: Path) -> None:
+    """The same model as Hugging Face's Llama."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tok, d = tokenizer(), D // H
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tok.decoder = decoders.ByteLevel()
+    tok.save(str(folder / "tokenizer.json"))
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"} | {
+        f"blk.{i}.{a}": f"model.layers.{i}.{b}" for i in range(LAYERS) for a, b in {
+            "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+            "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+            "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm"}.items()}
+    w = weights(tok.get_vocab_size())
+    for k in w:                              # there a pair that is rotated stands d / 2 apart
+        if k.endswith(("attn_q", "attn_k")):
+            w[k] = w[k].reshape(-1, d // 2, 2, D).transpose(0, 2, 1, 3).reshape(-1, D)
+    save_file({f"{names[k]}.weight": np.ascontiguousarray(v) for k, v in w.items()},
+              folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tok.get_vocab_size(),
+        "hidden_size": D, "num_hidden_layers": LAYERS, "num_attention_heads": H, "num_key_value_heads": KV,
+        "intermediate_size": FF, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+        "torch_dtype": "float32"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>", "chat_template": CHAT}))
 
 
 def log_probs(ids: list[int], vocabulary: int) -> np.ndarray:
@@ -141,5 +188,36 @@ def serve(path: str, port: int) -> None:
         time.sleep(3600)
 
 
+def check(url: str) -> None:
+    """Query likelihood and relevance of a server beside the equations in numpy."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import llm
+
+    tok, e = tokenizer(), llm.Endpoint(url)
+    print(f"{'':10s} {'weights':>10s} {'server':>10s} {'apart':>8s}   ql by {llm.able(e, 'ql')[0]}")
+    for name, query in QUERIES.items():
+        pairs = [(query, TEA), (query, BOOK)]
+        for p, got in zip((TEA, BOOK), e.query_likelihood(pairs), strict=True):
+            show(f"{name} {p['_id']}", sum(reference(tok, *llm.ql_prompt(query, p))), got)
+    pairs = [(q, p) for q in QUERIES.values() for p in (TEA, BOOK)]
+    print(f"rc by {llm.able(e, 'rc')[0]}")
+    for (q, p), got in zip(pairs, e.relevance(pairs), strict=True):
+        name = next(k for k, v in QUERIES.items() if v == q)
+        show(f"{name} {p['_id']}", sum(reference(tok, llm.rc_prompt(q, p), llm.LABELS[0])), got)
+
+
+def show(name: str, want: float, got: float | None) -> None:
+    apart = f"{abs(got / want - 1):8.4%}" if got is not None else "none"
+    print(f"{name:10s} {want:10.4f} {got if got is not None else math.nan:10.4f} {apart:>8s}")
+
+
 if __name__ == "__main__":
-    serve(sys.argv[2], int(sys.argv[3])) if sys.argv[1] == "serve" else write_gguf(sys.argv[1])
+    command, *rest = sys.argv[1:]
+    if command == "make":
+        Path(rest[0]).mkdir(parents=True, exist_ok=True)
+        write_gguf(Path(rest[0]) / "tiny.gguf")
+        write_folder(Path(rest[0]) / "hf")
+    elif command == "serve":
+        serve(rest[0], int(rest[1]))
+    else:
+        check(rest[0])
