@@ -31,7 +31,7 @@ import sysconfig
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +96,26 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
     if len(groups) < 2:
         raise InputError("classification needs at least two labels; check the label column")
     rng, rows = np.random.default_rng(seed), []
-    for i, label in enumerate(labels):
-        same = [j for j in groups[label] if texts[j] != texts[i]]
-        if not same:
+    for i, (x, label) in enumerate(zip(texts, labels, strict=True)):
+        same = drawn(rng, groups[label], lambda j: texts[j] != x)
+        if same is None:
             continue                                                 # x alone with its label
-        positive = texts[same[rng.integers(len(same))]]
-        while True:
-            j = int(rng.integers(len(texts)))
-            if labels[j] != label and texts[j] not in (texts[i], positive):
-                break
+        other = drawn(rng, range(len(texts)), lambda j: labels[j] != label and texts[j] not in (x, texts[same]))
+        if other is None:
+            continue                                                 # no text but these two
         tag = f" [{len(rows)}]" if unique_ids else ""
-        rows.append(record(task, texts[i] + tag, {"title": "", "text": positive + tag},
-                           {"title": "", "text": texts[j] + tag}, symmetric=True))
+        rows.append(record(task, x + tag, {"title": "", "text": texts[same] + tag},
+                           {"title": "", "text": texts[other] + tag}, symmetric=True))
     return rows
+
+
+def drawn(rng: np.random.Generator, pool: Sequence[int], good: Callable[[int], bool]) -> int | None:
+    """A random one of the good members of a pool, None without any; a large pool is not gone through."""
+    for _ in range(1000 * (len(pool) > 1000)):
+        if good(j := pool[rng.integers(len(pool))]):
+            return j
+    left = [j for j in pool if good(j)]
+    return left[rng.integers(len(left))] if left else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,7 +166,8 @@ def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, m
     """For every step the numbers of its rows, counted through all sets.
 
     mix: "sets" is `schedule`; "mixed" draws each row of a batch from a set by weight; "tasks" from a
-    task, each of all tasks alike (the paper's uniform sampling in its diversity table).
+    task, each of all tasks alike (the paper's uniform sampling in its diversity table). A row of FRet
+    has the `kind` of its task too, and is sampled by it: its task is free text, seldom twice the same.
     """
     sizes = [len(rows) for rows in sets]
     starts, weights = np.cumsum([0, *sizes]), weights or [1.0] * len(sizes)
@@ -170,7 +178,7 @@ def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, m
         return mixed_schedule(groups, weights, batch_size, steps, seed)
     tasks: dict[str, list[int]] = {}
     for number, row in enumerate(row for rows in sets for row in rows):
-        tasks.setdefault(row["task"], []).append(number)
+        tasks.setdefault(row.get("kind") or row["task"], []).append(number)
     groups = [np.array(numbers) for numbers in tasks.values()]
     return mixed_schedule(groups, [1.0] * len(groups), batch_size, steps, seed)
 
@@ -306,14 +314,14 @@ def convert_choice(paths: Sequence[str], left_out: Counter[str], task: str = "qu
         right.append(int(given))
     first = 0 if 0 in right else 1
     for (where, row), answer in zip(rows, right, strict=True):
-        options = [str(column(where, row, name)).strip() for name in ("opa", "opb", "opc", "opd")]
-        if answer == -1:
+        options = [str(row.get(name) or "").strip() for name in ("opa", "opb", "opc", "opd")]
+        if answer != -1 and not 0 <= answer - first < 4:
+            raise InputError(f"{where}: cop {answer}; this file numbers its options {first} to {first + 3}")
+        if answer == -1 or not options[answer - first]:
             left_out["questions without an answer"] += 1
             continue
-        if not 0 <= answer - first < 4:
-            raise InputError(f"{where}: cop {answer}; this file numbers its options {first} to {first + 3}")
         positive = options[answer - first]
-        wrong = [text for text in options if text != positive]
+        wrong = [text for text in options if text not in ("", positive)]
         yield record(task, str(column(where, row, "question")).strip(), {"title": "", "text": positive},
                      {"title": "", "text": wrong[rng.integers(len(wrong))]} if wrong else None)
 
@@ -363,17 +371,30 @@ def mined(model: Gecko, corpus: Sequence[dict[str, str]], queries: dict[str, str
 
 def convert_pairs(paths: Sequence[str], left_out: Counter[str], task: str = "search result",
                   ) -> Iterator[Record]:
-    """Pairs for pre-finetuning: question and answer, title and body, query and passage."""
+    """Question and answer, title and body, query and passages; negatives are kept where a file has them.
+
+    Two sentences are symmetric; of those with a label, 0 for "not the same", only the others are pairs.
+    """
+    def sides(found: Any) -> list[dict[str, str]]:
+        return [{"title": str(part.get("title") or ""), "text": str(part.get("text") or "").strip()}
+                if isinstance(part, dict) else {"title": "", "text": str(part).strip()}
+                for part in (found if isinstance(found, list) else [found])]
+
     for path in paths:
         for where, row in table(path):
             query = str(column(where, row, "query", "question", "title", "sentence1")).strip()
             found = column(where, row, "positive", "pos", "answer", "body", "text", "passage", "sentence2")
-            for target in found if isinstance(found, list) else [found]:
-                part = target if isinstance(target, dict) else {"title": "", "text": str(target).strip()}
-                if not query or not part.get("text") or part["text"] == query:
+            against = [s for s in sides(row.get("negative") or row.get("neg") or []) if s["text"]]
+            if "sentence2" in row and str(row.get("label", 1)) in ("0", "0.0"):
+                left_out["pairs that are labelled as different"] += 1
+                continue
+            for n, positive in enumerate(sides(found)):
+                negative = against[n % len(against)] if against else None
+                if not positive["text"] or query in (positive["text"], negative and negative["text"]) \
+                        or negative and negative["text"] == positive["text"]:
                     left_out["pairs of a text with itself or nothing"] += 1
                 else:
-                    yield record(task, query, {"title": part.get("title", ""), "text": part["text"]})
+                    yield record(task, query, positive, negative, symmetric="sentence2" in row)
 
 
 CONVERTERS = {"nli": convert_nli, "classification": convert_classification, "beir": convert_beir,
@@ -670,14 +691,14 @@ def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
 # Command line
 
 
-def check(path: str, model_dir: str | None) -> None:
+def check(path: str, model_dir: str | None, max_length: int | None) -> None:
     """Print what training will see of a file: texts as formatted, counts, doubtful rows."""
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]
     print(f"{path}: {len(rows)} records, {sum(r['negative'] is not None for r in rows)} with a hard "
           f"negative, {sum(r['symmetric'] for r in rows)} symmetric")
-    for task, n in Counter(r["task"] for r in rows).most_common(10):
+    for task, n in Counter(r.get("kind") or r["task"] for r in rows).most_common(10):
         print(f"  {n:7d}  {task[:80]}")
     for name, kind in (("input", 0), ("positive", 1)):
         twice = len(texts) - len({t[kind] for t in texts})
@@ -687,8 +708,8 @@ def check(path: str, model_dir: str | None) -> None:
     for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
         print(f"  first {name}: {' '.join((text or '(none)').split())[:100]}")
     if model:
-        model.tokens([t for row in texts for t in row if t])
-        print(f"  {model.cut} texts are longer than {model.max_length} tokens and will be cut")
+        tokens = model.tokens([t for row in texts for t in row if t], max_length)
+        print(f"  {model.cut} of {len(tokens)} texts are cut at {max_length or model.max_length} tokens")
 
 
 def main() -> None:
@@ -699,6 +720,7 @@ def main() -> None:
     checker = commands.add_parser("check", help="what the encoder will see of a training file")
     checker.add_argument("file")
     checker.add_argument("--model", help="a model folder: also count the texts that will be cut")
+    checker.add_argument("--max-length", type=int, help="as in training (default: the model's own)")
     converter = commands.add_parser("convert", help="publishers' files -> a training file")
     converter.add_argument("kind", choices=sorted(CONVERTERS), help="what the files are")
     converter.add_argument("inputs", nargs="+", help=".jsonl, .csv or .tsv, plain or .gz; beir: folders")
@@ -716,7 +738,7 @@ def main() -> None:
     elif args.command == "corpus":
         print(f"wrote {args.output}: {write_jsonl(args.output, builtin_corpus())} passages")
     else:
-        check(args.file, args.model)
+        check(args.file, args.model, args.max_length)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,8 @@ def train(model: Gecko, stage: str, sets: Sequence[Sequence[Record]], c: TrainCo
                                                           c.negatives == "all"), dims, q, p_pos, p_neg)
             loss.backward()
         losses.append(loss.item())
-        log.stop_unless_finite(step, losses[-1], plan[step], sets)
-        torch.nn.utils.clip_grad_norm_(trained, c.clip)
+        norm = torch.nn.utils.clip_grad_norm_(trained, c.clip)
+        log.stop_unless_finite(step, losses[-1], norm.item(), plan[step], sets)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, peak, c.warmup)
         optimiser.step()
@@ -271,7 +272,10 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
     ids: dict[str, int] = {}
     sides = np.array([[-1 if text is None else ids.setdefault(text, len(ids))
                        for text in formatted(row, model.formats)] for rows in sets for row in rows])
-    return model.tokens(list(ids), max_length), sides
+    tokens = model.tokens(list(ids), max_length)
+    if model.cut and processes()[0] == 0:
+        tqdm.write(f"{model.cut} of {len(tokens)} texts are cut at {max_length} tokens", file=sys.stderr)
+    return tokens, sides
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,7 +457,7 @@ def streamed_loss(
             for n, (k, s) in enumerate(zip(keys, scores, strict=True)):
                 w = (s - lse[:, None]).exp_()                        # (r, B) the softmax
                 if n == 0:
-                    w[torch.arange(len(i)), i] -= 1                  # the gradient of -log softmax[i]
+                    w[torch.arange(len(i), device=i.device), i] -= 1  # the gradient of -log softmax[i]
                 w /= B
                 s *= w
                 along[0, i] += s.sum(1)
@@ -507,6 +511,12 @@ def add_up(x: Tensor) -> None:
         dist.all_reduce(x)
 
 
+def wait() -> None:
+    """Until every process is here."""
+    if processes()[1] > 1:
+        dist.barrier()
+
+
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers, such as (seed, step): what no other choice of them shares."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
@@ -514,6 +524,9 @@ def seed_of(*numbers: int) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # A run's folder: metrics.jsonl, checkpoint-STEP/, best/ and, at the end, the model
+
+
+HALF_WRITTEN = (".checkpoint-*", ".best.*", ".model*", ".*.metrics.jsonl")   # what a kill may leave
 
 
 class Log:
@@ -546,14 +559,14 @@ class Log:
                 raise InputError(f"{last} is of other data or flags; give the same ones, or another --out")
             read_checkpoint(last, self.model, self.optimiser)
             self.best = state["best"]
-        elif self.out and self.first:
-            for old in (*self.out.glob("checkpoint-*"), self.out / "best"):
-                shutil.rmtree(old, ignore_errors=True)
+        wait()                                                       # all have read what the first now removes
+        if self.out and self.first:
+            old = () if self.c.resume else ("checkpoint-*", "best")
+            for path in (path for name in (*old, *HALF_WRITTEN) for path in self.out.glob(name)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         done = state["step"] if self.c.resume else 0
         if not (self.out and self.first):
             return [math.nan] * done
-        for rest in self.out.glob(".*checkpoint-*"):                 # what a kill left half written
-            shutil.rmtree(rest, ignore_errors=True)
         rows = [r for r in read_metrics(self.out) if r["step"] <= done] if done else []
         write_jsonl(self.out / "metrics.jsonl", rows)
         losses = [r["loss"] for r in rows if "loss" in r]
@@ -572,17 +585,18 @@ class Log:
                         refresh=False)
         self.row(step=len(losses), loss=losses[-1], lr=lr, examples_s=round(rate, 1))
 
-    def stop_unless_finite(self, step: int, loss: float, rows: np.ndarray, sets: Sequence[Sequence[Record]],
-                           ) -> None:
+    def stop_unless_finite(self, step: int, loss: float, norm: float, rows: np.ndarray,
+                           sets: Sequence[Sequence[Record]]) -> None:
         """Before the optimiser takes the gradient, so the weights are still good."""
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not math.isfinite(norm):
             ends = np.cumsum([len(s) for s in sets])
             found = np.searchsorted(ends, rows[:5], side="right")
             names = ", ".join(f"{s + 1}:{i - (ends[s] - len(sets[s])) + 1}"
                               for s, i in zip(found, rows[:5], strict=True))
             raise InputError(
-                f"the loss is {loss} at step {step + 1}, rows {names}{' ...' * (len(rows) > 5)} (set:row); "
-                f"lower --lr or raise --tau; last good checkpoint: {self.last() or 'none'}")
+                f"the loss is {loss}, its gradient's norm {norm} at step {step + 1}, rows {names}"
+                f"{' ...' * (len(rows) > 5)} (set:row); lower --lr or raise --tau; "
+                f"last good checkpoint: {self.last() or 'none'}")
 
     def save(self, step: int) -> None:
         """Measure, keep the best, write the checkpoint, then drop the one before it."""
@@ -600,8 +614,7 @@ class Log:
             write_checkpoint(self.out / f"checkpoint-{step:08d}", self.model, self.optimiser, state)
             if before and before.name != f"checkpoint-{step:08d}":
                 shutil.rmtree(before)
-        if processes()[1] > 1:
-            dist.barrier()
+        wait()
         self.clock = time.time()
 
 
@@ -1228,12 +1241,14 @@ def train_command(args: argparse.Namespace) -> None:
     for name, allowed in CHOICES.items():
         if getattr(c, name) not in allowed:
             raise InputError(f"--{name} {getattr(c, name)}: give " + " or ".join(allowed))
-    if c.tau <= 0 or c.batch_size < 1:
-        raise InputError("--tau and --batch-size must be above 0")
+    for name in ("tau", "batch_size", "clip", "max_length"):
+        if not getattr(c, name) > 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: give a number above 0")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                     # started by torchrun
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # the others wait while the first evaluates, so their patience is long
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6))
     first = processes()[0] == 0
     for item in args.data:
         path, _, weight = item.rpartition(":") if not Path(item).exists() else (item, "", "1")
@@ -1241,6 +1256,8 @@ def train_command(args: argparse.Namespace) -> None:
             weights.append(float(weight))
         except ValueError as error:
             raise InputError(f"{item}: no such file; give DATA or DATA:WEIGHT") from error
+        if not 0 < weights[-1] < math.inf:
+            raise InputError(f"{item}: a weight is a number above 0")
         sets.append(read_records(path or item))
     if first:
         say(stage=args.command, init=args.init, out=args.out, rows=[len(s) for s in sets],
@@ -1248,6 +1265,7 @@ def train_command(args: argparse.Namespace) -> None:
     if args.init == "tiny":
         model = tiny([f"{r['query']} {r['positive'].get('title', '')} {r['positive']['text']}"
                       for rows in sets for r in rows], c.seed)
+        model.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
         model = load(args.init)
     out = Path(args.out)

@@ -1,6 +1,6 @@
 """Measurements of training; each prints what it measured and nothing that it did not.
 
-    python tests/bench.py train [--precision bf16]    examples/s, peak memory beside sentence-transformers
+    python tests/bench.py train                       examples/s, peak memory beside sentence-transformers
     python tests/bench.py loss [--rows 65536]         the streamed loss beside the plain one
     python tests/bench.py ids --data DIR              classification with and without unique ids
 
@@ -114,6 +114,11 @@ def training_rows(a: argparse.Namespace) -> list[dict]:
 
 
 def bench_train(a: argparse.Namespace) -> None:
+    for precision in a.precision.split(","):
+        bench_precision(argparse.Namespace(**{**vars(a), "precision": precision}))
+
+
+def bench_precision(a: argparse.Namespace) -> None:
     rows = training_rows(a)
     write_jsonl(a.rows, rows)
     model = load(a.model)
@@ -238,7 +243,7 @@ def main() -> None:
         command.add_argument("--steps", type=int, default=5)
         command.add_argument("--micro-batch", type=int, default=32)
         command.add_argument("--max-length", type=int, default=128)
-        command.add_argument("--precision", default="float32", choices=("float32", "bf16"))
+        command.add_argument("--precision", default="float32,bf16")
         command.add_argument("--equal", action="store_true", help="all texts of the full length")
         command.add_argument("--rows", default="runs/bench.jsonl", help="where to write the rows")
         command.add_argument("--seed", type=int, default=0)

@@ -45,6 +45,13 @@ def test_classification_triples_share_one_unique_id():
     assert plain[0]["query"] == "text 0" and rows[0]["query"] == "text 0 [0]"
 
 
+def test_classification_leaves_out_a_row_that_no_triple_can_be_made_of():
+    """The one text of another label is x's or x+'s own: no x-, and no endless search for it."""
+    assert data.classification_triples(["a", "b", "a"], [1, 1, 2]) == []
+    many = data.classification_triples([f"t{i}" for i in range(1100)], [i == 7 for i in range(1100)])
+    assert len(many) == 1099 and all(r["negative"]["text"].startswith("t7 [") for r in many)
+
+
 def test_classification_needs_two_labels():
     with pytest.raises(InputError, match="two labels"):
         data.classification_triples(["a", "b"], [1, 1])

@@ -197,3 +197,35 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
 def test_sentence_of_no_tokens_is_refused(bag):
     with pytest.raises(gecko.InputError, match="no tokens"):
         bag.encode(["  "])
+
+
+# The dropout of a CPU
+
+
+def test_dropout_keeps_the_share_that_it_should_and_scales_the_rest():
+    x = torch.full((50, 1001), 2.0, requires_grad=True)
+    torch.manual_seed(3)
+    y = gecko.dropout(x, 0.3, training=True)
+    kept = y != 0
+    assert abs(kept.float().mean() - 0.7) < 0.01 and torch.allclose(y[kept], torch.tensor(2 / 0.7))
+    y.sum().backward()
+    assert torch.allclose(x.grad, kept / 0.7)
+    torch.manual_seed(3)
+    assert torch.equal(gecko.dropout(x, 0.3, training=True), y)
+    assert not torch.equal(gecko.dropout(x, 0.3, training=True), y)
+    assert torch.equal(gecko.dropout(x, 0.3, training=False), x)
+    rows, columns = kept.float().mean(1), kept.float().mean(0)       # no row or column is favoured
+    assert rows.std() < 0.03 and columns.std() < 0.1 and abs(np.corrcoef(kept[:, :-1].flatten(),
+                                                                        kept[:, 1:].flatten())[0, 1]) < 0.02
+
+
+def test_attention_with_dropout_is_the_usual_one_with_the_weights_masked():
+    """With a p that rounds to none dropped: torch's own attention, gradients too; padding gets no weight."""
+    q, k, v = (torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    keep = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()[:, None, None]
+    ours, usual = gecko.attend(q, k, v, keep, 1e-9), gecko.attend(q, k, v, keep, 0.0)
+    torch.testing.assert_close(ours, usual)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (ours, usual)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(ours, gecko.attend(q, k, v, keep | True, 1e-9))
+    assert not torch.allclose(ours, gecko.attend(q, k, v, keep, 0.3))

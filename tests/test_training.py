@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -170,6 +171,43 @@ def test_replay_without_the_same_dropout_is_another_gradient(monkeypatch):
     assert not close(ours, our_gradient("finetune", (8,), text_ids(False, False), 2, 1 << 20))
 
 
+@pytest.mark.parametrize("stage,dims,duplicates,missing", [
+    (stage, dims, duplicates, missing) for stage, dims, duplicates, missing in itertools.product(
+        ("prefinetune", "finetune"), ((8,), (8, 3)), (False, True), (False, True))
+    if stage == "finetune" or not missing])
+def test_the_loop_without_machinery_has_the_plain_gradient(monkeypatch, stage, dims, duplicates, missing):
+    """One process, no micro-batches: what stands in the loop itself, with dropout on."""
+    ids, model, found = text_ids(duplicates, missing), small_model(), []
+    model.encoder.double()
+    monkeypatch.setattr(train, "tokenised", lambda *_: (TOKENS, ids.T.numpy()))
+    monkeypatch.setattr(train, "batches", lambda *_: [np.arange(B)])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *_: found.append(flat_gradient(model)) or torch.tensor(1.0))
+    c = TrainConfig(tau=TAU, steps=1, dims=",".join(map(str, dims)))
+    loss = train.train(model, stage, [[{}] * B], c)
+
+    def spec(seed, dims=dims, ids=ids):
+        twin = small_model()
+        twin.encoder.double().train()
+        torch.manual_seed(seed_of(seed, 0))
+        q, p = (twin.embed([TOKENS[i] for i in side]) for side in ids[:2].tolist())
+        lists = [row.tolist() for row in ids]
+        if stage == "prefinetune":
+            total = mrl_spec(lambda q, p: pre_spec(q, p, TAU, *lists[:2]), dims, q, p)
+        else:
+            n = torch.ones_like(q)
+            n[ids[2] >= 0] = twin.embed([TOKENS[i] for i in lists[2] if i >= 0])
+            total = mrl_spec(lambda q, p, n: main_spec(q, p, n, TAU, *lists), dims, q, p, n)
+        total.backward()
+        return total.item(), flat_gradient(twin)
+
+    ours = loss[0], found[0]
+    assert close(ours, spec(0)) and ours[1].abs().max() > 1e-3
+    assert not close(ours, spec(1)) and not close(ours, spec(0, dims=(*dims, 2)))
+    assert not close(ours, spec(0, ids=text_ids(not duplicates, missing)))
+    assert stage == "prefinetune" or not close(ours, spec(0, ids=text_ids(duplicates, not missing)))
+
+
 def one_of_two(rank, folder, cases):
     """A process of two: its gradient in every case, written to a file."""
     torch.set_num_threads(1)
@@ -197,6 +235,7 @@ def test_two_processes_have_the_plain_gradient(tmp_path):
         wanted = spec_gradient(stage, dims, ids, micro_batch, 2)
         assert close(ours, wanted), CASES[number]
         assert not close((wanted[0], wanted[1] * 2), ours) and not close((wanted[0], wanted[1] / 2), ours)
+        assert not close(ours, spec_gradient(stage, dims, ids, micro_batch, 1))          # one's dropout
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,6 +247,46 @@ def weights_of(model):
 
 
 LOOP = TrainConfig(batch_size=16, epochs=2, lr=1e-2, tau=0.2, dims="8,3", max_length=32)
+
+
+def one_of_two_commands(rank, folder, arguments):
+    """What torchrun does for a process of two."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=(folder / "port").read_text())
+    torch.set_num_threads(1)
+    command(train.main, *arguments)
+
+
+def test_two_processes_train_the_model_of_one(tmp_path):
+    """Without dropout: the same losses and weights up to rounding, one log, one checkpoint, one best."""
+    save(small_model(1, 0.0), tmp_path / "init")
+    data.write_jsonl(tmp_path / "a.jsonl", records(40))
+    beir_folder(tmp_path / "beir", records(20), "dev")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (tmp_path / "port").write_text(str(free.getsockname()[1]))
+    arguments = ["finetune", tmp_path / "a.jsonl", "--init", tmp_path / "init", "--batch-size", "9", "--steps", "8",
+                 "--micro-batch", "3", "--dims", "8,3", "--lr", "1e-2", "--save-every", "4", "--eval",
+                 tmp_path / "beir", "--out"]
+    command(train.main, *arguments, tmp_path / "one")
+    for _ in range(2):                                               # the second time over a finished run
+        children = [START.Process(target=one_of_two_commands, args=(rank, tmp_path, [*arguments, tmp_path / "two"]))
+                    for rank in range(2)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(60)
+            assert child.exitcode == 0
+    one, two = (train.read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [r["step"] for r in one] == [r["step"] for r in two] and len(two) == 10
+    losses = [[r["loss"] for r in rows if "loss" in r] for rows in (one, two)]
+    assert losses[0] != losses[1] and np.allclose(*losses, rtol=1e-4) and losses[0][-1] < 0.9 * losses[0][0]
+    a, b = (load(tmp_path / name).encoder.state_dict() for name in ("one", "two"))
+    start = load(tmp_path / "init").encoder.state_dict()
+    # a key's bias changes no attention: its gradient is rounding, which Adam makes steps of
+    assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a if not k.endswith("key.bias"))
+    assert max((a[k] - start[k]).abs().max() for k in a) > 2e-2
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
 
 
 @pytest.mark.parametrize("stage", ["prefinetune", "finetune"])
@@ -256,12 +335,20 @@ def test_micro_batches_hold_like_lengths_and_like_many_tokens():
 def test_an_infinite_loss_names_step_rows_and_checkpoint(tmp_path, monkeypatch):
     """An infinite learning rate spoils the weights at step 4 of checkpoints at 2, 4, ..."""
     monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-2 if step < 2 else math.inf)
-    wrong = r"nan at step 4, rows [12]:\d+, .*last good checkpoint: .*checkpoint-00000002$"
+    wrong = r"loss is nan, .* at step 4, rows [12]:\d+, .*last good checkpoint: .*checkpoint-00000002$"
     with pytest.raises(InputError, match=wrong):
         train.train(small_model(), "finetune", [records(40), records(20, 1)],
                     replace(LOOP, steps=6, save_every=2), out=tmp_path)
     kept = load(tmp_path / "checkpoint-00000002")
     assert all(p.isfinite().all() for p in kept.encoder.parameters())
+
+
+def test_an_infinite_gradient_stops_before_it_spoils_the_weights(tmp_path, monkeypatch):
+    steps = itertools.count(1)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
+                        lambda *_: torch.tensor(math.inf if next(steps) == 3 else 1.0))
+    with pytest.raises(InputError, match=r"norm inf at step 3, .*checkpoint-00000002$"):
+        train.train(small_model(), "finetune", [records(40)], replace(LOOP, save_every=1), out=tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,14 +367,20 @@ def run_in(folder, c):
 
 
 def files(folder):
-    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.suffix == ".safetensors"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
+            if p.is_file() and p.name != "metrics.jsonl"}
 
 
-def test_killed_at_ten_random_moments_gives_the_same_bytes(tmp_path):
-    run_in(tmp_path / "whole", replace(RESUMED, resume=False))
+@pytest.mark.parametrize("kills,flags", [
+    (10, {}), (3, {"micro_batch": 0, "mix": "tasks", "eval": "beir"}),
+    (3, {"mix": "mixed", "precision": "bf16", "eval": "beir"})], ids=["ten", "plain-tasks", "mixed-bf16"])
+def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kills, flags):
+    beir_folder(tmp_path / "beir", records(20), "dev")
+    c = replace(RESUMED, **{k: str(tmp_path / v) if k == "eval" else v for k, v in flags.items()})
+    run_in(tmp_path / "whole", replace(c, resume=False))
     rng, steps = random.Random(time.time_ns()), [0]
-    for _ in range(10):
-        child = START.Process(target=run_in, args=(tmp_path / "killed", RESUMED))
+    for _ in range(kills):
+        child = START.Process(target=run_in, args=(tmp_path / "killed", c))
         child.start()
         deadline = time.time() + 20
         while done_steps(tmp_path / "killed") <= steps[-1] and time.time() < deadline and child.is_alive():
@@ -298,10 +391,12 @@ def test_killed_at_ten_random_moments_gives_the_same_bytes(tmp_path):
         assert child.exitcode == -signal.SIGKILL                     # it was running
         steps.append(done_steps(tmp_path / "killed"))
     assert 0 < steps[1] and steps[-1] < 60 and steps == sorted(steps)
-    run_in(tmp_path / "killed", RESUMED)
-    assert files(tmp_path / "whole") == files(tmp_path / "killed") != {}
-    rows = [train.read_metrics(tmp_path / name) for name in ("whole", "killed")]
-    assert [[(r["step"], r["loss"]) for r in x] for x in rows][0] == [(r["step"], r["loss"]) for r in rows[1]]
+    run_in(tmp_path / "killed", c)
+    found = files(tmp_path / "whole")
+    assert found == files(tmp_path / "killed") and ("best/model.safetensors" in found) == ("eval" in flags)
+    rows = [[(r["step"], r.get("loss"), r.get("dev")) for r in train.read_metrics(tmp_path / name)]
+            for name in ("whole", "killed")]
+    assert rows[0] == rows[1]
     assert not list((tmp_path / "killed").glob(".*"))
 
 
@@ -390,6 +485,16 @@ def test_batches_hold_rows_of_the_mixture(mix):
     assert (0.4 < rare < 0.6) if mix == "tasks" else rare < 0.15
 
 
+def test_uniform_tasks_are_counted_by_their_kind_where_rows_have_one():
+    """FRet's tasks are free text: by the text, ten kinds of wording would weigh more than one."""
+    rows = [{**row, "task": f"wording {i}", "kind": "rare" if i < 4 else "common"}
+            for i, row in enumerate(records(40))]
+    plan = np.concatenate(batches([rows], None, "tasks", 10, 60, seed=0))
+    assert 0.4 < np.mean(plan < 4) < 0.6
+    by_text = np.concatenate(batches([[{**r, "kind": ""} for r in rows]], None, "tasks", 10, 60, seed=0))
+    assert np.mean(by_text < 4) < 0.2
+
+
 def test_mixed_batches_go_through_each_group_before_any_row_again():
     plan = np.concatenate(mixed_schedule([np.arange(10), np.arange(10, 40)], [1, 1], 8, 40, seed=3))
     first = plan[plan < 10]
@@ -466,6 +571,14 @@ def test_choice_has_the_right_option_and_a_wrong_one(tmp_path, first):
     assert all(r["negative"]["text"] in w and not r["symmetric"] for r, w in zip(out, wrong, strict=True))
 
 
+def test_choice_leaves_out_what_has_no_answer(tmp_path):
+    rows = [{"question": "a", "opa": "A", "opb": "B", "opc": None, "opd": "", "cop": 1},
+            {"question": "b", "opa": "", "opb": "B", "opc": "C", "opd": "D", "cop": 1},
+            {"question": "c", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": -1}]
+    path = lines(tmp_path / "in.jsonl", *rows)
+    assert [texts(r) for r in converted(tmp_path, "choice", path)] == [("a", "A", "B")]
+
+
 def test_beir_mines_negatives_that_nobody_judged_relevant(tmp_path):
     rows = records(12)
     beir_folder(tmp_path / "beir", rows, "train")
@@ -481,6 +594,14 @@ def test_pairs_of_several_publishers(tmp_path):
                  {"query": "e", "pos": ["f", "g"]}, {"question": "same", "answer": "same"})
     assert [texts(r) for r in converted(tmp_path, "pairs", path)] == [
         ("a", "b", None), ("c", "d", None), ("e", "f", None), ("e", "g", None)]
+    path = lines(tmp_path / "in.jsonl", {"query": "a", "pos": ["b", "c", "d"], "neg": ["x", "d"]},
+                 {"query": "e", "positive": {"title": "T", "text": "f"}, "negative": {"text": "g"}})
+    assert [texts(r) for r in converted(tmp_path, "pairs", path)] == [
+        ("a", "b", "x"), ("a", "c", "d"), ("a", "d", "x"), ("e", "f", "g")]
+    path = lines(tmp_path / "in.jsonl", {"sentence1": "a", "sentence2": "b", "label": 1},
+                 {"sentence1": "c", "sentence2": "d", "label": 0})
+    out = converted(tmp_path, "pairs", path)
+    assert [texts(r) for r in out] == [("a", "b", None)] and out[0]["symmetric"]
     tsv = lines(tmp_path / "in.tsv", "question\tanswer", 'say "hi\tto him')
     assert texts(converted(tmp_path, "pairs", tsv)[0]) == ('say "hi', "to him", None)
 
@@ -515,6 +636,20 @@ def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="plot needs matplotlib")
     command(train.main, "plot", tmp_path / "run", "--out", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags,message", [
+    (["--tau", "0"], "--tau 0.0: give a number above 0"), (["--batch-size", "0"], "--batch-size 0"),
+    (["--max-length", "-1"], "--max-length -1"), (["--mix", "all"], "--mix all: give sets or mixed or tasks")])
+def test_a_bad_flag_is_one_line(tmp_path, capsys, flags, message):
+    data.write_jsonl(tmp_path / "a.jsonl", records(4))
+    for path, more, wanted in ((tmp_path / "a.jsonl", flags, message),
+                               (f"{tmp_path}/a.jsonl:0", [], "a weight is a number above 0")):
+        with pytest.raises(SystemExit) as stop:
+            command(train.main, "finetune", path, "--init", "tiny", "--out", tmp_path / "run", *more)
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and wanted in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_plot_without_matplotlib_names_the_package(tmp_path, monkeypatch, capsys):
