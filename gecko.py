@@ -554,7 +554,7 @@ def read_config(path: Path) -> EncoderConfig:
             raise InputError(f"{path}: {f.name} is {value!r}; want {f.type}")
     known = {f.name: raw[f.name] for f in fields(EncoderConfig) if raw.get(f.name) is not None}
     c = EncoderConfig(**{"pad_token_id": int(raw["model_type"] != "bert"), **known})
-    if c.num_attention_heads < 1 or c.hidden_size % c.num_attention_heads:
+    if c.num_hidden_layers and (c.num_attention_heads < 1 or c.hidden_size % c.num_attention_heads):
         raise InputError(f"{path}: hidden_size {c.hidden_size} is not a multiple of num_attention_heads "
                          f"{c.num_attention_heads}")
     return c
