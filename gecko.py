@@ -448,15 +448,16 @@ def task_prompts(formats: dict[str, str]) -> dict[str, str]:
     return {name: text.partition("{text}")[0] for name, text in before.items()}
 
 
-SPECIAL = {"pad_token": ("[PAD]", "<pad>"), "unk_token": ("[UNK]", "<unk>"), "cls_token": ("[CLS]", "<s>"),
-           "sep_token": ("[SEP]", "</s>"), "mask_token": ("[MASK]", "<mask>")}
+SPECIAL = {"unk_token": ("[UNK]", "<unk>"), "cls_token": ("[CLS]", "<s>"), "sep_token": ("[SEP]", "</s>"),
+           "mask_token": ("[MASK]", "<mask>")}
 
 
 def checkpoint_json(model: Gecko) -> dict[str, Any]:
     """The small files of a checkpoint; all but gecko.json are for transformers and its family."""
     c, modules = model.encoder.config, ("Transformer", "Pooling", "Normalize")
     known = {t.content for t in model.tokenizer.get_added_tokens_decoder().values() if t.special}
-    special = {key: token for key, names in SPECIAL.items() for token in names if token in known}
+    special = {"pad_token": model.tokenizer.id_to_token(c.pad_token_id)} | {
+        key: token for key, names in SPECIAL.items() for token in names if token in known}
     return {
         "config.json": {"architectures": [ENCODERS[c.model_type]], **asdict(c),
                         "matryoshka_dimensions": model.dims},        # vLLM's name for them
@@ -514,6 +515,8 @@ ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMR
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(ENCODERS), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
     "is_decoder": (False,), "add_cross_attention": (False,)}
+SILENT = ("type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
+          "pad_token_id", "hidden_act")                  # EncoderConfig's values are then transformers' own
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.", "embeddings.position_ids",
          "embeddings.token_type_ids")                    # of a checkpoint, and no part of the encoder
 FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
@@ -545,12 +548,12 @@ def read_config(path: Path) -> EncoderConfig:
         if (value := raw.get(key, allowed[0])) not in allowed:
             raise InputError(f"{path}: {key} {value!r} is not supported; give a folder of an encoder with "
                              + " or ".join(repr(x) for x in allowed))
+    kinds: dict[Any, Any] = {"int": int, "float": (int, float), "str": str}
     for f in fields(EncoderConfig):
-        value, kind = raw.get(f.name), {"int": int, "float": (int, float), "str": str}[str(f.type)]
-        if value is None and (f.name.endswith("_dropout_prob") or f.name in (
-                "type_vocab_size", "layer_norm_eps", "pad_token_id", "hidden_act")):
-            continue                                     # silent: as transformers has it
-        if not isinstance(value, kind) or isinstance(value, bool) or kind is not str and value < 0:
+        value = raw.get(f.name)
+        if value is None and f.name in SILENT:
+            continue
+        if not isinstance(value, kinds[f.type]) or isinstance(value, bool) or f.type != "str" and value < 0:
             raise InputError(f"{path}: {f.name} is {value!r}; want {f.type}")
     known = {f.name: raw[f.name] for f in fields(EncoderConfig) if raw.get(f.name) is not None}
     c = EncoderConfig(**{"pad_token_id": int(raw["model_type"] != "bert"), **known})
@@ -569,7 +572,8 @@ def check_modules(folder: Path, d: int) -> None:
         poolings = [folder / plain_name(path, where) / "config.json"
                     for kind, where in modules if kind == "Pooling"]
         if any(where for kind, where in modules if kind == "Transformer"):
-            raise InputError(f"{path}: the encoder is in {modules[0][1]!r}; give that folder")
+            raise InputError(f"{path}: the encoder's path is {modules[0][1]!r}; only that of this folder, "
+                             "empty, is supported: save the model again with sentence-transformers")
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(f"{path}: the modules {', '.join(kinds)} are not supported; only "
                          "Transformer, Pooling and Normalize, in this order, are")
