@@ -48,6 +48,7 @@ from tqdm import tqdm
 import llm as fret
 from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_qrels, read_records, record
 from gecko import (
+    FORMATS,
     Gecko,
     InputError,
     add_flags,
@@ -176,6 +177,7 @@ class TrainConfig:
     mix: str = flag("sets", "a batch holds rows of one of the sets, or mixed ones, or of all tasks alike: "
                             "sets, mixed or tasks")
     negatives: str = flag("own", "hard negatives of a row: own (eq. 3), or all rows' (to compare)")
+    unified: bool = flag(False, "appendix B's formats also for an --init that has its makers' (see README)")
     eval: str = flag("", "BEIR folder: nDCG@10 of its dev split at each save, the best kept in OUT/best")
     save_every: int = flag(0, "steps from one checkpoint to the next; 0: one at the end")
     resume: bool = flag(False, "continue from OUT's last checkpoint: the same bytes as without a stop")
@@ -1008,6 +1010,7 @@ def train_command(args: argparse.Namespace) -> None:
                       for rows in sets for r in rows], c.seed)
     else:
         model = load(args.init)
+    model.formats = dict(FORMATS) if c.unified else model.formats
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     losses = train(model, args.command, sets, c, weights, out=out)

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import gecko
+import train
 
 transformers = pytest.importorskip("transformers", reason="the other side of the parity tests")
 TEXTS = ["Round a number up", "delete a file, then sort a list in place and return None",
@@ -232,6 +234,19 @@ def test_tiny_opens_elsewhere(layers, tmp_path):
     opened_elsewhere(model, tmp_path / "m")
     np.testing.assert_allclose(by_transformers(tmp_path / "m", texts), model.encode(texts), atol=1e-5)
     assert gecko.is_bag(gecko.load(tmp_path / "m").encoder) == (layers == 0)
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_fine_tuned_from_anothers_encoder(bert, unified, tmp_path, monkeypatch):
+    """--init may be anyone's encoder: it keeps its formats, or takes appendix B's with --unified."""
+    rows = [data.record("fact checking", t, {"title": "T", "text": f"about {t}"}) for t in TEXTS]
+    gecko.write_jsonl(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr(sys, "argv", ["train.py", "finetune", str(tmp_path / "rows.jsonl"), "--init", str(bert),
+                                      "--out", str(tmp_path / "m"), "--steps", "2"] + ["--unified"] * unified)
+    train.main()
+    model = gecko.load(tmp_path / "m")
+    assert model.formats == (gecko.FORMATS if unified else gecko.PLAIN)
+    assert np.abs(model.encode(TEXTS) - gecko.load(bert).encode(TEXTS)).max() > 1e-6, "nothing was learnt"
 
 
 # --------------------------------------------------------------------------------------------------
