@@ -838,7 +838,7 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
             tasks += [standard[name]] if name in standard else list(mteb.get_benchmark(name).tasks) \
                 if name in benchmarks else [mteb.get_task(name)]
         except KeyError as error:
-            raise InputError(f"--mteb {name}: {error.args[0]}; give a task's or a benchmark's name") from error
+            raise InputError("--mteb: " + str(error.args[0]).removeprefix("KeyError: ")) from error
     return tasks
 
 
