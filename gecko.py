@@ -71,8 +71,12 @@ def format_passage(text: str, title: str = "", formats: dict[str, str] = FORMATS
     >>> format_passage("Return the ceiling of x.", "math.ceil")
     'title: math.ceil | text: Return the ceiling of x.'
     """
-    untitled = "none" if formats["passage"].startswith("title:") else ""
-    return fill(formats["passage"], title=title or untitled, text=text)
+    return fill(formats["passage"] if title else untitled(formats), title=title, text=text)
+
+
+def untitled(formats: dict[str, str]) -> str:
+    """The passage format without a title, which is then "none" where the format names it."""
+    return formats["passage"].replace("title: {title}", "title: none").replace("{title} ", "")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,6 +124,11 @@ class EncoderConfig:
     pad_token_id: int = 0
     hidden_act: str = "gelu"
     model_type: str = "bert"
+
+    @property
+    def first_position(self) -> int:
+        """RoBERTa and XLM-R count positions from behind the padding's index, BERT from 0."""
+        return 0 if self.model_type == "bert" else self.pad_token_id + 1
 
 
 class Layer(nn.Module):
@@ -171,8 +180,8 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask: (B, T) -> W: (B, T, d)."""
         _, T = ids.shape
-        e = self.embeddings
-        position = e["position_embeddings"].weight[:T]               # (T, d)
+        e, first = self.embeddings, self.config.first_position
+        position = e["position_embeddings"].weight[first:first + T]  # (T, d)
         kind = e["token_type_embeddings"].weight[0]                  # (d)
         x = e["LayerNorm"](e["word_embeddings"](ids) + position + kind)  # (B, T, d)
         x = dropout(x, self.config.hidden_dropout_prob, self.training)  # (B, T, d)
@@ -447,59 +456,241 @@ def save(model: Gecko, folder: str | Path) -> None:
             (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+TASKS = ("question answering", "search result", "fact checking", "semantic similarity", "classification")
+
+
+def task_prompts(formats: dict[str, str]) -> dict[str, str]:
+    """The formats as sentence-transformers has them: texts put before. One a task, and for passages.
+
+    "query" is the task of `encode_queries`; a passage's title goes into the text.
+    """
+    before = {task: formats["query"].replace("{task}", task) for task in TASKS}
+    before |= {"query": before[TASKS[0]], "document": untitled(formats), "passage": untitled(formats)}
+    return {name: text.partition("{text}")[0] for name, text in before.items()}
+
+
+SPECIAL = {"unk_token": ("[UNK]", "<unk>"), "cls_token": ("[CLS]", "<s>"), "sep_token": ("[SEP]", "</s>"),
+           "mask_token": ("[MASK]", "<mask>")}
+
+
 def checkpoint_json(model: Gecko) -> dict[str, Any]:
     """The small files of a checkpoint; all but gecko.json are for transformers and its family."""
-    config = {"architectures": ["BertModel"], **asdict(model.encoder.config)}
+    c, modules = model.encoder.config, ("Transformer", "Pooling", "Normalize")
+    known = {t.content for t in model.tokenizer.get_added_tokens_decoder().values() if t.special}
+    special = {"pad_token": model.tokenizer.id_to_token(c.pad_token_id)} | {
+        key: token for key, names in SPECIAL.items() for token in names if token in known}
     return {
-        "config.json": config,
+        "config.json": {"architectures": [ENCODERS[c.model_type]], **asdict(c),
+                        "matryoshka_dimensions": model.dims},        # vLLM's name for them
         "gecko.json": {"formats": model.formats, "dims": model.dims, "max_length": model.max_length},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]",
-            "model_max_length": model.max_length},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", **special,
+                                  "model_max_length": model.max_length},
+        "modules.json": [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "",
+                          "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(modules)],
+        "1_Pooling/config.json": {"word_embedding_dimension": c.hidden_size, "pooling_mode_mean_tokens": True},
+        "2_Normalize/config.json": {},
+        "sentence_bert_config.json": {"max_seq_length": model.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
+            "prompts": task_prompts(model.formats), "default_prompt_name": None,
+            "similarity_fn_name": "cosine", "matryoshka_dims": model.dims},
     }
 
 
 def load(folder: str | Path) -> Gecko:
-    """Open a folder that `save` wrote, or a BERT encoder folder of Hugging Face's."""
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+    """Open a folder that `save` wrote, or a BERT, RoBERTa or XLM-R encoder: a folder or a hub id.
+
+    Its makers' prompts, length and tokens are kept. Whatever is not the mean over such an encoder's
+    tokens is refused by name.
+    """
+    folder = fetch(folder)
+    for name in ("config.json", "tokenizer.json"):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name} there; give a model folder, for instance one "
                              "that `python train.py` wrote (runs/demo/gecko)")
-    raw = read_json(folder / "config.json")
-    if raw.get("model_type") != "bert":
-        raise InputError(f"{folder}/config.json: model_type {raw.get('model_type')!r} is not "
-                         "supported; give a folder of a BERT encoder")
-    known = {f.name for f in fields(EncoderConfig)}
-    try:
-        encoder = Encoder(EncoderConfig(**{k: v for k, v in raw.items() if k in known}))
-        weights = load_file(str(folder / "model.safetensors"))
-        wanted = encoder.state_dict()
-        encoder.load_state_dict({k: v for k, v in weights.items() if k in wanted})
+    with readable(folder):
+        c = read_config(folder / "config.json")
+        check_modules(folder, c.hidden_size)
+        with torch.device("meta"):                                   # shapes alone
+            encoder = Encoder(c)
+        weights = read_weights(folder, {name: p.shape for name, p in encoder.state_dict().items()})
+    encoder.to_empty(device="cpu").load_state_dict(weights)
+    with readable(folder / "tokenizer.json"):
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # safetensors and tokenizers raise types of their own
-        raise InputError(f"{folder}: not a readable checkpoint ({first_line(error)}); "
-                         "write or copy it again") from error
-    if tokenizer.get_vocab_size() > encoder.config.vocab_size:
-        raise InputError(f"{folder}/tokenizer.json: {tokenizer.get_vocab_size()} tokens, but the "
-                         f"weights have {encoder.config.vocab_size}; the two files do not belong together")
-    ours = folder / "gecko.json"
-    extra = read_json(ours) if ours.is_file() else {"formats": PLAIN}
-    positions = encoder.config.max_position_embeddings
-    model = Gecko(encoder, tokenizer, min(extra.get("max_length", positions), positions),
-                  extra["formats"], extra.get("dims", ()))
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= c.vocab_size:
+        raise InputError(f"{folder}/tokenizer.json: {last + 1} tokens, but the weights have "
+                         f"{c.vocab_size}; the two files do not belong together")
+    with readable(folder):
+        formats, dims, length = read_settings(folder, tokenizer)
+        length = int(min(length, c.max_position_embeddings - c.first_position))
+    if length <= tokenizer.num_special_tokens_to_add(False):
+        raise InputError(f"{folder}: a length of {length} tokens leaves none for the text")
+    model = Gecko(encoder, tokenizer, length, formats, dims)
     if is_bag(encoder):
         encoder.embeddings["position_embeddings"].requires_grad_(False)
     model.encoder.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     return model
 
 
-def read_json(path: Path) -> Any:
+# What a folder may hold of BERT's many variants; the first value is that of a file that is silent.
+ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "model_type": tuple(ENCODERS), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
+    "is_decoder": (False,), "add_cross_attention": (False,)}
+SILENT = ("type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
+          "pad_token_id", "hidden_act")                  # EncoderConfig's values are then transformers' own
+HEADS = ("pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.", "embeddings.position_ids",
+         "embeddings.token_type_ids")                    # of a checkpoint, and no part of the encoder
+FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
+         "tokenizer.json", "tokenizer_config.json", "modules.json", "*_Pooling/config.json", "gecko.json",
+         "sentence_bert_config.json", "config_sentence_transformers.json")
+
+
+def fetch(name: str | Path) -> Path:
+    """The folder itself; ORG/NAME that is no path here is fetched from the Hugging Face hub, without pickles."""
+    org, _, rest = str(name).partition("/")
+    if Path(name).is_dir() or Path(org).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
+    except ImportError as error:
+        raise InputError(f"{name}: no such folder, and a hub id needs huggingface_hub; install it: "
+                         "pip install huggingface_hub") from error
+    except Exception as error:  # the client's, of many kinds
+        raise InputError(f"{name}: no such folder, and not to be had from the Hugging Face hub "
+                         f"({first_line(error)}); check the name and the network") from error
+
+
+def read_config(path: Path) -> EncoderConfig:
+    """config.json: the fields that shape the encoder, and none that would need another one."""
+    raw = read_json(path, dict)
+    for key, allowed in SUPPORTED.items():
+        if (value := raw.get(key, allowed[0])) not in allowed:
+            raise InputError(f"{path}: {key} {value!r} is not supported; give a folder of an encoder with "
+                             + " or ".join(repr(x) for x in allowed))
+    kinds: dict[Any, Any] = {"int": int, "float": (int, float), "str": str}
+    for f in fields(EncoderConfig):
+        value = raw.get(f.name)
+        if value is None and f.name in SILENT:
+            continue
+        if not isinstance(value, kinds[f.type]) or isinstance(value, bool) or f.type != "str" and value < 0:
+            raise InputError(f"{path}: {f.name} is {value!r}; want {f.type}")
+    known = {f.name: raw[f.name] for f in fields(EncoderConfig) if raw.get(f.name) is not None}
+    c = EncoderConfig(**{"pad_token_id": int(raw["model_type"] != "bert"), **known})
+    if c.num_hidden_layers and (c.num_attention_heads < 1 or c.hidden_size % c.num_attention_heads):
+        raise InputError(f"{path}: hidden_size {c.hidden_size} is not a multiple of num_attention_heads "
+                         f"{c.num_attention_heads}")
+    return c
+
+
+def check_modules(folder: Path, d: int) -> None:
+    """sentence-transformers' modules.json and 1_Pooling: encoder, mean over all tokens, unit length."""
+    kinds, poolings = ["Transformer", "Pooling"], sorted(folder.glob("1_Pooling/config.json"))
+    if (path := folder / "modules.json").is_file():
+        modules = [(str(m.get("type")).split(".")[-1], m.get("path")) for m in read_json(path, list)]
+        kinds = [kind for kind, _ in modules]
+        poolings = [folder / plain_name(path, where) / "config.json"
+                    for kind, where in modules if kind == "Pooling"]
+        if any(where for kind, where in modules if kind == "Transformer"):
+            raise InputError(f"{path}: the encoder's path is {modules[0][1]!r}; only that of this folder, "
+                             "empty, is supported: save the model again with sentence-transformers")
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise InputError(f"{path}: the modules {', '.join(kinds)} are not supported; only "
+                         "Transformer, Pooling and Normalize, in this order, are")
+    for path in poolings:
+        raw = read_json(path, dict)
+        modes = raw.get("pooling_mode") or [k[13:] for k, on in raw.items() if k.startswith("pooling_mode_") and on]
+        if modes not in ("mean", ["mean"], ["mean_tokens"]) or not raw.get("include_prompt", True):
+            raise InputError(f"{path}: pooling {modes!r} is not supported, nor a prompt left out of it; "
+                             "only the mean over all tokens (eq. 1) is")
+        if raw.get("embedding_dimension", raw.get("word_embedding_dimension", d)) != d:
+            raise InputError(f"{path}: the pooling's dimension does not fit the encoder's hidden_size {d}")
+
+
+def read_weights(folder: Path, wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The encoder's parameters from model.safetensors or the shards of its index; never from a pickle."""
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not files[0].is_file() and index.is_file():
+        names = sorted(set(read_json(index, dict)["weight_map"].values()))
+        files = [folder / plain_name(index, name) for name in names]
+    elif not files[0].is_file():
+        pickled = " (a .bin is a pickle and is never opened)" if list(folder.glob("*.bin")) else ""
+        raise InputError(f"{folder}: no model.safetensors there{pickled}; save the model again with "
+                         "transformers' save_pretrained")
+    found: dict[str, Tensor] = {}
+    for path in files:
+        with readable(path):
+            found.update(load_file(str(path)))
+    # a checkpoint with heads has its encoder under a prefix; the oldest call weight and bias otherwise
+    prefix = next((p for p in ("bert.", "roberta.") if any(name.startswith(p) for name in found)), "")
+    found = {re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]],
+                    name.removeprefix(prefix)): x for name, x in found.items()}
+    for name, shape in wanted.items():
+        if name not in found:
+            raise InputError(f"{folder}: the weights lack {name}; the file is not this config.json's")
+        if found[name].shape != shape:
+            raise InputError(f"{folder}: {name} has shape {tuple(found[name].shape)}, but config.json makes it "
+                             f"{tuple(shape)}; not a readable checkpoint")
+    for name in found.keys() - wanted.keys():
+        if not name.startswith(HEADS):
+            raise InputError(f"{folder}: the weights hold {name}, which is no part of this encoder")
+    return {name: found[name] for name in wanted}
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What safetensors, tokenizers and misshapen JSON raise, as one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of types of their own
+        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}); "
+                         "write or copy it again") from error
+
+
+def plain_name(path: Path, name: Any) -> str:
+    """A name that stands in a file and points to another of the same folder, and nowhere else."""
+    if not isinstance(name, str) or name in ("", "..") or not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"{path}: {name!r} is not a name in this folder; refused")
+    return name
+
+
+def read_settings(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], list[int], float]:
+    """Formats, Matryoshka dims, longest text in tokens: gecko.json's, else sentence-transformers'."""
+    def read(name: str) -> dict[str, Any]:
+        return read_json(folder / name, dict) if (folder / name).is_file() else {}
+
+    own, theirs, bert = (read(name) for name in (
+        "gecko.json", "config_sentence_transformers.json", "sentence_bert_config.json"))
+    if bert.get("do_lower_case"):
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])])
+    length = own.get("max_length") or bert.get("max_seq_length") or read("tokenizer_config.json").get(
+        "model_max_length") or math.inf
+    prompts = {name: text for name, text in (theirs.get("prompts") or {}).items() if text}
+    if own:
+        formats = {name: str(own["formats"][name]) for name in FORMATS}
+    elif prompts.items() >= task_prompts(FORMATS).items():           # ours, saved by sentence-transformers
+        formats = FORMATS
+    else:
+        default = prompts.get(theirs.get("default_prompt_name"), "")
+        query = prompts.get("query", default)
+        passage = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
+        formats = {"query": query + PLAIN["query"], "passage": passage + PLAIN["passage"]}
+    return formats, own.get("dims") or read("config.json").get("matryoshka_dimensions") or [], length
+
+
+def read_json(path: Path, kind: type = object) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({first_line(error)}); write or copy it again"
                          ) from error
+    if not isinstance(content, kind):
+        raise InputError(f"{path}: not a JSON {kind.__name__}; write or copy it again")
+    return content
 
 
 def first_line(error: BaseException) -> str:

@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -67,8 +68,10 @@ from gecko import (
     InputError,
     add_flags,
     file_beside,
+    first_line,
     flag,
     folder_beside,
+    format_query,
     from_flags,
     is_bag,
     length_batches,
@@ -190,6 +193,7 @@ class TrainConfig:
     mix: str = flag("sets", "a batch holds rows of one of the sets, or mixed ones, or of all tasks alike: "
                             "sets, mixed or tasks")
     negatives: str = flag("own", "hard negatives of a row: own (eq. 3), or all rows' (to compare)")
+    unified: bool = flag(False, "appendix B's formats also for an --init that has its makers' (see README)")
     eval: str = flag("", "BEIR folder: nDCG@10 of its dev split at each save, the best kept in OUT/best")
     save_every: int = flag(0, "steps from one checkpoint to the next; 0: one at the end")
     resume: bool = flag(False, "continue from OUT's last checkpoint: the same bytes as without a stop")
@@ -766,16 +770,20 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
 
 
 def rankings(model: Gecko, beir: Beir, task: str, dim: int | None = None,
-             progress: str = "") -> dict[str, list[str]]:
+             progress: str = "", symmetric: bool = False) -> dict[str, list[str]]:
     """The first 100 passages of each query, by id, best first."""
-    return ranked(beir, *encoded(model, beir, task, dim, progress))
+    return ranked(beir, *encoded(model, beir, task, dim, progress, symmetric))
 
 
 def encoded(model: Gecko, beir: Beir, task: str, dim: int | None = None, progress: str = "",
-            ) -> tuple[np.ndarray, np.ndarray]:
+            symmetric: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors of the queries (Q, dim) and of the passages (P, dim)."""
-    P = model.encode_passages([p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus],
-                              dim=dim, progress=progress)
+    texts, titles = ([p[key] for p in beir.corpus] for key in ("text", "title"))
+    if symmetric:                                                    # passages are formatted as inputs
+        P = model.encode_queries([f"{a} {b}".strip() for a, b in zip(titles, texts, strict=True)], task,
+                                 dim=dim, progress=progress)
+    else:
+        P = model.encode_passages(texts, titles, dim=dim, progress=progress)
     return model.encode_queries(list(beir.queries.values()), task, dim=dim), P
 
 
@@ -792,7 +800,8 @@ def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list
             for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr))}
 
 
-def sts_terms(model: Gecko, path: str | Path, dim: int | None = None) -> np.ndarray:
+def sts_terms(model: Gecko, path: str | Path, dim: int | None = None,
+              task: str = "semantic similarity") -> np.ndarray:
     """Terms whose mean is Spearman's between cosine and human score; rows sentence1, sentence2, score."""
     a, b, gold = [], [], []
     for where, row in read_jsonl(path):
@@ -802,8 +811,113 @@ def sts_terms(model: Gecko, path: str | Path, dim: int | None = None) -> np.ndar
             gold.append(float(row["score"]))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: want sentence1, sentence2 and a number score") from error
-    x, y = (model.encode_queries(s, "semantic similarity", dim=dim) for s in (a, b))
+    x, y = (model.encode_queries(s, task, dim=dim) for s in (a, b))
     return spearman_terms((x * y).sum(1), gold)
+
+
+# Table 9: the task of each set of MTEB, and whether its targets have the format of inputs.
+TABLE_9 = {name: kind for kind, names in {
+    ("classification", True): """AmazonCounterfactualClassification AmazonPolarityClassification
+        AmazonReviewsClassification Banking77Classification EmotionClassification ImdbClassification
+        MassiveIntentClassification MassiveScenarioClassification MTOPDomainClassification
+        MTOPIntentClassification ToxicConversationsClassification TweetSentimentExtractionClassification""",
+    ("semantic similarity", True): """BIOSSES SICK-R STS12 STS13 STS14 STS15 STS16 STS17 STS22
+        STSBenchmark SprintDuplicateQuestions TwitterSemEval2015 TwitterURLCorpus""",
+    ("search result", True): """ArxivClusteringP2P ArxivClusteringS2S BiorxivClusteringP2P
+        BiorxivClusteringS2S MedrxivClusteringP2P MedrxivClusteringS2S RedditClustering
+        RedditClusteringP2P StackExchangeClustering StackExchangeClusteringP2P
+        TwentyNewsgroupsClustering QuoraRetrieval""",
+    ("question answering", False): """AskUbuntuDupQuestions SciDocsRR CQADupstackRetrieval DBPedia
+        FiQA2018 MSMARCO NQ SCIDOCS Touche2020""",
+    ("semantic similarity", False): "MindSmallReranking ArguAna",
+    ("search result", False): """StackOverflowDupQuestions ClimateFEVER FEVER HotpotQA TRECCOVID
+        SummEval""",
+    ("fact checking", False): "NFCorpus SciFact",
+}.items() for name in names.split()}
+# Every other set has what the table has for most of its kind.
+KINDS = {"Classification": ("classification", True), "MultilabelClassification": ("classification", True),
+         "STS": ("semantic similarity", True), "PairClassification": ("semantic similarity", True),
+         "BitextMining": ("semantic similarity", True), "Clustering": ("search result", True),
+         "Summarization": ("search result", False)}
+
+
+def table_9(name: str, kind: str = "Retrieval") -> tuple[str, bool]:
+    """The task and symmetry of a set, by the name that mteb or its folder has (scifact, trec-covid).
+
+    >>> table_9("trec-covid"), table_9("my-questions"), table_9("FEVERHardNegatives")
+    (('search result', False), ('question answering', False), ('search result', False))
+    """
+    def bare(name: str) -> str:
+        return re.sub(r"\.v\d+$|HardNegatives|Retrieval|[\W\d_]", "", name, flags=re.IGNORECASE).lower()
+
+    found = {bare(n): kind for n, kind in TABLE_9.items()}
+    return found.get(bare(name), KINDS.get(kind, ("question answering", False)))
+
+
+class ForMteb:
+    """A model as mteb's EncoderProtocol asks for it: float32, Table 9's tasks and appendix B's formats."""
+
+    def __init__(self, model: Gecko, name: str, dim: int | None = None, task: str | None = None) -> None:
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+        self.model, self.dim, self.task = model, dim, task
+        # mteb keeps results by name and revision, so the revision changes with whatever changes them
+        revision = hashlib.sha256(repr((model.formats, model.max_length, dim, task)).encode())
+        for p in model.encoder.state_dict().values():
+            revision.update(p.float().cpu().numpy().tobytes())
+        self.mteb_model_meta = ModelMeta.create_empty({
+            "name": f"gecko/{name}", "revision": revision.hexdigest()[:16], "max_tokens": model.max_length,
+            "embed_dim": dim or model.encoder.config.hidden_size, "similarity_fn_name": ScoringFunction.COSINE})
+
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
+        """inputs: batches {"text": [...]}, passages with "title" and "body" too -> (texts, dim)."""
+        task, symmetric = table_9(task_metadata.name, task_metadata.type)
+        batches = list(inputs)
+        columns = {key: [x for batch in batches for x in batch[key]] for key in batches[0]}
+        if prompt_type is not None and prompt_type.value == "document" and not symmetric:
+            return self.model.encode_passages(columns["body"], columns.get("title"), dim=self.dim)
+        # as encode_queries, but some of mteb's sets have empty texts
+        return self.model.encode([format_query(text, self.task or task, self.model.formats)
+                                  for text in columns["text"]], dim=self.dim)
+
+    def similarity(self, x: Any, y: Any) -> Tensor:
+        return torch.as_tensor(x) @ torch.as_tensor(y).T             # (B, C)
+
+    def similarity_pairwise(self, x: Any, y: Any) -> Tensor:
+        return (torch.as_tensor(x) * torch.as_tensor(y)).sum(-1)     # (B)
+
+
+def mteb_tasks(names: Sequence[str]) -> list[Any]:
+    """mteb's tasks by their names; those of the paper's benchmark as it has them, English; or a benchmark."""
+    try:
+        import mteb
+    except ImportError as error:
+        raise InputError("--mteb needs the package mteb; install it: pip install mteb") from error
+    standard = {t.metadata.name: t for t in mteb.get_benchmark("MTEB(eng, v1)").tasks}
+    benchmarks, tasks = {b.name for b in mteb.get_benchmarks()}, []
+    for name in names:
+        try:
+            tasks += [standard[name]] if name in standard else list(mteb.get_benchmark(name).tasks) \
+                if name in benchmarks else [mteb.get_task(name)]
+        except KeyError as error:
+            raise InputError("--mteb: " + str(error.args[0]).removeprefix("KeyError: ")) from error
+    return tasks
+
+
+def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None) -> dict[str, dict[str, float]]:
+    """Each task's main score by mteb's protocol; its own JSON under `out`, where a second run goes on."""
+    import mteb
+
+    cache, scores = mteb.ResultCache(out) if out else None, {}
+    for task in tqdm(tasks, desc="mteb", unit="task", disable=len(tasks) < 2):
+        name = task.metadata.name
+        try:
+            result = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False)
+        except OSError as error:                                     # what its clients raise without a network
+            raise InputError(f"--mteb {name}: its data is not here, nor to be had from the Hugging Face hub "
+                             f"({first_line(error)}); run it where there is a network") from error
+        scores[name] = {task.metadata.main_score: float(result.task_results[0].get_score())}
+    return scores
 
 
 class BM25:
@@ -1268,6 +1382,7 @@ def train_command(args: argparse.Namespace) -> None:
         model.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
         model = load(args.init)
+    model.formats = dict(FORMATS) if c.unified else model.formats
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     losses = train(model, args.command, sets, c, weights, out=out)
@@ -1306,23 +1421,30 @@ def plot_command(folders: Sequence[str], output: str) -> None:
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    if not args.beir and not args.sts:
-        raise InputError("nothing to evaluate on; give --beir DIR or --sts FILE")
-    model = load(args.model)
-    say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, task=args.task, split=args.split)
+    if not args.beir and not args.sts and not args.mteb:
+        raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
+    tasks, model = mteb_tasks(args.mteb) if args.mteb else [], load(args.model)
+    say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
+        task=args.task or "by Table 9")
     results: dict[str, dict[str, float]] = {}
     for folder in args.beir:
-        beir = read_beir(folder, args.split)
-        scores = retrieval_scores(rankings(model, beir, args.task, args.dim, "passages"), beir)
-        results[Path(folder).resolve().name] = {k: float(np.mean(v)) for k, v in scores.items()}
+        beir, name = read_beir(folder, args.split), Path(folder).resolve().name
+        task, symmetric = table_9(name)
+        nearest = rankings(model, beir, args.task or task, args.dim, "passages", symmetric)
+        results[name] = {k: float(np.mean(v)) for k, v in retrieval_scores(nearest, beir).items()}
     for path in args.sts:
-        results[Path(path).name] = {"spearman": float(sts_terms(model, path, args.dim).mean())}
+        terms = sts_terms(model, path, args.dim, args.task or table_9(Path(path).stem, "STS")[0])
+        results[Path(path).name] = {"spearman": float(terms.mean())}
+    if tasks:
+        name = Path(args.model).resolve().name
+        results |= mteb_scores(ForMteb(model, name, args.dim, args.task), tasks, args.out)
     for name, values in results.items():
         print(name, "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
     if args.out:
-        with file_beside(args.out) as new:
+        out = Path(args.out, "scores.json") if tasks else Path(args.out)
+        with file_beside(out) as new:
             new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {args.out}")
+        print(f"wrote {out}" + (f"; mteb's own files are under {args.out}/results" if tasks else ""))
 
 
 def main() -> None:
@@ -1340,8 +1462,10 @@ def main() -> None:
         add_flags(command, TrainConfig)
     evaluate = commands.add_parser("evaluate", help="retrieval and similarity figures of a model")
     evaluate.add_argument("--model", required=True, help="a model folder")
+    evaluate.add_argument("--mteb", nargs="+", default=[],
+                          help="names of mteb's tasks, or of a benchmark, such as 'MTEB(eng, v1)', the paper's")
     evaluate.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
-    evaluate.add_argument("--out", help="write the figures to this JSON file")
+    evaluate.add_argument("--out", help="write the figures to this JSON file; with --mteb, to this folder")
     plot = commands.add_parser("plot", help="loss and dev curves of runs, as a PNG")
     plot.add_argument("runs", nargs="+", help="--out folders of prefinetune and finetune")
     plot.add_argument("--out", default="runs/plot.png", help="the file to write (%(default)s)")
@@ -1365,7 +1489,8 @@ def main() -> None:
         command.add_argument("--beir", action="append", default=[], help="a BEIR folder; may be repeated")
         command.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
         command.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
-        command.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
+    evaluate.add_argument("--task", help="the task of all sets (default: by the set's name, Table 9)")
+    ablation.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
     args = parser.parse_args()
     if args.command is None:
         recipe(Path(args.out), args.seed)

@@ -181,7 +181,7 @@ def test_wrong_model_folder_is_one_line(bag, tmp_path, name, content, message):
 def test_load_refuses_weights_of_another_shape(bag, layered, tmp_path):
     gecko.save(bag, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
-    (tmp_path / "m/config.json").write_text(json.dumps({**config, "hidden_size": 12}))
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, "vocab_size": 12}))
     with pytest.raises(gecko.InputError, match="not a readable checkpoint"):
         gecko.load(tmp_path / "m")
 
