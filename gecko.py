@@ -25,6 +25,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -273,48 +274,19 @@ class Gecko:
 # Exact nearest neighbours (section 3.2: the top N of q from C)
 
 
-def topk(
-    queries: np.ndarray | Tensor,   # (Q, d)
-    passages: np.ndarray | Tensor,  # (P, d), may be a memory map
+def nearest(
+    queries: Tensor,   # (Q, d) float32
+    passages: Tensor,  # (P, d) float32
     k: int,
-    budget: int = 256 << 20,        # bytes for one block of scores
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k passages of largest inner product for each query, exactly: scores and indices (Q, k).
+) -> tuple[Tensor, Tensor]:
+    """The k passages of largest inner product for each query: scores and indices (Q, k), best first.
 
-    Blocks over both axes with a running merge, so memory does not grow with P. Equal scores are
-    ordered by lower index, so the answer does not depend on the blocks.
+    Equal scores come by lower index. Each is summed in float64 and then rounded, so that it does not
+    depend on the order of the sum. `topk` below the fold gives the same in blocks.
     """
-    Q, P = len(queries), len(passages)
-    if not 1 <= k <= P:
-        raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")
-    rows = min(Q, 1024)
-    columns = max(k, min(P, budget // 4 // max(1, rows)))
-    scores, indices = np.empty((Q, k), np.float32), np.empty((Q, k), np.int64)
-    for a in range(0, Q, rows):
-        q = torch.as_tensor(queries[a:a + rows]).float()                       # (rows, d)
-        best, which = torch.empty(len(q), 0), torch.empty(len(q), 0, dtype=torch.long)
-        for b in range(0, P, columns):
-            s = q @ torch.as_tensor(passages[b:b + columns]).float().T         # (rows, columns)
-            v, i = first_topk(s, min(k, s.shape[1]))                           # (rows, <= k)
-            v, i = torch.cat([best, v], 1), torch.cat([which, i + b], 1)       # (rows, <= 2k)
-            # lower indices stand first already, so a stable sort keeps them first among equals
-            v, order = v.sort(dim=1, descending=True, stable=True)             # (rows, <= 2k)
-            best, which = v[:, :k], i.gather(1, order)[:, :k]                  # (rows, k)
-        scores[a:a + rows], indices[a:a + rows] = best.numpy(), which.numpy()
-    return scores, indices
-
-
-def first_topk(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """torch.topk with ties by lower index: (rows, columns) -> values and indices (rows, k)."""
-    v, i = s.topk(k, dim=1)                                          # (rows, k)
-    i, order = i.sort(dim=1)                                         # (rows, k)
-    v, order = v.gather(1, order).sort(dim=1, descending=True, stable=True)
-    i = i.gather(1, order)                                           # (rows, k)
-    # subtle: among entries equal to the k-th value topk keeps any; those rows are sorted in full
-    for row in ((s >= v[:, -1:]).sum(1) > k).nonzero().flatten().tolist():
-        full, order_row = s[row].sort(descending=True, stable=True)
-        v[row], i[row] = full[:k], order_row[:k]
-    return v, i
+    s = (queries.double() @ passages.double().T).float()             # (Q, P)
+    s, order = s.sort(dim=1, descending=True, stable=True)           # (Q, P)
+    return s[:, :k], order[:, :k]                                    # (Q, k)
 
 
 # ==================================================================================================
@@ -369,6 +341,208 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, p: float) -> Tensor:
     hidden = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -math.inf)  # (B, 1, 1, T)
     s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + hidden     # (B, H, T, T)
     return dropout(s.softmax(-1), p, training=True) @ v              # (B, H, T, d/H)
+
+
+# --------------------------------------------------------------------------------------------------
+# Exact search in blocks: `topk` gives what `nearest` gives, in bounded memory and faster
+
+# 1. A cheap product (bfloat16 where the hardware has it) finds more candidates than k for each query.
+# 2. They are scored as `nearest` scores. The best k are the answer if no other passage can reach them:
+#    rounding q and p to q~ and p~ moves a score by at most |q| |p - p~| + |q - q~| |p~|, norms measured.
+# 3. Queries for which that certificate fails are searched again in float32, below a floor: `search_again`.
+
+GROUP = 32                   # columns of one maximum, a power of 2
+SPARE = 8                    # candidates beyond 2k
+BLOCK = {"cpu": 8 << 20, "cuda": 1 << 30}   # bytes; on a CPU what stays in the cache
+
+
+def topk(
+    queries: np.ndarray | Tensor,   # (Q, d)
+    passages: np.ndarray | Tensor,  # (P, d), may be a memory map
+    k: int,
+    budget: int = 0,                # bytes for one block of scores; 0: BLOCK's
+) -> tuple[np.ndarray, np.ndarray]:
+    """`nearest` for any number of passages: scores and indices (Q, k), the same whatever the blocks."""
+    return certified_topk(queries, passages, k, budget)[:2]
+
+
+def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, k: int, budget: int = 0,
+                   dtype: torch.dtype | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`topk`, and (Q) true where the first search was proven; `dtype` is its product's, else the fastest."""
+    Q, P = len(queries), len(passages)
+    if not 1 <= k <= P:
+        raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")
+    device = passages.device if isinstance(passages, Tensor) else torch.device(
+        "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
+    budget, found = budget or BLOCK[device.type], []
+    for a in range(0, Q, 1024):
+        q = block(queries, a, a + 1024, device)                      # (rows, d)
+        which, proof = candidates(q, passages, min(P, 2 * k + SPARE), dtype, budget)   # (rows, m), (rows)
+        scores, indices = ranked(q, passages, which, k)              # (rows, k) twice
+        proven = scores[:, -1] > proof                               # (rows)
+        for some in (~proven).nonzero().split(64):
+            if len(some := some[:, 0]):
+                scores[some], indices[some] = search_again(q[some], passages, k, scores[some, -1], budget)
+        found.append([x.cpu().numpy() for x in (scores, indices, proven)])
+    scores, indices, proven = (np.concatenate(x) for x in zip(*found, strict=True))
+    return scores, indices, proven
+
+
+def candidates(q: Tensor, passages: np.ndarray | Tensor, m: int, dtype: torch.dtype, budget: int,
+               ) -> tuple[Tensor, Tensor]:
+    """The m passages of largest product in `dtype`, (rows, m), and what no other's score exceeds, (rows).
+
+    Of a block only what beats the m-th best so far is kept, in a table with room for a few times m.
+    """
+    (n, d), P, room = q.shape, len(passages), 8 * m
+    q, q_norm, q_off = lowered(q, dtype, "query")                    # (rows, d), (rows), (rows)
+    p_norm = p_off = q.new_zeros((), dtype=torch.float32)
+    values = q.new_full((n, room), -torch.inf)                       # (rows, room)
+    which = torch.zeros(n, room, dtype=torch.long, device=q.device)  # (rows, room)
+    filled, floor = torch.full((n,), m, device=q.device), values[:, 0]    # (rows), (rows)
+    columns = max(GROUP, min(16384, budget // (n * q.element_size())) // GROUP * GROUP)
+    for b in range(0, P, columns):
+        p, norm, off = lowered(block(passages, b, b + columns, q.device), dtype, "passage", b)   # (columns, d)
+        p_norm, p_off = torch.maximum(p_norm, norm.max()), torch.maximum(p_off, off.max())
+        s = product(q, p)                                            # (rows, columns)
+        row, column = above(s, floor) if b else (filled[:0], filled[:0])
+        count = torch.bincount(row, minlength=n)                     # (rows)
+        if not b or int((filled + count).max()) > room:              # keep the best m, and raise the floor
+            if not b or int(count.max()) > room - m:                 # most of the block: sort it whole
+                v, i = s.topk(min(m, s.shape[1]), dim=1)             # (rows, <= m)
+                values = torch.cat([values, v], 1)
+                which, row, column = torch.cat([which, i + b], 1), row[:0], column[:0]
+                count = torch.zeros_like(count)
+            values[:, :m], order = values.topk(m, dim=1)             # (rows, m)
+            which[:, :m] = which.gather(1, order)                    # (rows, m)
+            values, which = values[:, :room].contiguous(), which[:, :room].contiguous()
+            values[:, m:] = -torch.inf
+            filled, floor = torch.full_like(filled, m), values[:, m - 1].clone()
+        at = filled[row] + torch.arange(len(row), device=q.device) - (count.cumsum(0) - count)[row]
+        values[row, at], which[row, at] = s[row, column], column + b
+        filled = filled + count
+    best, order = values.topk(m, dim=1)                              # (rows, m)
+    highest = best[:, -1].float() if m < P else values.new_full((n,), -torch.inf, dtype=torch.float32)
+    return which.gather(1, order), highest + error_bound(q_norm, q_off, p_norm, p_off, highest, d, dtype)
+
+
+def above(s: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns, rows ascending, of all s > floor: (rows, columns), (rows) -> 2 of (found).
+
+    One maximum a group of columns is compared first: few groups hold anything.
+    """
+    if s.shape[1] % GROUP:
+        return (s > floor[:, None]).nonzero(as_tuple=True)           # type: ignore[return-value]
+    s = s.view(len(s), GROUP, -1)                                    # (rows, GROUP, groups)
+    g = s
+    while g.shape[1] > 1:                                            # on a CPU faster than amax
+        g = torch.maximum(g[:, :g.shape[1] // 2], g[:, g.shape[1] // 2:])
+    row, group = (g[:, 0] > floor[:, None]).nonzero(as_tuple=True)   # (groups found)
+    hit, j = (s[row, :, group] > floor[row, None]).nonzero(as_tuple=True)   # (found)
+    return row[hit], j * s.shape[2] + group[hit]
+
+
+def ranked(q: Tensor, passages: np.ndarray | Tensor, which: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best k of each query's candidates, scored and ordered as in `nearest`: (rows, m) -> (rows, k) twice."""
+    which = which.sort(dim=1).values                                 # (rows, m) so that ties go by index
+    scores = torch.empty(which.shape, device=q.device)               # (rows, m)
+    rows = max(1, (1 << 18 if q.device.type == "cpu" else 1 << 26) // (which.shape[1] * q.shape[1]))
+    for a in range(0, len(q), rows):
+        i = which[a:a + rows]
+        p = passages[i] if isinstance(passages, Tensor) else passages[i.cpu().numpy()]  # (rows, m, d)
+        scores[a:a + rows] = inner(q[a:a + rows, None], block(p, 0, len(p), q.device))  # (rows, m)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], which.gather(1, order[:, :k])              # (rows, k)
+
+
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """x . y over the last dimension, summed in float64, rounded to float32.
+
+    subtle: no BLAS, whose last bits change with blocks and alignment; here each sum is taken alone.
+    """
+    return (x.double() * y.double()).sum(-1).float()
+
+
+def search_again(q: Tensor, passages: np.ndarray | Tensor, k: int, floor: Tensor, budget: int,
+                 ) -> tuple[Tensor, Tensor]:
+    """`nearest` for a few queries whose k-th best score is known to be at least `floor`: (rows, k) twice.
+
+    Every passage whose float32 product comes within its own error of the floor is scored exactly.
+    """
+    n, d = q.shape
+    q, q_norm, q_off = lowered(q, torch.float32, "query")
+    columns = max(GROUP, min(16384, budget // (4 * n), budget // (64 * d)) // GROUP * GROUP)
+    row = index = torch.zeros(0, dtype=torch.long, device=q.device)
+    score = torch.zeros(0, device=q.device)
+    for b in range(0, len(passages), columns):
+        p, p_norm, p_off = lowered(block(passages, b, b + columns, q.device), torch.float32, "passage", b)
+        error = error_bound(q_norm, q_off, p_norm.max(), p_off.max(), floor, d, torch.float32)   # (rows)
+        r, c = above(product(q, p), floor - 2 * error)               # (found)
+        s = torch.cat([score] + [inner(q[i], p[j]) for i, j in zip(r.split(4096), c.split(4096), strict=True)])
+        row, index = torch.cat([row, r]), torch.cat([index, c + b])
+        order = index.argsort(stable=True)                           # by row, then score, then index
+        order = order[s[order].argsort(descending=True, stable=True)]
+        order = order[row[order].argsort(stable=True)]
+        row, index, score = row[order], index[order], s[order]
+        count = torch.bincount(row, minlength=n)                     # (rows)
+        rank = torch.arange(len(row), device=q.device) - (count.cumsum(0) - count)[row]
+        floor = floor.index_put((row[rank == k - 1],), score[rank == k - 1])
+        row, index, score = row[rank < k], index[rank < k], score[rank < k]
+    return score.view(n, k), index.view(n, k)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x w^T; on a CPU oneDNN's, because MKL's float32 is half as fast on some: (n, d), (c, d) -> (n, c)."""
+    if x.device.type == "cpu" and ONEDNN:
+        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    return x @ w.T                                                   # (n, c)
+
+
+def block(x: np.ndarray | Tensor, a: int, b: int, device: torch.device) -> Tensor:
+    """Rows a to b in float32 on the device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)                 # a read-only memory map is only read
+        return torch.as_tensor(x[a:b]).to(device, torch.float32)     # (b - a, d)
+
+
+def lowered(x: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x in a cheaper dtype, the norm of each row and of what the rounding took: (n, d), (n), (n)."""
+    low, norm, off = x.to(dtype), x.new_empty(len(x)), x.new_zeros(len(x))
+    for a in range(0, len(x), 2048):                                 # parts that stay in the cache
+        part = x[a:a + 2048]
+        norm[a:a + 2048] = part.norm(dim=1)
+        if dtype != x.dtype:
+            off[a:a + 2048] = (part - low[a:a + 2048].float()).norm(dim=1)
+    if not bool((norm < 2.0 ** 60).all()):
+        i = int((~(norm < 2.0 ** 60)).nonzero()[0])
+        raise InputError(f"{name} {first + i} (from 0) is of length {float(norm[i])}; give finite, moderate numbers")
+    return low, norm, off
+
+
+def error_bound(q_norm: Tensor, q_off: Tensor, p_norm: Tensor, p_off: Tensor, s: Tensor, d: int,
+                dtype: torch.dtype) -> Tensor:
+    """The most by which a score can be above its product in `dtype` where that is at most s: (rows).
+
+    The terms: rounding p and q (measured), adding d products in float32, rounding the sum to bfloat16,
+    and what is too small for float32 to square or multiply.
+    """
+    tiny, exact = d ** 0.5 * 2.0 ** -62, torch.get_float32_matmul_precision() == "highest"
+    q_norm, p_norm = q_norm * 1.001 + tiny, p_norm * 1.001 + tiny
+    q_off, p_off = q_off * 1.001 + tiny, p_off * 1.001 + tiny
+    unit = 2.0 ** -23 * (d + 8) + (0 if exact or dtype != torch.float32 else 2.0 ** -6)
+    added = unit * (q_norm + q_off) * (p_norm + p_off) + d * 2.0 ** -120 * (1 + q_norm + p_norm)
+    stored = s.abs() * 2.0 ** -7.9 if dtype == torch.bfloat16 else 0
+    return q_norm * p_off + q_off * (p_norm + p_off) + added + stored
 
 
 # --------------------------------------------------------------------------------------------------

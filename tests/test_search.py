@@ -1,0 +1,124 @@
+"""Exact search: `topk` below the fold against `nearest` above it.   pytest tests/test_search.py
+
+Invariants: the same scores and indices as `nearest`, bit for bit, whatever the blocks, the precision of
+the first product and the vectors; a certificate is given only where the first search was right.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import gecko
+
+DTYPES = [torch.float32] + [torch.bfloat16] * gecko.has_bfloat16(torch.device("cpu"))
+
+
+def gaussian(rng, n, d):
+    return rng.standard_normal((n, d)).astype(np.float32)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def cases():
+    """Name -> queries, passages: what an approximate search gets wrong."""
+    rng = np.random.default_rng(0)
+    q, p = gaussian(rng, 9, 24), gaussian(rng, 1500, 24)
+    one = unit(gaussian(rng, 1, 24))
+    near = (one + 1e-6 * gaussian(rng, 1500, 24)).astype(np.float32)
+    return {
+        "unit": (unit(q), unit(p)),
+        "near-duplicates": (unit(q), near),
+        "one vector 1,500 times": (unit(q), np.repeat(one, 1500, 0)),
+        "many ties": (np.sign(q), np.sign(p)),
+        "best last": (unit(q[:1]), p[np.argsort(p @ unit(q[:1])[0])]),
+        "best first": (unit(q[:1]), p[np.argsort(-p @ unit(q[:1])[0])]),
+        "lengths from 1e-9 to 1e9": (q, p * (10 ** rng.uniform(-9, 9, (1500, 1))).astype(np.float32)),
+        "tiny": (q * np.float32(1e-25), p * np.float32(1e-15)),
+        "all negative": (np.abs(q), -np.abs(p)),
+        "zeros": (q, p * 0),
+        "one far longer": (q, np.concatenate([p[:-1] * np.float32(1e-3), p[-1:] * np.float32(1e3)])),
+        "one dimension": (q[:, :1], p[:, :1]),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", cases())
+def test_topk_is_nearest_bit_for_bit(name, dtype):
+    """In blocks of several sizes, one of them not a multiple of the group, and for k = 1, 10, all."""
+    q, p = cases()[name]
+    for k in (1, 10, 1500):
+        want = [x.numpy() for x in gecko.nearest(torch.from_numpy(q), torch.from_numpy(p), k)]
+        for budget in (1, 9 * 4 * 352, 1 << 20):
+            scores, indices, _ = gecko.certified_topk(q, p, k, budget, dtype)
+            np.testing.assert_array_equal(indices, want[1])
+            np.testing.assert_array_equal(scores, want[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_certificate_is_given_and_withheld(dtype):
+    """Spread vectors are proven by the first search; equal ones never, so the second one is what answers."""
+    for name, share in (("unit", 1), ("one vector 1,500 times", 0), ("near-duplicates", 0)):
+        q, p = cases()[name]
+        assert gecko.certified_topk(q, p, 5, 1 << 20, dtype)[2].mean() == share, name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_error_bound_holds_and_is_not_idle(dtype):
+    """No product is off by more than the bound; at a tenth of the bound some are, so it is no formality."""
+    for name in ("unit", "lengths from 1e-9 to 1e9", "all negative"):
+        q, p = (torch.from_numpy(x) for x in cases()[name])
+        (ql, qn, qo), (pl, pn, po) = gecko.lowered(q, dtype, ""), gecko.lowered(p, dtype, "")
+        s = gecko.product(ql, pl).float()
+        off = q.double() @ p.double().T - s
+        bound = torch.stack([gecko.error_bound(qn, qo, pn[j], po[j], s[:, j], q.shape[1], dtype)
+                             for j in range(len(p))], 1)
+        assert (off <= bound).all()
+        if dtype == torch.bfloat16:
+            assert (off > bound / 10).any()
+
+
+def test_without_a_certificate_bfloat16_is_wrong(monkeypatch):
+    """The negative control: with a bound of nothing, near-duplicates come out in another order."""
+    if torch.bfloat16 not in DTYPES:
+        pytest.skip("no bfloat16 product on this CPU")
+    q, p = cases()["near-duplicates"]
+    want = gecko.nearest(torch.from_numpy(q), torch.from_numpy(p), 10)[1].numpy()
+    monkeypatch.setattr(gecko, "error_bound", lambda *a: torch.full((len(q),), -torch.inf))
+    assert (gecko.certified_topk(q, p, 10, 1 << 20, torch.bfloat16)[1] != want).any()
+
+
+def test_scores_do_not_depend_on_place_or_company():
+    """The same vectors at another address, in another block, beside others: the same bits."""
+    rng = np.random.default_rng(1)
+    q, p = unit(gaussian(rng, 40, 96)), unit(gaussian(rng, 300, 96))
+    scores, indices = gecko.topk(q, p, 7)
+    shifted = np.empty(p.size + 3, np.float32)[3:].reshape(p.shape)  # not where a vector register starts
+    shifted[:] = p
+    for some in (slice(0, 40), slice(5, 6), slice(13, 40)):
+        again = gecko.topk(q[some].copy(), shifted, 7)
+        np.testing.assert_array_equal(again[0], scores[some])
+        np.testing.assert_array_equal(again[1], indices[some])
+
+
+def test_memory_map_read_only_and_float64_are_searched(tmp_path, recwarn):
+    rng = np.random.default_rng(2)
+    q, p = gaussian(rng, 3, 8), gaussian(rng, 100, 8)
+    np.save(tmp_path / "p.npy", p)
+    mapped = np.load(tmp_path / "p.npy", mmap_mode="r")
+    want = gecko.topk(q, p, 4)
+    for queries, passages in ((q, mapped), (q.astype(np.float64), p.astype(np.float64)), (torch.tensor(q), torch.tensor(p))):
+        for x, y in zip(gecko.topk(queries, passages, 4), want, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e30])
+def test_vectors_that_cannot_be_compared_are_refused(number):
+    q, p = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
+    p[1, 2] = number
+    with pytest.raises(gecko.InputError, match="passage 1 "):
+        gecko.topk(q, p, 1)
+    with pytest.raises(gecko.InputError, match="query 1 "):
+        gecko.topk(p, q, 1)
