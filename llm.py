@@ -488,6 +488,8 @@ def everyday(text: str, rng: random.Random, p: float) -> str:
 
 def templated_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     """One of the four frequent tasks and a query for it, from one sentence of the passage."""
+    if not re.fullmatch(r"[\w.]+", p["title"]):                      # the title is no qualified name
+        return prose_query(p, rng)
     found = sentences(p["text"][:1500]) or [p["text"][:200]]
     said = found[0] if rng.random() < 0.6 else rng.choice(found)
     said = re.split(r"-+>", said)[-1]                                # "f(x) -> what it returns"
@@ -508,6 +510,34 @@ def templated_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     else:
         query = everyday(" ".join(w for w in words if rng.random() > 0.25), rng, 0.6)
     return task, query.strip() or " ".join(words)
+
+
+SECTION = re.compile(r"^[A-Z][A-Z/&,-]+(?:\s+[A-Z/&,-]{2,})*\s*:?\s+(?=[A-Z])")     # "CONCLUSIONS We ..."
+LINKING = re.compile(r"^(?:in (?:conclusion|summary|addition|contrast|particular)|taken together|here|thus|"
+                     r"\w*together|therefore|hence|however|moreover|overall|\w{5,}ly)\s*,?\s+", re.I)
+STATING = re.compile(r"^.{0,90}?\b(?:suggest|indicat|show|demonstrat|conclud|reveal|f[io]u?nd|report|propos|"
+                     r"establish|hypothesi[sz])(?:e|es|ed|s|ing|n)?\s+that\s+", re.I)  # "Our data show that ..."
+
+
+def prose_query(p: Passage, rng: random.Random, most: int = 18) -> tuple[str, str]:
+    """A query for an article: what its title or a sentence, more often a late one, states."""
+    found, pick = sentences(p["text"]) or [p["text"]], rng.random()
+    said = rng.choice(found[-3:]) if pick < 0.45 else rng.choice(found)
+    if pick > 0.7 and len(p["title"].split()) > 3:
+        said = p["title"]
+    said = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", SECTION.sub("", said))
+    said = STATING.sub("", LINKING.sub("", LINKING.sub("", said))).strip(" .;:,")
+    if len(said.split()) > most:                                     # a clause of it, or its beginning
+        clauses = re.split(r"[,;:]\s+|\s+(?:which|whereas|while|thereby|although|because|but)\s+", said)
+        said = rng.choice([c for c in clauses if 6 <= len(c.split()) <= most] or [said])
+    words = said.split()[:most] or p["text"].split()[:most]
+    task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
+    if task == "search result":
+        words = [w for w in words if w.lower() not in STOP] or words
+        a = rng.randrange(max(1, len(words) - 4))
+        return task, " ".join(words[a:a + rng.randint(3, 6)])
+    kept = [w for w in words if rng.random() > 0.2]
+    return task, " ".join(kept if task == "sentence similarity" and len(kept) > 3 else words)
 
 
 # --------------------------------------------------------------------------------------------------
