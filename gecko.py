@@ -525,7 +525,8 @@ def lowered(x: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> tuple[T
             off[a:a + 2048] = (part - low[a:a + 2048].float()).norm(dim=1)
     if not bool((norm < 2.0 ** 60).all()):
         i = int((~(norm < 2.0 ** 60)).nonzero()[0])
-        raise InputError(f"{name} {first + i} (from 0) is of length {float(norm[i])}; give finite, moderate numbers")
+        raise InputError(f"{name} {first + i} (from 0) is of length {float(norm[i])}; give finite, moderate "
+                         "numbers")
     return low, norm, off
 
 

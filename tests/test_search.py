@@ -108,7 +108,8 @@ def test_memory_map_read_only_and_float64_are_searched(tmp_path, recwarn):
     np.save(tmp_path / "p.npy", p)
     mapped = np.load(tmp_path / "p.npy", mmap_mode="r")
     want = gecko.topk(q, p, 4)
-    for queries, passages in ((q, mapped), (q.astype(np.float64), p.astype(np.float64)), (torch.tensor(q), torch.tensor(p))):
+    pairs = ((q, mapped), (q.astype(np.float64), p.astype(np.float64)), (torch.tensor(q), torch.tensor(p)))
+    for queries, passages in pairs:
         for x, y in zip(gecko.topk(queries, passages, 4), want, strict=True):
             np.testing.assert_array_equal(x, y)
     assert not recwarn.list
