@@ -43,6 +43,7 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from data import Record, record, sentences, spoken
@@ -54,6 +55,7 @@ from gecko import (
     flag,
     format_query,
     from_flags,
+    inner,
     load,
     read_jsonl,
     read_passages,
@@ -462,7 +464,9 @@ class Offline:
         self.vectors.update(zip((p["_id"] for p in new), vectors, strict=True))
         queries = list(dict.fromkeys(q for q, _ in pairs))
         q = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
-        return [float(q[query] @ self.vectors[p["_id"]]) for query, p in pairs]
+        x, y = (torch.from_numpy(np.stack(rows)) for rows in zip(
+            *((q[query], self.vectors[p["_id"]]) for query, p in pairs), strict=True))
+        return inner(x, y).tolist()                                  # (pairs)
 
 
 def terms(text: str) -> list[str]:

@@ -603,7 +603,7 @@ class Log:
                 f"last good checkpoint: {self.last() or 'none'}")
 
     def save(self, step: int) -> None:
-        """Measure, keep the best, write the checkpoint, then drop the one before it."""
+        """Measure, keep the best, write the checkpoint, then drop those before it."""
         if self.first and self.out:
             if self.beir:
                 scores = retrieval_scores(rankings(self.model, self.beir, "question answering"), self.beir)
@@ -613,10 +613,9 @@ class Log:
                 if dev["ndcg@10"] > self.best:
                     self.best = dev["ndcg@10"]
                     save(self.model, self.out / "best")
-            before = self.last()
             state = {"step": step, "steps": self.steps, "best": self.best, "key": self.key}
             write_checkpoint(self.out / f"checkpoint-{step:08d}", self.model, self.optimiser, state)
-            if before and before.name != f"checkpoint-{step:08d}":
+            for before in set(self.out.glob("checkpoint-*")) - {self.last()}:   # a kill may have left two
                 shutil.rmtree(before)
         wait()
         self.clock = time.time()

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_same_seed_same_bytes(demo, small, tmp_path):
               f"small = [p for p in data.builtin_corpus() if p['title'].split('.')[0] in {TOPS!r}]\n"
               f"train.recipe(Path(sys.argv[2]), 0, train.{SIZES!r}, small)")
     subprocess.run([sys.executable, "-c", script, str(ROOT), str(tmp_path / "again")], check=True, timeout=120,
-                   capture_output=True, env={"PYTHONHASHSEED": "7", "PATH": ""})
+                   capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
     first, again = files(demo[0]), files(tmp_path / "again")
     assert first.keys() == again.keys()
     assert [name for name in first if first[name] != again[name]] == []
