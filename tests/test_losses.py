@@ -246,3 +246,16 @@ def test_duplicates_are_masked(who):
         ids[0][3] = ids[1][0]                                        # row 3 asks with row 0's positive
     masked = rows_of_loss(q, p, n, ids)
     assert masked[0] < distinct[0] and masked[1] == distinct[1]
+
+
+def test_every_tensor_is_made_on_the_device_of_the_vectors():
+    """With another default device, as on a GPU, where a forgotten `device=` stops a run; a control forgets it."""
+    x, ids = torch.stack(vectors(3, 7, 5, 13)).detach(), torch.stack((Q, P, N))
+    with torch.device("meta"):
+        for every in (False, True):
+            mrl_loss(lambda q, p, n, every=every: main_loss(q, p, n, TAU, *ids, every=every), (5, 2), *x)
+            streamed_loss(x, TAU, (5, 2), ids, slice(0, 7), True, every, 200)
+        mrl_loss(lambda q, p: pre_loss(q, p, TAU, *ids[:2]), (5, 2), *x[:2])
+        streamed_loss(x[:2], TAU, (5, 2), ids, slice(0, 7), False)
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            x[0] + torch.zeros(7, 5)

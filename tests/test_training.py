@@ -638,6 +638,20 @@ def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
+    rows = records(5)
+    rows[0]["query"] = "red " * 30
+    data.write_jsonl(tmp_path / "a.jsonl", rows)
+    save(small_model(), tmp_path / "model")
+    for flags, said in (((), "1 of 13 texts are cut at 32"),
+                        (("--max-length", "20"), "2 of 13 texts are cut at 20")):
+        command(data.main, "check", tmp_path / "a.jsonl", "--model", tmp_path / "model", *flags)
+        assert said in capsys.readouterr().out
+    command(train.main, "finetune", tmp_path / "a.jsonl", "--init", tmp_path / "model", "--out",
+            tmp_path / "run", "--max-length", "20")
+    assert "2 of 13 texts are cut at 20 tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags,message", [
     (["--tau", "0"], "--tau 0.0: give a number above 0"), (["--batch-size", "0"], "--batch-size 0"),
     (["--max-length", "-1"], "--max-length -1"), (["--mix", "all"], "--mix all: give sets or mixed or tasks")])
