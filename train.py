@@ -5,7 +5,7 @@ hard negative and same-tower negatives, repeated on the first dimensions (Matryo
 is one pure function; one loop trains both stages.
 
     python train.py                                       the whole recipe in small -> runs/demo/
-    python train.py prefinetune|finetune DATA[:WEIGHT]... --init DIR|tiny --out DIR
+    python train.py prefinetune|finetune DATA[:WEIGHT]... --init DIR|HUB-ID|tiny --out DIR
     torchrun --nproc-per-node N train.py finetune ...     the same gradient on N processes
     python train.py evaluate --model DIR --beir DIR
     python train.py plot runs/*                           loss and dev curves -> a PNG
@@ -1456,7 +1456,7 @@ def main() -> None:
                         ("finetune", "records with hard negatives (eq. 3)")):
         command = commands.add_parser(stage, help=what)
         command.add_argument("data", nargs="+", help="JSONL records, DATA or DATA:WEIGHT")
-        command.add_argument("--init", required=True, help="a model folder, or tiny")
+        command.add_argument("--init", required=True, help="a model folder, a hub id, or tiny")
         command.add_argument("--out", required=True, help="the folder to write")
         add_flags(command, TrainConfig)
     evaluate = commands.add_parser("evaluate", help="retrieval and similarity figures of a model")
