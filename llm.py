@@ -8,6 +8,7 @@ negative. The LLM is three calls; behind them stands an OpenAI-compatible endpoi
     python llm.py probe --llm URL
     python llm.py generate CORPUS QUERIES --llm URL|offline
     python llm.py mine CORPUS QUERIES FRET --llm URL|offline --model-dir DIR
+    python llm.py show FRET [--changed] [--html FILE]
 
 Where we differ from the paper, or fill a gap in it:
 1. Prompts (3.2, not published): P_QG, P_QL and P_RC below are ours.
@@ -20,6 +21,7 @@ Where we differ from the paper, or fill a gap in it:
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import functools
 import hashlib
@@ -31,6 +33,7 @@ import os
 import random
 import re
 import socket
+import sysconfig
 import threading
 import time
 from collections import Counter
@@ -51,6 +54,7 @@ from gecko import (
     Gecko,
     InputError,
     add_flags,
+    file_beside,
     fill,
     flag,
     format_query,
@@ -388,16 +392,19 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
 # In practice: a stand-in for when there is no LLM, an endpoint, the command line.
 # ==================================================================================================
 
+def beside(name: str) -> Path:
+    """A data file of this project: beside the modules, or where pip puts it."""
+    here = Path(__file__).with_name(name)
+    return here if here.is_file() else Path(sysconfig.get_path("data"), "share/gecko-reference", name)
+
+
 # --------------------------------------------------------------------------------------------------
 # offline: statistics in the place of a language model
-
-THESAURUS = Path(__file__).with_name("thesaurus.txt")
-
 
 @functools.cache
 def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
-    lines = THESAURUS.read_text(encoding="utf-8").splitlines()
+    lines = beside("thesaurus.txt").read_text(encoding="utf-8").splitlines()
     entries = (line.split(":") for line in lines if not line.startswith("#"))
     return {term.strip(): [words.strip() for words in others.split(",")] for term, others in entries}
 
@@ -1240,6 +1247,117 @@ def probe_relevance(e: Endpoint) -> tuple[Way | None, str]:
 
 
 # --------------------------------------------------------------------------------------------------
+# show: records as people read them
+
+
+def read_fret(path: str | Path) -> Iterator[Record]:
+    """The rows that `mine` wrote, with all that `show` needs."""
+    def number(x: Any) -> bool:
+        return isinstance(x, (int, float)) and math.isfinite(x)
+
+    for where, row in read_jsonl(path):
+        cands, sides = row.get("candidates"), [row.get("positive"), row.get("negative") or {"text": ""}]
+        if not (isinstance(cands, list) and cands and all(isinstance(row.get(k), str) for k in ("task", "query"))
+                and all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in sides)
+                and all(isinstance(c, dict) and "id" in c and number(c.get("R"))
+                        and all(c.get(k) is None or number(c[k]) for k in ("ql", "rc")) for c in cands)):
+            raise InputError(f"{where}: no record with candidates; give a file that `llm.py mine` wrote")
+        yield row
+
+
+def in_order(row: Record) -> list[tuple[int | None, int | None, Record]]:
+    """(rank by QL, rank by RC, candidate) of p_1 ... p_N; no rank where there is no score."""
+    c = row["candidates"]
+    ql, rc = ([None] * len(c) if None in scores else ranks(scores)
+              for scores in ([x.get(name) for x in c] for name in ("ql", "rc")))
+    return sorted(zip(ql, rc, c, strict=True), key=lambda item: -item[2]["R"])
+
+
+def passages_of(rows: Sequence[Record], corpus: Sequence[Passage]) -> dict[str, Passage]:
+    """Title and text by id, of the corpus if there is one, and of every positive and negative."""
+    found = {p["_id"]: p for p in corpus}
+    for row in rows:
+        for name in ("positive", "negative"):
+            if row.get(name):
+                key = str(row.get(f"{name}_id"))
+                found[key] = {"_id": key, "title": str(row[name].get("title") or ""), "text": row[name]["text"]}
+    return found
+
+
+def one_line(text: str, most: int) -> str:
+    """A text for a terminal: no line breaks, no control characters, at most so many characters."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
+def as_lines(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
+    """Task, query, and the candidates in the order of R."""
+    marks = {name: row.get(f"{key}_id") for name, key in (("p+", "positive"), ("p-", "negative"), ("seed", "seed"))}
+    yield one_line(f"{row.get('_id', '')}  {row['query']}", 100)
+    yield f"  task: {one_line(row['task'], 90)}"
+    yield "   n        QL rank       RC rank      R"
+    for n, (r_ql, r_rc, c) in enumerate(in_order(row), 1):
+        p = passages.get(str(c["id"]), {"title": "", "text": ""})
+        scores = "".join(f"{'none' if x is None else format(x, '.3f'):>10} {r or '':>4}"
+                         for x, r in ((c.get("ql"), r_ql), (c.get("rc"), r_rc)))
+        mark = " ".join(name for name, key in marks.items() if key == c["id"])
+        text = one_line(f"{p['title'] or c['id']}  {p['text']}", 60)
+        yield f"  {n:2}{scores}  {c['R']:.3f}  {mark:7}  {text}".rstrip()
+
+
+def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) -> str:
+    """One HTML page that needs nothing else: the rows as JSON, drawn on demand by the page's own script."""
+    number: dict[str, int] = {}
+
+    def at(key: Any) -> int | None:
+        return None if key is None else number.setdefault(str(key), len(number))
+
+    def rounded(x: float | None) -> float | None:
+        return None if x is None else float(f"{x:.4g}")
+
+    records = [{
+        "id": str(row.get("_id", "")), "kind": row.get("kind") or task_kind(row["task"]), "task": row["task"],
+        "query": row["query"][:2000], "seed": at(row.get("seed_id")), "pos": at(row.get("positive_id")),
+        "neg": at(row.get("negative_id")),
+        "candidates": [[at(c["id"]), rounded(c.get("ql")), r_ql, rounded(c.get("rc")), r_rc, rounded(c["R"])]
+                       for r_ql, r_rc, c in in_order(row)]} for row in rows]
+    texts = [[key, p["title"], p["text"][:1000] + "..." * (len(p["text"]) > 1000)] for key in number
+             for p in [passages.get(key, {"title": "", "text": ""})]]
+    # subtle: a "<" in the data could end the script element that holds it
+    data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
+    page = beside("viewer.html").read_text(encoding="utf-8")
+    own = {kind: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for kind, part in (
+        ("style", page.split("<style>")[1].split("</style>")[0]),
+        ("script", page.rpartition("<script>")[2].split("</script>")[0]))}
+    policy = "; ".join(f"{kind}-src 'sha256-{value}'" for kind, value in own.items())
+    return page.replace("@policy@", policy, 1).replace("@data@", data, 1)
+
+
+def show_command(args: argparse.Namespace) -> None:
+    beside_it = Path(args.fret).with_name("corpus.jsonl")
+    corpus = read_passages(args.corpus or beside_it) if args.corpus or beside_it.is_file() else []
+    limit = args.limit or (10_000 if args.html else 5)
+    rows: list[Record] = []
+    total = matching = 0
+    for row in read_fret(args.fret):
+        total += 1
+        if not args.changed or row.get("positive_id") != row.get("seed_id"):
+            matching += 1
+            rows += [row] * (matching <= limit)
+    about = f"{Path(args.fret).name}: {total:,} records" + f", p+ is not p_seed in {matching:,}" * args.changed \
+        + f"; {len(rows):,} shown" + f", {matching - len(rows):,} left out (--limit)" * (matching > len(rows))
+    passages = passages_of(rows, corpus)
+    if args.html:
+        with file_beside(args.html) as new:
+            new.write_text(as_page(rows, passages, about), encoding="utf-8")
+        print(f"wrote {args.html}: {about}\nnext: open it in a browser")
+        return
+    for row in rows:
+        print(*as_lines(row, passages), sep="\n", end="\n\n")
+    print(about)
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -1445,11 +1563,18 @@ def main() -> None:
                        help="RC: log p of the top label, or the expected grade (%(default)s)")
     miner.add_argument("--scorer-llm", default="", help="another endpoint's URL, for query likelihood alone")
     miner.add_argument("--scorer-model", default="", help="its model")
+    shower = commands.add_parser("show", help="records of a FRet file as people read them")
+    shower.add_argument("fret", help="what mine wrote")
+    shower.add_argument("--changed", action="store_true", help="only where p+ is not p_seed")
+    shower.add_argument("--limit", type=int, default=0, help="how many records (5; 10,000 of a page)")
+    shower.add_argument("--corpus", help="for the candidates' texts (default: the corpus.jsonl beside FRET)")
+    shower.add_argument("--html", help="write one HTML page, with search and filters, to this file")
     for command in (gen, miner):
         add_flags(command, Options)
         command.add_argument("--dry-run", action="store_true", help="count calls and tokens, call nothing")
     args = parser.parse_args()
-    {"probe": probe_command, "generate": generate_command, "mine": mine_command}[args.command](args)
+    {"probe": probe_command, "generate": generate_command, "mine": mine_command,
+     "show": show_command}[args.command](args)
 
 
 if __name__ == "__main__":
