@@ -95,7 +95,7 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
         groups.setdefault(label, []).append(i)
     if len(groups) < 2:
         raise InputError("classification needs at least two labels; check the label column")
-    rng, rows = np.random.default_rng(seed), []
+    rng, rows = np.random.default_rng(seed), list[Record]()
     for i, (x, label) in enumerate(zip(texts, labels, strict=True)):
         same = drawn(rng, groups[label], lambda j: texts[j] != x)
         if same is None:
@@ -133,14 +133,14 @@ def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, st
     """
     p = np.asarray(weights, float) / np.sum(weights)
     which = np.random.default_rng([seed, 0]).choice(len(sizes), size=steps, p=p)
-    plan: list[tuple[int, np.ndarray]] = []
+    plan: list[tuple[int, int, np.ndarray]] = []                     # step, set, rows
     for s, size in enumerate(sizes):
         B, count = min(batch_size, size), int((which == s).sum())
         rounds = -(-count // (size // B))
         order = [np.random.default_rng([seed, 1 + s, r]).permutation(size)[:size // B * B]
                  for r in range(rounds)]
         batches = np.concatenate(order).reshape(-1, B) if order else np.empty((0, B), int)
-        plan += zip(np.flatnonzero(which == s), [s] * count, batches[:count], strict=True)
+        plan += zip(np.flatnonzero(which == s).tolist(), [s] * count, batches[:count], strict=True)
     return [(s, rows) for _, s, rows in sorted(plan, key=lambda step: step[0])]
 
 
@@ -240,8 +240,8 @@ def table(path: str) -> Iterator[tuple[str, Any]]:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; check the path")
     with open_text(path) as lines:
-        quoting = csv.QUOTE_MINIMAL if kind == ".csv" else csv.QUOTE_NONE
-        reader = csv.DictReader(lines, delimiter="," if kind == ".csv" else "\t", quoting=quoting)
+        reader = csv.DictReader(lines) if kind == ".csv" else \
+            csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             for row in reader:
                 yield f"{path}:{reader.line_num}", row
@@ -673,7 +673,7 @@ def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
     """A block of comment lines with up to six lines of code below it."""
     i = 0
     while i < len(lines):
-        comment, code = [], []
+        comment, code = list[str](), list[str]()
         while i < len(lines) and lines[i].strip().startswith("#"):
             comment.append(lines[i].strip().lstrip("#! "))
             i += 1

@@ -141,7 +141,7 @@ class Layer(nn.Module):
         self.heads, self.dropout = c.num_attention_heads, c.hidden_dropout_prob
         self.attention_dropout = c.attention_probs_dropout_prob
         project = {name: nn.Linear(d, d) for name in ("query", "key", "value")}
-        self.attention = nn.ModuleDict({
+        self.attention: Any = nn.ModuleDict({
             "self": nn.ModuleDict(project),
             "output": nn.ModuleDict({"dense": nn.Linear(d, d), "LayerNorm": nn.LayerNorm(d, eps)}),
         })
@@ -169,13 +169,13 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = c
         d = c.hidden_size
-        self.embeddings = nn.ModuleDict({
+        self.embeddings: Any = nn.ModuleDict({
             "word_embeddings": nn.Embedding(c.vocab_size, d, padding_idx=c.pad_token_id),
             "position_embeddings": nn.Embedding(c.max_position_embeddings, d),
             "token_type_embeddings": nn.Embedding(c.type_vocab_size, d),
             "LayerNorm": nn.LayerNorm(d, c.layer_norm_eps),
         })
-        self.encoder = nn.ModuleDict(
+        self.encoder: Any = nn.ModuleDict(
             {"layer": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))})
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -563,7 +563,7 @@ def tiny(texts: Sequence[str], seed: int = 0, vocabulary: int = TINY_VOCABULARY,
          **config: int | float) -> Gecko:
     """A small untrained model whose tokenizer is trained on `texts`."""
     tokenizer = train_tokenizer(texts, vocabulary)
-    c = EncoderConfig(vocab_size=tokenizer.get_vocab_size(), **{**TINY, **config})  # type: ignore
+    c = EncoderConfig(vocab_size=tokenizer.get_vocab_size(), **{**TINY, **config})  # type: ignore[arg-type]
     encoder = Encoder(c)
     generator = torch.Generator().manual_seed(seed)
     for name, p in encoder.named_parameters():
@@ -961,11 +961,11 @@ def flag(default: Any, meaning: str) -> Any:
 def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str] = ()) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
     for f in (f for f in fields(config) if f.name not in skip):
-        name, how = "--" + f.name.replace("_", "-"), {"help": f"{f.metadata['help']} (%(default)s)"}
+        name, meaning = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (%(default)s)"
         if isinstance(f.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, **how)
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=meaning)
         else:
-            parser.add_argument(name, type=type(f.default), default=f.default, **how)
+            parser.add_argument(name, type=type(f.default), default=f.default, help=meaning)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:

@@ -1157,10 +1157,11 @@ def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> Abilit
     except (CallFailed, LLMError, IndexError) as error:
         if not re.match("HTTP 40[045]|a malformed|list index", str(error)):  # nobody, or a bad key
             raise LLMError(f"{e.name} does not answer: {error}") from error
+    probes: dict[str, Callable[[Endpoint], tuple[Way | None, str]]] = {
+        "generate": probe_generate, "rc": probe_relevance,
+        "ql": lambda e: probe_scores(e, [ql_prompt(q, TEA) for q in ASKS])}
     for name in what:
-        way, e.can.evidence[name] = {
-            "generate": probe_generate, "rc": probe_relevance,
-            "ql": lambda e: probe_scores(e, [ql_prompt(q, TEA) for q in ASKS])}[name](e)
+        way, e.can.evidence[name] = probes[name](e)
         setattr(e.can, name, way)
     return e.can
 

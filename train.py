@@ -568,7 +568,7 @@ class Log:
             old = () if self.c.resume else ("checkpoint-*", "best")
             for path in (path for name in (*old, *HALF_WRITTEN) for path in self.out.glob(name)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        done = state["step"] if self.c.resume else 0
+        done = int(state["step"]) if self.c.resume else 0
         if not (self.out and self.first):
             return [math.nan] * done
         rows = [r for r in read_metrics(self.out) if r["step"] <= done] if done else []
