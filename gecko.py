@@ -89,8 +89,10 @@ def mean_pool(
     mask: Tensor,  # (B, T) 1 for a real token, 0 for padding
 ) -> Tensor:       # (B, d)
     """Eq. 1: q = mean over the n real tokens of M(t ++ q). Task tokens count, padding does not."""
+    # EXERCISE 1 (about 2 lines)
     mask = mask.unsqueeze(-1).to(W.dtype)              # (B, T, 1)
     return (W * mask).sum(1) / mask.sum(1).clamp(min=1)  # (B, d)
+    # END EXERCISE
 
 
 def normalise(x: Tensor, dim: int | None = None) -> Tensor:

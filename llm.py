@@ -268,7 +268,9 @@ def rrf(ql: Sequence[float], rc: Sequence[float]) -> list[float]:
     >>> rrf([-3.0, -9.0], [-0.1, -0.2])
     [2.0, 1.0]
     """
+    # EXERCISE 4 (about 1 line)
     return [1 / r_ql + 1 / r_rc for r_ql, r_rc in zip(ranks(ql), ranks(rc), strict=True)]
+    # END EXERCISE
 
 
 def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last",
@@ -278,12 +280,14 @@ def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last",
     p+ is p_1 (or `positive`, for the paper's p_seed rows). p- is p_N ("last"), one sampled from
     P without p+ ("sampled"), or None ("none"); it never has the text of p+.
     """
+    # EXERCISE 5 (about 6 lines)
     order = sorted(range(len(R)), key=lambda i: -R[i])               # p_1 ... p_N
     p_pos = order[0] if positive is None else positive
     others = [i for i in order if texts[i] != texts[p_pos]]
     if negative == "none" or not others:
         return p_pos, None
     return p_pos, others[-1] if negative == "last" else (rng or random.Random(0)).choice(others)
+    # END EXERCISE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1056,6 +1060,7 @@ def span(answer: dict[str, Any], prefix: str, text: str,
     a character a token), `head` gives the prefix's own tokens, which then must begin the long list.
     """
     tokens, values = scored_tokens(answer, prefix + text)
+    # EXERCISE 6 (about 10 lines)
     start, spelled = len(tokens), ""
     while start > 1 and len(spelled) < len(text):
         start -= 1
@@ -1067,6 +1072,7 @@ def span(answer: dict[str, Any], prefix: str, text: str,
         if not 0 < start < len(tokens) or tokens[:start] != alone:
             raise CallFailed(f"a token crosses the prompt's end before {text!r}")
     return [math.fsum(v for v in values[start:] if v is not None), len(tokens) - start]
+    # END EXERCISE
 
 
 def apart(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:

@@ -107,10 +107,12 @@ def pre_loss(
     The other rows' passages are the negatives; there are no hard ones. A passage whose text is
     row i's own, or that answers the same query text, is masked out of row i.
     """
+    # EXERCISE 2 (about 4 lines)
     s = q @ p.T / tau                                                # (B, B)
     others = ~torch.eye(len(q), dtype=torch.bool, device=q.device)   # (B, B) 1[j != i]
     s = s.masked_fill(others & duplicate(q_id, p_id, p_id, q_id), -math.inf)
     return F.cross_entropy(s, torch.arange(len(q), device=q.device))
+    # END EXERCISE
 
 
 def duplicate(q_id: Tensor, p_id: Tensor, text: Tensor, text_q: Tensor) -> Tensor:
@@ -141,6 +143,7 @@ def main_loss(
     L_main = mean_i -log e^{s(q_i,p_i+)} / ( sum_j [e^{s(q_i,p_j+)} + 1[j!=i] e^{s(q_i,q_j)}]
                                              + e^{s(q_i,p_i-)} )
     """
+    # EXERCISE 7 (about 13 lines)
     B, _ = q.shape
     itself = torch.eye(B, dtype=torch.bool, device=q.device)         # (B, B) 1[j != i] is its inverse
     positives = q @ p_pos.T / tau                                    # (B, B) s(q_i, p_j+)
@@ -154,6 +157,7 @@ def main_loss(
         own = torch.cat([own, (q @ p_neg.T / tau).masked_fill(rest, -math.inf)], dim=1)  # (B, 1 + B)
     s = torch.cat([positives, queries, own], dim=1)                  # (B, 2B + 1)
     return F.cross_entropy(s, torch.arange(B, device=q.device))
+    # END EXERCISE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -165,8 +169,10 @@ def mrl_loss(loss: Callable[..., Tensor], dims: Sequence[int], *vectors: Tensor)
 
     loss takes as many tensors as there are `vectors`, each (B, d) and not yet of length 1.
     """
+    # EXERCISE 8 (about 2 lines)
     terms = [loss(*(normalise(x, dim) for x in vectors)) for dim in dims]
     return torch.stack(terms).sum()
+    # END EXERCISE
 
 
 # --------------------------------------------------------------------------------------------------
@@ -384,6 +390,7 @@ def backward(
     texts = [tokens[i] for i in wanted.flatten()[place].tolist()]
     parts = micro_batches([len(t) for t in texts], c.micro_batch)
 
+    # EXERCISE 9 (about 20 lines)
     def embed_part(n: int) -> Tensor:                                # (texts of part n, d)
         torch.manual_seed(seed_of(c.seed, step, rank, n))            # the second time, the same dropout
         with autocast:
@@ -405,6 +412,7 @@ def backward(
     for n in reversed(range(len(parts))):
         kept = kept if n == len(parts) - 1 else embed_part(n)
         kept.backward(g[place[parts[n]]].to(kept.dtype))
+    # END EXERCISE
     for p in model.encoder.parameters():
         if p.requires_grad:                                          # each process has its rows' part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -29,6 +29,7 @@ def test_formatted_symmetric_and_asymmetric():
     assert data.formatted({**row, "negative": None})[2] is None
 
 
+@pytest.mark.ex3
 def test_classification_triples_share_one_unique_id():
     """x+ has x's label, x- another, the id is on all three texts and on no other triple's."""
     texts, labels = [f"text {i}" for i in range(20)], [i % 3 for i in range(20)]
@@ -36,15 +37,21 @@ def test_classification_triples_share_one_unique_id():
     assert len(rows) == 20 and all(r["symmetric"] for r in rows)
     label, ids = dict(zip(texts, labels, strict=True)), []
     for row in rows:
-        (x, i), (pos, j), (neg, k) = (
-            t.rsplit(" [", 1) for t in (row["query"], row["positive"]["text"], row["negative"]["text"]))
-        assert i == j == k and label[pos] == label[x] != label[neg] and pos != x
+        three = [row["query"], row["positive"]["text"], row["negative"]["text"]]
+        assert all(" [" in text for text in three), f"the id goes on all three texts, x- too: {three}"
+        (x, i), (pos, j), (neg, k) = (text.rsplit(" [", 1) for text in three)
+        assert i == j == k, f"x, x+ and x- must share one id: {three}"
+        assert pos != x, f"x is its own positive: {three}"
+        assert label[pos] == label[x], f"x+ must have x's label: {three}"
+        assert label[x] != label[neg], f"x- has x's own label: {three}"
         ids.append(i)
-    assert len(set(ids)) == 20
+    assert len(set(ids)) == 20, "an id stands on two triples: it then no longer tells the rows of a batch apart"
+    assert len({r["positive"]["text"].split(" [")[0] for r in rows}) > 6, "x+ is drawn, not always the first"
     plain = data.classification_triples(texts, labels, seed=1, unique_ids=False)
     assert plain[0]["query"] == "text 0" and rows[0]["query"] == "text 0 [0]"
 
 
+@pytest.mark.ex3
 def test_classification_leaves_out_a_row_that_no_triple_can_be_made_of():
     """The one text of another label is x's or x+'s own: no x-, and no endless search for it."""
     assert data.classification_triples(["a", "b", "a"], [1, 1, 2]) == []
@@ -52,6 +59,7 @@ def test_classification_leaves_out_a_row_that_no_triple_can_be_made_of():
     assert len(many) == 1099 and all(r["negative"]["text"].startswith("t7 [") for r in many)
 
 
+@pytest.mark.ex3
 def test_classification_needs_two_labels():
     with pytest.raises(InputError, match="two labels"):
         data.classification_triples(["a", "b"], [1, 1])

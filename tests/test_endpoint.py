@@ -23,6 +23,7 @@ import fake_server
 import numpy as np
 import pytest
 from fake_server import FakeServer, by_hand
+from teach import check
 
 import gecko
 import llm
@@ -87,6 +88,39 @@ def echoed(tokens, values, prompt, **usage):
             "usage": {"prompt_tokens": len(tokens) - 1, "completion_tokens": 1} | usage}
 
 
+@pytest.mark.ex6
+@pytest.mark.parametrize("query", [[" tea", " time"], [" caf", "é"], [" ", "🍵"]], ids=ascii)
+def test_span_is_the_query_alone(query):
+    """The query's tokens are found from the right, by what they spell: offsets are in characters or bytes."""
+    head, values = ["<s>", "Thé", " vert", ":"], [None, -9.0, -7.0, -5.0, -0.5, -0.25]
+    prefix, text = "Thé vert:", "".join(query)
+    reply = echoed([*head, *query, "!"], [*values, -40.0], prefix + text)
+    check(llm.span(reply, prefix, text, list), [-0.75, 2], {
+        "the prompt's tokens are in the sum; QL scores the query's alone": [-21.75, 5],
+        "the token before the query is in the sum": [-5.75, 3],
+        "the query's first token is left out": [-0.25, 1],
+        "the token that the server generated is in the sum": [-40.75, 3],
+        "this is the mean; QL is the sum of log p": [-0.375, 2]})
+
+
+@pytest.mark.ex6
+def test_span_asks_for_the_prefix_where_tokens_do_not_spell_it():
+    """Half a character a token: spelled as nothing by some servers; the prefix's own tokens then end it."""
+    tokens, values = ["<s>", "a", ":", " ", "", "", "!"], [None, -1.0, -2.0, -3.0, -4.0, -5.0, -0.5]
+    reply, asked = echoed(tokens, values, "a: é"), []
+
+    def head(prefix):
+        asked.append(prefix)
+        return ["<s>", "a", ":"]
+
+    check(llm.span(reply, "a:", " é", head), [-12.0, 3], {
+        "tokens that spell nothing are left out; they are the query's": [-3.0, 1],
+        "what the tokens spell is not the query: one of the prompt's is in the sum; ask `head`": [-14.0, 4],
+        "the whole prompt is in the sum": [-15.0, 5]})
+    assert asked == ["a:"]
+
+
+@pytest.mark.ex6
 def test_span_refuses_what_it_cannot_be_sure_of():
     """Each broken reply is an error, not a number: the sound one beside it is a number."""
     tokens, values = ["<s>", "a", ":", " b", "!"], [None, -1.0, -2.0, -3.0, -0.5]
@@ -104,6 +138,7 @@ def test_span_refuses_what_it_cannot_be_sure_of():
         llm.span(echoed(tokens, values, "other"), "a:", " b", list)
 
 
+@pytest.mark.ex6
 def test_an_empty_token_before_the_span_is_not_passed_over():
     """Real vLLM names the first half of " 東" "": spelling alone would leave its log-prob out."""
     tokens, values = ["<s>", "a", ":", "", " 東", "!"], [None, -1.0, -2.0, -4.0, -3.0, -0.5]
@@ -130,6 +165,7 @@ def test_a_prompt_whose_beginning_was_cut_off_is_no_score():
         llm.forced_token({"completion_probabilities": [token], "truncated": True}, 7, 7)
 
 
+@pytest.mark.ex6
 def test_generated_eos_does_not_shift_the_span():
     """llama-cpp-python lists no EOS and counts none; vLLM lists and counts it."""
     tokens, values = ["a", ":", " b"], [None, -2.0, -3.0]

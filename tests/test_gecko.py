@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from teach import check
 
 import gecko
 
@@ -41,18 +42,26 @@ def mean_pool_spec(W, mask):
     return torch.tensor(out)
 
 
+@pytest.mark.ex1
 def test_eq1_mean_pool_equals_loops():
     """Value and gradient are those of a plain mean over real tokens."""
     W = torch.randn(3, 5, 4, requires_grad=True)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]])
-    torch.testing.assert_close(gecko.mean_pool(W, mask), mean_pool_spec(W, mask))
-    gecko.mean_pool(W, mask).sum().backward()
-    assert W.grad is not None and torch.allclose(W.grad[1, :2], torch.full((2, 4), 0.5))
-    assert not W.grad[1, 2:].any(), "padding received a gradient"
-    wrong = W.mean(1)  # negative control: padding in the mean
-    assert not torch.allclose(wrong, mean_pool_spec(W, mask))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    pooled, later = gecko.mean_pool(W, mask), mask.clone()
+    later[:, 0] = 0
+    check(pooled, mean_pool_spec(W, mask), {
+        "padding is in the mean; only tokens with mask 1 count": W.mean(1),
+        "the sum is divided by T, the longest text; divide by the text's own n": mean_pool_spec(W, mask)
+        * mask.sum(1, keepdim=True) / 5,
+        "this is the first token alone; eq. 1 is the mean of all real ones": W[:, 0],
+        "the first token is left out; the task's tokens are in the mean too": mean_pool_spec(W, later),
+        "this is the largest value, not the mean": W.masked_fill(mask[..., None] == 0, -9e9).max(1).values})
+    pooled.sum().backward()
+    assert W.grad is not None and torch.allclose(W.grad[2, :2], torch.full((2, 4), 0.5))
+    assert not W.grad[1, 3:].any(), "padding received a gradient"
 
 
+@pytest.mark.ex1
 def test_eq1_padding_changes_nothing(layered):
     """A text's vector is the same alone and beside a longer one."""
     tokens = layered.tokens(TEXTS[:3])
@@ -61,6 +70,7 @@ def test_eq1_padding_changes_nothing(layered):
         torch.testing.assert_close(layered.embed([ids])[0], together[i], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.ex1
 def test_eq1_task_tokens_are_in_the_mean(layered):
     """Another task before the same query is another vector; a passage's has no task."""
     a, b = (layered.encode_queries(["sort a list"], task)[0] for task in ("fact checking", "search result"))

@@ -11,6 +11,7 @@ import tracemalloc
 from collections import Counter
 
 import pytest
+from teach import check
 
 import gecko
 import llm
@@ -57,37 +58,56 @@ def rrf_spec(ql, rc):
     return [1 / rank(ql, i) + 1 / rank(rc, i) for i in range(len(ql))]
 
 
+@pytest.mark.ex4
 def test_rrf_by_hand_and_equals_loops():
-    assert llm.rrf([-1, -2, -3, -4], [-9, -7, -8, -6]) == [1 + 1 / 4, 1 / 2 + 1 / 2, 1 / 3 + 1 / 3, 1 / 4 + 1]
+    """Four passages by hand, then random scores with ties against the loops."""
+    ql, rc = [-1.0, -2.0, -3.0, -4.0], [-9.0, -7.0, -8.0, -6.0]
+    both = list(zip([1, 2, 3, 4], [4, 2, 3, 1], strict=True))        # the ranks, by hand
+    check(llm.rrf(ql, rc), [1 + 1 / 4, 1 / 2 + 1 / 2, 1 / 3 + 1 / 3, 1 / 4 + 1], {
+        "there is a smoothing constant (60 in other papers); this one's has none":
+            [1 / (60 + a) + 1 / (60 + b) for a, b in both],
+        "ranks begin at 1; yours begin at 2": [1 / (1 + a) + 1 / (1 + b) for a, b in both],
+        "the largest score has rank 1; yours has the last": [1 / (5 - a) + 1 / (5 - b) for a, b in both],
+        "scores are added, not ranks": [a + b for a, b in zip(ql, rc, strict=True)],
+        "1 / score is not 1 / rank": [1 / a + 1 / b for a, b in zip(ql, rc, strict=True)],
+        "RC is left out": [1 / a for a, _ in both],
+        "these are mean ranks; add 1 / rank": [(a + b) / 2 for a, b in both]})
     rng = random.Random(0)
     for _ in range(50):
         ql, rc = ([rng.randint(-4, 0) for _ in range(7)] for _ in range(2))
         assert llm.rrf(ql, rc) == rrf_spec(ql, rc)
-    smoothed = [1 / (60 + a) + 1 / (60 + b) for a, b in zip(llm.ranks(ql), llm.ranks(rc), strict=True)]
-    assert smoothed != llm.rrf(ql, rc)  # negative control: k = 60 is another R
 
 
+@pytest.mark.ex4
 def test_rrf_uses_ranks_only():
     """Any increasing change of one scorer leaves R as it is."""
     ql, rc = [-3.0, -1.5, -7.0, -2.0], [-0.1, -4.0, -0.2, -3.0]
-    assert llm.rrf([math.exp(x) * 100 for x in ql], [x ** 3 for x in rc]) == llm.rrf(ql, rc)
+    assert llm.rrf([math.exp(x) * 100 for x in ql], [x ** 3 for x in rc]) == llm.rrf(ql, rc), \
+        "R changed with a scorer's scale: it may depend on ranks alone"
 
 
+@pytest.mark.ex5
 def test_relabel_takes_first_and_last():
-    R, texts = [0.3, 2.0, 0.1, 0.5], ["a", "b", "c", "d"]
-    assert llm.relabel(R, texts) == (1, 2)
-    assert llm.relabel(R, texts, "none") == (1, None)
-    assert llm.relabel(R, texts, positive=0) == (0, 2)       # the paper's p_seed rows
-    assert llm.relabel(R, texts, positive=2) == (2, 0)       # the seed is never its own negative
-    assert llm.relabel(R, ["a", "b", "b", "d"]) == (1, 0)    # nor a twin of the positive
-    assert llm.relabel(R, ["b"] * 4) == (1, None)
+    R, texts = [0.3, 2.0, 0.1, 0.5, 0.2], ["a", "b", "c", "d", "e"]
+    check(llm.relabel(R, texts), (1, 2), {
+        "p- is p_2; it is p_N, the last by R": (1, 3), "p- is the last candidate, not the last by R": (1, 4),
+        "p+ is the first candidate; it is p_1, the largest R": (0, 2), "p+ is the smallest R": (2, 1)})
+    assert llm.relabel(R, texts, "none") == (1, None), 'negative "none" gives none'
+    assert llm.relabel(R, texts, positive=0) == (0, 2), "a positive that is given (p_seed) is p+"
+    check(llm.relabel(R, texts, positive=2), (2, 4), {
+        "p- is p+ itself: the seed among the negatives; take p+ out of P first": (2, 2)})
+    check(llm.relabel(R[:4], ["a", "b", "b", "d"]), (1, 0), {
+        "p- has the very text of p+; compare texts, not numbers": (1, 2)})
+    assert llm.relabel(R, ["b"] * 5) == (1, None), "where all texts are p+'s there is no negative"
 
 
+@pytest.mark.ex5
 def test_relabel_samples_from_the_others_seeded():
     R, texts = [0.4, 0.3, 0.2, 0.1], list("abcd")
-    drawn = {llm.relabel(R, texts, "sampled", random.Random(i))[1] for i in range(50)}
-    assert drawn == {1, 2, 3}
-    assert llm.relabel(R, texts, "sampled", random.Random(7)) == llm.relabel(R, texts, "sampled", random.Random(7))
+    drawn, again = ([llm.relabel(R, texts, "sampled", random.Random(i))[1] for i in range(50)] for _ in range(2))
+    assert 0 not in drawn, "p+ was drawn as its own negative: sample from P without p+"
+    assert set(drawn) == {1, 2, 3}, "every other candidate must be drawn some time"
+    assert drawn == again, "the same rng gives another draw: use the rng that is given"
 
 
 def test_generate_counts_what_cannot_be_parsed_and_draws_every_passage():

@@ -7,12 +7,14 @@ text is a negative of itself or of its equal; a Matryoshka term sends no gradien
 """
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from teach import check
 
-from train import main_loss, mrl_loss, pre_loss, streamed_loss
+from train import TrainConfig, backward, main_loss, micro_batches, mrl_loss, pre_loss, streamed_loss
 
 TAU = 0.5
 
@@ -35,8 +37,8 @@ def pre_spec(q, p, tau, q_id, p_id):
     return total / len(q)
 
 
-def main_spec(q, p, n, tau, q_id, p_id, n_id, leave_out="", every=False):
-    """Eq. 3; leave_out drops one of its terms, for the negative controls."""
+def main_spec(q, p, n, tau, q_id, p_id, n_id, leave_out="", every=False, itself=False):
+    """Eq. 3; leave_out drops one of its terms, every and itself add one: for the negative controls."""
     total = 0.0
     for i in range(len(q)):
         below = torch.exp(dot(q[i], p[i]) / tau)
@@ -48,6 +50,8 @@ def main_spec(q, p, n, tau, q_id, p_id, n_id, leave_out="", every=False):
                 below = below + torch.exp(dot(q[i], q[j]) / tau)
             if j == i and n_id[i] >= 0 and leave_out != "own":
                 below = below + torch.exp(dot(q[i], n[i]) / tau)
+            if j == i and itself:
+                below = below + torch.exp(dot(q[i], q[i]) / tau)
             if j != i and every and n_id[j] >= 0 and n_id[j] not in mine:
                 below = below + torch.exp(dot(q[i], n[j]) / tau)
         total = total - torch.log(torch.exp(dot(q[i], p[i]) / tau) / below)
@@ -92,6 +96,68 @@ N = torch.tensor([20, -1, 22, 23, 24, -1, 20])
 DISTINCT = torch.arange(7), torch.arange(7) + 10, torch.arange(7) + 20
 
 
+@pytest.mark.ex2
+def test_eq2_by_its_terms():
+    q, p = unit(*(v.detach() for v in vectors(2, 7, 4, 20)))
+    lists, distinct = [Q.tolist(), P.tolist()], [DISTINCT[0].tolist(), DISTINCT[1].tolist()]
+    away = torch.stack([torch.logsumexp(torch.stack([q[i] @ p[j] / TAU for j in range(7) if j != i]), 0)
+                        - q[i] @ p[i] / TAU for i in range(7)]).mean()
+    right = pre_spec(q, p, TAU, *distinct)
+    check(pre_loss(q, p, TAU, *DISTINCT[:2]), right, {
+        "s is not divided by tau": pre_spec(q, p, 1.0, *distinct),
+        "s is multiplied by tau": pre_spec(q, p, 1 / TAU, *distinct),
+        "the softmax runs over the queries; it runs over the passages p_j of a row": pre_spec(p, q, TAU, *distinct),
+        "the positive is missing from the sum below": away,
+        "this is the sum over rows; the equation takes the mean": 7 * right,
+        "the sign: -log": -right})
+    check(pre_loss(q, p, TAU, Q, P), pre_spec(q, p, TAU, *lists), {
+        "a duplicate of the row's own text stands as its negative; mask it": right})
+
+
+@pytest.mark.ex7
+def test_eq3_by_its_terms():
+    q, p, n = unit(*(v.detach() for v in vectors(3, 7, 4, 21)))
+    ids, lists = (Q, P, N), [i.tolist() for i in (Q, P, N)]
+    distinct = [i.tolist() for i in DISTINCT]
+    right = main_spec(q, p, n, TAU, *distinct)
+    mistakes = {
+        "s is not divided by tau": main_spec(q, p, n, 1.0, *distinct),
+        "all rows' hard negatives are in a row; eq. 3 has the row's own alone":
+            main_spec(q, p, n, TAU, *distinct, every=True),
+        "the other rows' queries are missing (same-tower negatives)":
+            main_spec(q, p, n, TAU, *distinct, leave_out="queries"),
+        "the row's own hard negative is missing": main_spec(q, p, n, TAU, *distinct, leave_out="own"),
+        "the other rows' positives are missing": main_spec(q, p, n, TAU, *distinct, leave_out="positives"),
+        "j = i is among the queries: s(q_i, q_i) is 1 / tau whatever is learned":
+            main_spec(q, p, n, TAU, *distinct, itself=True),
+        "this is the sum over rows; the equation takes the mean": 7 * right}
+    check(main_loss(q, p, n, TAU, *DISTINCT), right, mistakes)
+    unmasked = [[*range(7)], [*range(10, 17)], N.tolist()]
+    check(main_loss(q, p, n, TAU, *ids), main_spec(q, p, n, TAU, *lists), {
+        "a duplicate of the row's own text stands as its negative; mask it": main_spec(q, p, n, TAU, *unmasked),
+        "a row without a hard negative (n_id -1) has that term all the same":
+            main_spec(q, p, n, TAU, *lists[:2], N.abs().tolist())})
+
+
+@pytest.mark.ex8
+def test_mrl_by_its_terms():
+    x, lists = [v.detach() for v in vectors(3, 7, 5, 22)], [i.tolist() for i in (Q, P, N)]
+
+    def spec(q, p, n):
+        return main_spec(q, p, n, TAU, *lists)
+
+    terms = [mrl_spec(spec, [dim], *x) for dim in (5, 2)]
+    check(mrl_loss(lambda q, p, n: main_spec(q, p, n, TAU, *lists), (5, 2), *x), sum(terms), {
+        "normalised before the cut and not again after it": sum(
+            spec(*(v[:, :dim] for v in unit(*x))) for dim in (5, 2)),
+        "not normalised at all": sum(spec(*(v[:, :dim] for v in x)) for dim in (5, 2)),
+        "the last dimensions are taken, not the first": sum(mrl_spec(spec, [dim], *(v.flip(1) for v in x))
+                                                            for dim in (5, 2)),
+        "this is the mean over dims; take the sum": sum(terms) / 2,
+        "only the full dimension": terms[0], "only the smallest dimension": terms[1]})
+
+
+@pytest.mark.ex2
 @pytest.mark.parametrize("ids", [DISTINCT, (Q, P, N)], ids=["distinct", "duplicates"])
 @pytest.mark.parametrize("B,d,seed", [(1, 3, 0), (3, 5, 1), (7, 4, 2)])
 def test_eq2_is_its_loop(B, d, seed, ids):
@@ -105,6 +171,7 @@ def test_eq2_is_its_loop(B, d, seed, ids):
     assert not same(ours, wrong, x)
 
 
+@pytest.mark.ex7
 @pytest.mark.parametrize("ids", [DISTINCT, (Q, P, N)], ids=["distinct", "duplicates"])
 @pytest.mark.parametrize("B,d,seed", [(1, 3, 0), (3, 5, 1), (7, 4, 2)])
 def test_eq3_is_its_loop(B, d, seed, ids):
@@ -116,6 +183,7 @@ def test_eq3_is_its_loop(B, d, seed, ids):
         assert not same(ours, main_spec(*unit(*x), TAU, *lists, leave_out=term), x), term
 
 
+@pytest.mark.ex7
 @pytest.mark.parametrize("ids", [DISTINCT, (Q, P, N)], ids=["distinct", "duplicates"])
 def test_all_hard_negatives_is_a_switch_and_not_eq3(ids):
     x, lists = vectors(3, 7, 4, 3), [i.tolist() for i in ids]
@@ -170,11 +238,18 @@ def test_streamed_loss_of_parts_adds_up_to_the_whole():
 # Properties
 
 
+@pytest.mark.ex2
 @pytest.mark.parametrize("B", [1, 2, 9])
-def test_equal_vectors_give_log_of_the_number_of_terms(B):
+def test_eq2_of_equal_vectors_is_log_B(B):
+    x = torch.ones(B, 4, dtype=torch.float64) / 2
+    assert pre_loss(x, x, TAU, torch.arange(B), torch.arange(B) + B).item() == pytest.approx(math.log(B))
+
+
+@pytest.mark.ex7
+@pytest.mark.parametrize("B", [1, 2, 9])
+def test_eq3_of_equal_vectors_is_log_of_the_number_of_terms(B):
     x = torch.ones(B, 4, dtype=torch.float64) / 2
     q_id, p_id, n_id = torch.arange(B), torch.arange(B) + B, torch.arange(B) + 2 * B
-    assert pre_loss(x, x, TAU, q_id, p_id).item() == pytest.approx(math.log(B))
     assert main_loss(x, x, x, TAU, q_id, p_id, n_id).item() == pytest.approx(math.log(2 * B))
     assert main_loss(x, x, x, TAU, q_id, p_id, n_id * 0 - 1).item() == pytest.approx(math.log(2 * B - 1))
 
@@ -195,6 +270,7 @@ def test_eq3_row_ignores_other_hard_negatives():
     assert main_loss(q, p, n, TAU, *DISTINCT).item() == pytest.approx(sum(after) / 7)
 
 
+@pytest.mark.ex7
 def test_eq3_has_no_term_of_a_query_with_itself():
     """s(q_i, q_i) is 1 / tau whatever q is; with it, this loss could not come near 0."""
     q = torch.eye(4, dtype=torch.float64)
@@ -259,3 +335,60 @@ def test_every_tensor_is_made_on_the_device_of_the_vectors():
         streamed_loss(x[:2], TAU, (5, 2), ids, slice(0, 7), False)
         with pytest.raises((RuntimeError, NotImplementedError)):
             x[0] + torch.zeros(7, 5)
+
+
+# Gradient caching
+
+
+class Toy:
+    """A bag of words with dropout: what gradient caching asks of a model, and no more."""
+
+    def __init__(self, dropout):
+        self.encoder, self.dropout, self.drawn = torch.nn.Embedding(60, 8, dtype=torch.float64), dropout, {}
+        torch.nn.init.normal_(self.encoder.weight, generator=torch.Generator().manual_seed(0))
+        self.encoder.config = SimpleNamespace(hidden_size=8)
+
+    def embed(self, tokens):
+        """One row a text; keeps what dropout drew for it, each time."""
+        keep = 1 + self.dropout * torch.randn(len(tokens), 8, dtype=torch.float64)   # Gaussian dropout
+        for ids, mask in zip(tokens, keep, strict=True):
+            self.drawn.setdefault(tuple(ids), []).append(mask)
+        return keep * torch.stack([self.encoder.weight[list(ids)].mean(0) for ids in tokens])
+
+
+@pytest.mark.ex9
+@pytest.mark.parametrize("stage", ["prefinetune", "finetune"])
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 0])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradient_caching_has_the_gradient_of_one_large_batch(stage, micro_batch, dropout):
+    """A batch of seven in micro-batches: the gradient is that of one graph over all, with the same dropout."""
+    model, sides, tokens = Toy(dropout), 2 if stage == "prefinetune" else 3, {}
+    for n, i in enumerate(torch.cat(DISTINCT).tolist()):
+        tokens[i] = [n, n + 21] + [45 + n % 3] * (n % 4)
+    tokens = [tokens.get(i, [0]) for i in range(27)]
+    texts = [tokens[i] for i in torch.cat(DISTINCT[:sides]).tolist()]
+    backward(model, stage, TrainConfig(tau=TAU, micro_batch=micro_batch), [8, 3],
+             torch.autocast("cpu", enabled=False), tokens, torch.stack(DISTINCT), step=2)
+    for drawn in model.drawn.values():
+        assert all(torch.equal(mask, drawn[0]) for mask in drawn), \
+            "another dropout when a text is embedded again: the cached gradient belongs to other vectors"
+    masks = torch.stack([model.drawn[tuple(ids)][0] for ids in texts])
+    x = masks * torch.stack([model.encoder.weight[ids].mean(0) for ids in texts])
+    ids = [i.tolist() for i in DISTINCT]
+    loss = mrl_spec(lambda q, p, *n: main_spec(q, p, *n, TAU, *ids) if n else pre_spec(q, p, TAU, *ids[:2]),
+                    (8, 3), *x.view(sides, 7, 8))
+    g, = torch.autograd.grad(loss, x, retain_graph=True)
+    parts = micro_batches([len(t) for t in texts], micro_batch)
+
+    def through(*pairs):
+        return sum(torch.autograd.grad(x[rows], model.encoder.weight, g[of], retain_graph=True)[0]
+                   for rows, of in pairs)
+
+    many = {} if len(parts) == 1 else {
+        "only one micro-batch hands its gradient on": through((parts[-1], parts[-1])),
+        "only the first micro-batch hands its gradient on": through((parts[0], parts[0])),
+        "the gradient is divided by the number of micro-batches":
+            through(*zip(parts, parts, strict=True)) / len(parts),
+        "each micro-batch is handed the first rows' gradient, not its own":
+            through(*((part, list(range(len(part)))) for part in parts))}
+    check(model.encoder.weight.grad, through(*zip(parts, parts, strict=True)), many)

@@ -1,0 +1,86 @@
+"""A course folder: the modules with the bodies of exercises taken out, and the tests that grade them.
+
+    python tests/make_course.py DIR            all exercises
+    python tests/make_course.py DIR 1 4 7      these alone; the others stay solved
+
+One source: a body stands between `# EXERCISE n (about k lines)` and `# END EXERCISE`; signature,
+docstring and shapes stay. What is graded by `python -m pytest -m exN` is marked so in the ordinary tests.
+Notes for the instructor are in tests/COURSE.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from gecko import InputError, run  # noqa: E402
+
+MODULES = ("gecko.py", "data.py", "llm.py", "train.py")
+BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "*.html", "LICENSE", ".gitignore")
+NOT_COPIED = ("make_course.py", "test_course.py", "wrong_answers.py", "COURSE.md", "__pycache__", "bench*")
+BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
+
+
+def exercises() -> dict[int, tuple[str, str, str, str]]:
+    """{n: (module, function, about how many lines, the first sentence of its docstring)}."""
+    found = {}
+    for module in MODULES:
+        text = (ROOT / module).read_text(encoding="utf-8")
+        functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        for match in BODY.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            inside = max((f for f in functions if f.lineno < line <= (f.end_lineno or 0)), key=lambda f: f.lineno)
+            said = " ".join((ast.get_docstring(inside) or "").split("\n\n")[0].split())
+            found[int(match[2])] = (module, inside.name, match[3], said)
+    return dict(sorted(found.items()))
+
+
+def stripped(text: str, numbers: set[int]) -> str:
+    """A module's text without the bodies of these exercises."""
+    known = exercises()
+
+    def without(match: re.Match[str]) -> str:
+        n = int(match[2])
+        if n not in numbers:
+            return match[0]
+        message = f"exercise {n}, {known[n][3]} Grade it with: python -m pytest -m ex{n}"
+        return f"{match[1]}# EXERCISE {n} ({match[3]})\n{match[1]}raise NotImplementedError(\n" \
+               f"{match[1]}    {message!r})\n{match[1]}# END EXERCISE\n"
+
+    return BODY.sub(without, text)
+
+
+def make(folder: Path, numbers: set[int]) -> None:
+    """Write the course folder; it must not hold anything yet."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: something stands there; give a folder that is new or empty")
+    if unknown := numbers - set(exercises()):
+        raise InputError(f"exercise {min(unknown)}: give numbers from {min(exercises())} to {max(exercises())}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted({path for pattern in BESIDE for path in ROOT.glob(pattern)}):
+        text = path.read_text(encoding="utf-8")
+        (folder / path.name).write_text(stripped(text, numbers) if path.name in MODULES else text, encoding="utf-8")
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns(*NOT_COPIED))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("exercises", type=int, nargs="*", help="their numbers (default: all)")
+    args = parser.parse_args()
+    numbers = set(args.exercises or exercises())
+    make(args.folder, numbers)
+    for n in sorted(numbers):
+        module, function, lines, _ = exercises()[n]
+        print(f"  {n:2}  {module[:-3]}.{function:24} {lines:15} python -m pytest -m ex{n}")
+    print(f"wrote {args.folder}\nnext: cd {args.folder} && python -m pytest -m ex{min(numbers)}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,96 @@
+"""Wrong but plausible answers to the exercises, each with what the grader must say of it.
+
+{exercise: {the mistake: ([(solution's text, wrong text), ...], a part of the message)}}
+"""
+
+WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
+    1: {
+        "padding in the mean": ([("(W * mask).sum(1) / mask.sum(1).clamp(min=1)", "W.mean(1)")],
+                                "padding is in the mean"),
+        "divided by T": ([("mask.sum(1).clamp(min=1)", "W.shape[1]")], "divide by the text's own n"),
+        "CLS pooling": ([("(W * mask).sum(1) / mask.sum(1).clamp(min=1)", "W[:, 0]")], "first token alone"),
+        "task tokens left out": ([("mask = mask.unsqueeze(-1)", "mask = mask.clone()\n    mask[:, 0] = 0\n"
+                                   "    mask = mask.unsqueeze(-1)")], "the task's tokens are in the mean too"),
+    },
+    2: {
+        "no temperature": ([("q @ p.T / tau", "q @ p.T")], "not divided by tau"),
+        "softmax over queries": ([("q @ p.T / tau", "p @ q.T / tau")], "runs over the passages"),
+        "the positive left out below": ([
+            ("return F.cross_entropy(s, torch.arange(len(q), device=q.device))",
+             "return (s.masked_fill(~others, -math.inf).logsumexp(1) - s.diagonal()).mean()")],
+            "the positive is missing"),
+        "duplicates as negatives": ([("others & duplicate(q_id, p_id, p_id, q_id)", "torch.zeros_like(others)")],
+                                    "mask it"),
+        "a sum over rows": ([("torch.arange(len(q), device=q.device))",
+                              "torch.arange(len(q), device=q.device), reduction='sum')")], "takes the mean"),
+    },
+    3: {
+        "x is its own positive": ([("if texts[j] != texts[i]]", "]")], "x is its own positive"),
+        "the negative has x's label": ([("if labels[j] != label and texts[j]", "if texts[j]")], "x's own label"),
+        "an id a label": ([('f" [{len(rows)}]"', 'f" [{label}]"')], "an id stands on two triples"),
+        "no id on x-": ([('"text": texts[j] + tag', '"text": texts[j]')], "goes on all three texts, x- too"),
+        "an id a text": ([('"text": positive + tag', '"text": positive + f" [{len(rows) + 1}]"')],
+                         "must share one id"),
+        "x+ of another label": ([("for j in groups[label] if", "for j in range(len(texts)) if")],
+                                "x+ must have x's label"),
+    },
+    4: {
+        "k = 60": ([("1 / r_ql + 1 / r_rc", "1 / (60 + r_ql) + 1 / (60 + r_rc)")], "smoothing constant"),
+        "ranks from the wrong end": ([("ranks(ql), ranks(rc)", "ranks([-x for x in ql]), ranks([-x for x in rc])")],
+                                     "largest score has rank 1"),
+        "scores added": ([("1 / r_ql + 1 / r_rc", "r_ql + r_rc"), ("ranks(ql), ranks(rc)", "ql, rc")],
+                         "scores are added"),
+        "1 / score": ([("ranks(ql), ranks(rc)", "ql, rc")], "not 1 / rank"),
+        "mean rank": ([("1 / r_ql + 1 / r_rc", "(r_ql + r_rc) / 2")], "mean ranks"),
+    },
+    5: {
+        "p_2 as the negative": ([("others[-1]", "others[0]")], "p- is p_2"),
+        "the last candidate, unsorted": ([("for i in order if", "for i in range(len(R)) if")], "not the last by R"),
+        "the seed among the negatives": ([("if texts[i] != texts[p_pos]", "")], "the seed among the negatives"),
+        "a twin of p+ as the negative": ([("if texts[i] != texts[p_pos]", "if i != p_pos")], "very text of p+"),
+        "p+ may be sampled": ([(".choice(others)", ".choice(order)")], "drawn as its own negative"),
+        "its own random numbers": ([("(rng or random.Random(0)).choice", "random.choice")], "rng that is given"),
+        "the smallest R": ([("-R[i]", "R[i]")], "p+ is the smallest R"),
+    },
+    6: {
+        "the whole prompt": ([("values[start:]", "values"), ("len(tokens) - start", "len(tokens) - 1")],
+                             "QL scores the query's alone"),
+        "one token too many": ([("while start > 1 and len(spelled) < len(text)",
+                                 "while start > 1 and len(spelled) <= len(text)"),
+                                ("if spelled != text", "if False")], "before the query is in the sum"),
+        "the first token left out": ([("values[start:]", "values[start + 1:]"),
+                                      ("len(tokens) - start", "len(tokens) - start - 1")],
+                                     "first token is left out"),
+        "the mean": ([("if v is not None)", "if v is not None) / (len(tokens) - start)")], "QL is the sum"),
+        "no check of what the tokens spell": ([("if spelled != text", "if False")], "spell is not the query"),
+    },
+    7: {
+        "all rows' hard negatives": ([("if every:", "if True:")], "row's own alone"),
+        "no same-tower negatives": ([("[positives, queries, own]", "[positives, own]")], "same-tower"),
+        "a query as its own negative": ([("itself | duplicate(q_id, p_id, q_id, q_id)",
+                                          "~itself & duplicate(q_id, p_id, q_id, q_id)")], "j = i is among"),
+        "no hard negative": ([("[positives, queries, own]", "[positives, queries]")], "hard negative is missing"),
+        "a hard negative where there is none": ([("n_id[:, None] < 0", "n_id[:, None] < -1")],
+                                                "has that term all the same"),
+        "duplicates as negatives": ([("~itself & duplicate(q_id, p_id, p_id, q_id)", "torch.zeros_like(itself)"),
+                                     ("itself | duplicate(q_id, p_id, q_id, q_id)", "itself")], "mask it"),
+        "no temperature": ([("p_pos.T / tau", "p_pos.T"), ("q @ q.T / tau", "q @ q.T"),
+                            ("keepdim=True) / tau", "keepdim=True)")], "not divided by tau"),
+    },
+    8: {
+        "not normalised after the cut": ([("normalise(x, dim)", "normalise(x)[:, :dim]")], "not again after it"),
+        "not normalised at all": ([("normalise(x, dim)", "x[:, :dim]")], "not normalised at all"),
+        "the mean over dims": ([(".sum()", ".mean()")], "take the sum"),
+        "the last dimensions": ([("normalise(x, dim)", "normalise(x.flip(1), dim)")], "the last dimensions"),
+        "one dimension alone": ([("for dim in dims", "for dim in dims[:1]")], "only the full"),
+    },
+    9: {
+        "new dropout the second time": ([("torch.manual_seed(seed_of(c.seed, step, rank, n))", "pass")],
+                                        "another dropout"),
+        "the last micro-batch alone": ([("for n in reversed(range(len(parts)))", "for n in [len(parts) - 1]")],
+                                       "only one micro-batch"),
+        "a mean over micro-batches": ([("g[place[parts[n]]]", "(g / len(parts))[place[parts[n]]]")],
+                                      "divided by the number of micro-batches"),
+        "the wrong rows of the gradient": ([("g[place[parts[n]]]", "g[:len(parts[n])]")], "not its own"),
+    },
+}
