@@ -35,6 +35,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gecko import run  # first: it says in one line what is missing here
+
+# isort: split
 import numpy as np
 
 from gecko import (
@@ -47,7 +50,6 @@ from gecko import (
     open_text,
     read_jsonl,
     read_passages,
-    run,
     topk,
     write_jsonl,
 )

@@ -28,12 +28,19 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or later")
+elif missing := [p for p in ("numpy", "torch", "tqdm", "tokenizers", "safetensors") if not find_spec(p)]:
+    sys.exit(f"error: no package {missing[0]} here; pip install -r requirements.txt")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
@@ -627,7 +634,7 @@ def save(model: Gecko, folder: str | Path) -> None:
         weights = {k: v.detach().cpu().contiguous() for k, v in model.encoder.state_dict().items()}
         save_file(weights, str(new / "model.safetensors"), metadata={"format": "pt"})
         model.tokenizer.no_truncation()
-        model.tokenizer.save(str(new / "tokenizer.json"))
+        (new / "tokenizer.json").write_text(model.tokenizer.to_str(pretty=True), encoding="utf-8")
         for name, content in checkpoint_json(model).items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -981,9 +988,12 @@ def run(main: Any) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again")
-    except (InputError, OSError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
+        sys.exit("\ninterrupted; run the same command again")
+    except (InputError, OSError, SafetensorError) as error:
+        # what a full disk says, to Python, to numpy and to safetensors
+        full = re.search("No space left|File too large|requested and .* written", str(error))
+        print(f"\nerror: {first_line(error)}" + "; free some space, then run the same command again" * bool(full),
+              file=sys.stderr)
         sys.exit(2)
 
 

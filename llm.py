@@ -45,6 +45,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from gecko import run  # first: it says in one line what is missing here
+
+# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -63,7 +66,6 @@ from gecko import (
     load,
     read_jsonl,
     read_passages,
-    run,
     say,
     topk,
     write_jsonl,

@@ -41,6 +41,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gecko import run  # first: it says in one line what is missing here
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -80,7 +83,6 @@ from gecko import (
     read_json,
     read_jsonl,
     read_passages,
-    run,
     save,
     say,
     tiny,

@@ -1,0 +1,201 @@
+"""What a newcomer does wrong, or meets.   pytest tests/test_newcomer.py
+
+Invariants: an old Python, a missing package, a full disk and Ctrl-C in any stage each end in one line that
+says what to do, with no traceback; what stood there before still stands, and nothing half-written does.
+"""
+
+import ast
+import json
+import random
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import data
+import gecko
+import llm
+import train
+
+ROOT = Path(__file__).parent.parent
+MODULES = ("gecko.py", "data.py", "llm.py", "train.py")
+MAIN = {"gecko.py": gecko.main, "data.py": data.main, "llm.py": llm.main, "train.py": train.main}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_old_python_says_which_to_take(module, monkeypatch):
+    """The text parses for it, so that the line is reached."""
+    ast.parse((ROOT / module).read_text(), feature_version=(3, 8))
+    for name in ("gecko", "data", "llm"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
+    with pytest.raises(SystemExit, match="^error: Python .* too old; run this with Python 3.11 or later$"):
+        runpy.run_path(str(ROOT / module), run_name="__main__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("package", ["numpy", "torch", "tqdm", "tokenizers", "safetensors"])
+def test_a_missing_package_says_how_to_install(module, package, monkeypatch):
+    for name in ("gecko", "data", "llm"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit, match=f"^error: no package {package} here; pip install -r requirements.txt$"):
+        runpy.run_path(str(ROOT / module), run_name="__main__")
+
+
+# --------------------------------------------------------------------------------------------------
+# A small project folder, every file in its place
+
+
+WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """corpus, queries, fret and a model, made by the commands' own functions."""
+    folder, rng = tmp_path_factory.mktemp("project"), random.Random(0)
+    corpus = [{"_id": f"p{i}", "title": f"t{i}", "text": " ".join(rng.choices(WORDS, k=12)) + f" k{i}."}
+              for i in range(120)]
+    gecko.write_jsonl(folder / "corpus.jsonl", corpus)
+    model = gecko.tiny([p["text"] for p in corpus], hidden_size=64)
+    gecko.save(model, folder / "seed")
+    judge = llm.Offline(corpus, model)
+    queries = llm.write_kept(folder / "queries.jsonl", llm.generate(judge, corpus, 300), 300, "generate")
+    llm.write_kept(folder / "fret.jsonl", llm.mine(judge, model, corpus, queries), 300, "mine")
+    (folder / "beir/qrels").mkdir(parents=True)
+    shutil.copy(folder / "corpus.jsonl", folder / "beir")
+    (folder / "beir/qrels/test.tsv").write_text("".join(f"{q['_id']}\t{q['seed_id']}\t1\n" for q in queries))
+    gecko.write_jsonl(folder / "beir/queries.jsonl", [{"_id": q["_id"], "text": q["query"]} for q in queries])
+    return folder
+
+
+COMMANDS = {
+    "corpus": "data.py corpus OUT/c.jsonl",
+    "convert": "data.py convert pairs IN/fret.jsonl OUT/pairs.jsonl",
+    "generate": "llm.py generate IN/corpus.jsonl OUT/q.jsonl --limit 400",
+    "mine": "llm.py mine IN/corpus.jsonl IN/queries.jsonl OUT/f.jsonl --model-dir IN/seed",
+    "show": "llm.py show IN/fret.jsonl --html OUT/page.html",
+    "prefinetune": "train.py prefinetune IN/fret.jsonl --init tiny --out OUT/m --steps 4 --batch-size 64",
+    "finetune": "train.py finetune IN/fret.jsonl --init IN/seed --out OUT/m --steps 4 --batch-size 64",
+    "encode": "gecko.py encode IN/corpus.jsonl OUT/x.npy --model IN/seed --passages",
+    "evaluate": "train.py evaluate --model IN/seed --beir IN/beir --out OUT/scores.json",
+}
+
+
+def run(command, project, out, monkeypatch, capsys):
+    """The command's exit code and the last line that it says on stderr."""
+    words = command.replace("IN/", f"{project}/").replace("OUT/", f"{out}/").split()
+    monkeypatch.setattr(sys, "argv", words)
+    capsys.readouterr()
+    try:
+        gecko.run(MAIN[words[0]])
+    except SystemExit as stop:
+        said = stop.code if isinstance(stop.code, str) else capsys.readouterr().err
+        return 1 if isinstance(stop.code, str) else stop.code, said.rstrip().splitlines()[-1]
+    return 0, ""
+
+
+def half_written(out):
+    return [str(p) for p in out.rglob("*") if p.name.startswith(".") or p.name.endswith(".old")]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_runs(name, project, tmp_path, monkeypatch, capsys):
+    """Positive control of what follows."""
+    assert run(COMMANDS[name], project, tmp_path, monkeypatch, capsys) == (0, "")
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n != "evaluate"])
+def test_a_full_disk_is_one_line(name, project, tmp_path, monkeypatch, capsys):
+    """A limit on the size of a file is met as a full disk is: a write fails in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small = {"finetune": 40_000, "prefinetune": 20_000, "corpus": 500_000}.get(name, 8_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (small, hard))
+    try:
+        code, said = run(COMMANDS[name], project, tmp_path, monkeypatch, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and said.startswith("error: ") and said.endswith(
+        "; free some space, then run the same command again"), said
+    assert not half_written(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= {"m"}
+
+
+STAGES = {
+    "corpus": (data, "documentation", 0),
+    "convert": (data, "record", 3),
+    "generate": (llm, "templated_query", 5),
+    "mine": (llm, "relabel", 3),
+    "show": (llm, "in_order", 3),
+    "prefinetune": (train, "learning_rate", 2),
+    "finetune": (train, "learning_rate", 2),
+    "encode": (gecko, "normalise", 0),
+    "evaluate": (gecko, "topk", 0),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_ctrl_c_in_any_stage_is_one_line(name, project, tmp_path, monkeypatch, capsys):
+    interrupt(monkeypatch, *STAGES[name])
+    code, said = run(COMMANDS[name], project, tmp_path, monkeypatch, capsys)
+    assert (code, said) == (1, "interrupted; run the same command again")
+    assert not half_written(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= {"m"}
+
+
+def interrupt(monkeypatch, module, name, after):
+    """Ctrl-C at the call of module.name after so many others."""
+    original, left = getattr(module, name), [after]
+
+    def called(*args, **how):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return original(*args, **how)
+
+    for where in (gecko, data, llm, train):                          # also where it was imported by name
+        if getattr(where, name, None) is original:
+            monkeypatch.setattr(where, name, called)
+
+
+RECIPE = {"pre-finetuning": ("learning_rate", 1), "generate": ("templated_query", 50),
+          "save": ("checkpoint_json", 0), "mine": ("relabel", 20), "ladder": ("questions_beir", 0)}
+
+
+@pytest.mark.parametrize("stage", RECIPE)
+def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch, capsys):
+    corpus = gecko.read_passages(project / "corpus.jsonl")
+    names = [q["answers"][0] for _, q in gecko.read_jsonl(ROOT / "tests/questions.jsonl")]
+    corpus = [{**p, "_id": name, "title": name} for p, name in zip(corpus, dict.fromkeys(names), strict=False)]
+    monkeypatch.setattr(train, "builtin_corpus", lambda: corpus)
+    monkeypatch.setattr(train, "builtin_pairs", lambda *a: [
+        data.record("search result", p["title"], {"title": "", "text": p["text"]}) for p in corpus])
+    small = train.Sizes(pairs=100, pre_steps=3, queries=2, steps=3)
+    monkeypatch.setattr(train, "Sizes", lambda: small)
+    name, after = RECIPE[stage]
+    interrupt(monkeypatch, next(m for m in (train, llm, gecko) if hasattr(m, name)), name, after)
+    command = "train.py --out OUT/demo"
+    assert run(command, project, tmp_path, monkeypatch, capsys) == (1, "interrupted; run the same command again")
+    assert not half_written(tmp_path)
+
+
+def test_ctrl_c_in_a_process_of_its_own(project, tmp_path):
+    """The bar's line ends, then one line; exit code 1."""
+    rows = [json.dumps({"_id": str(i), "text": "stone river " * 200}) for i in range(30_000)]
+    (tmp_path / "long.jsonl").write_text("\n".join(rows) + "\n")
+    child = subprocess.Popen([sys.executable, ROOT / "gecko.py", "encode", tmp_path / "long.jsonl",
+                              tmp_path / "x.npy", "--model", project / "seed", "--passages"],
+                             stderr=subprocess.PIPE, text=True)
+    assert "model=" in child.stderr.readline()                       # it has begun
+    time.sleep(0.2)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == 1 and "Traceback" not in said
+    assert said.splitlines()[-1] == "interrupted; run the same command again"
+    assert {p.name for p in tmp_path.iterdir()} == {"long.jsonl"}
