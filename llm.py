@@ -300,22 +300,22 @@ def generate(llm: LLM, corpus: Sequence[Passage], limit: int, seed: int = 0,
              block: int = 512) -> Iterator[Record]:
     """Step 1: for p_seed drawn at random from C, LLM(P_QG, p_seed) -> (t, q).
 
-    Yields {"_id", "task", "kind", "query", "seed_id"}, or {"_id", "failed"} for an answer that
-    cannot be parsed. Each round over C is a new permutation; a passage drawn again is a new call.
+    Yields records whose positive is p_seed, what the first embedder trains on, or {"_id", "failed"} for
+    an answer that cannot be parsed. Each round over C is a new permutation; a passage drawn again is a
+    new call.
     """
     draws = seed_draws(len(corpus), limit, seed)
     for a in range(0, limit, block):
         passages = [corpus[i] for i in draws[a:a + block]]
         for n, (p_seed, answer) in enumerate(zip(passages, llm.generate(passages), strict=True), a):
-            row: Record = {"_id": f"q{n:07d}"}
+            number, side = f"q{n:07d}", {"title": p_seed["title"], "text": p_seed["text"]}
             try:
                 if answer is None:
                     raise ValueError("the call failed")
                 task, query = parse_generation(answer)
-                yield row | {"task": task, "kind": task_kind(task), "query": query,
-                             "seed_id": p_seed["_id"]}
+                yield record(task, query, side, _id=number, kind=task_kind(task), seed_id=p_seed["_id"])
             except ValueError as error:
-                yield row | {"failed": f"{error}: {(answer or '')[:200]!r}"}
+                yield {"_id": number, "failed": f"{error}: {(answer or '')[:200]!r}"}
 
 
 def seed_draws(size: int, limit: int, seed: int) -> list[int]:
@@ -1524,7 +1524,9 @@ def generate_command(args: argparse.Namespace) -> None:
         if isinstance(llm, Endpoint):
             able(llm, "generate")
         write_kept(args.queries, generate(llm, corpus, limit, o.seed), limit, "generate")
-    print(f"next: train a seed model on {args.queries}, then python llm.py mine --help")
+    print(f"next: python train.py prefinetune {args.queries} --init tiny --out runs/seed\n"
+          f"then: python llm.py mine {args.corpus} {args.queries} runs/fret.jsonl --model-dir runs/seed "
+          f"--llm {o.llm}")
 
 
 def mine_command(args: argparse.Namespace) -> None:

@@ -327,10 +327,8 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     fret.write_kept(out / "queries.jsonl", fret.generate(
         fret.Offline(corpus, seed=seed), corpus, drawn, seed), drawn, "generate")
     queries = fret.read_queries(out / "queries.jsonl", corpus)
-    by_id = {p["_id"]: p for p in corpus}
-    seeds = [record(row["task"], row["query"], by_id[row["seed_id"]]) for row in queries]
     first = copy.deepcopy(pre)
-    train(first, "prefinetune", [seeds], replace(c, steps=n.steps, lr=n.lr), title="first embedder")
+    train(first, "prefinetune", [queries], replace(c, steps=n.steps, lr=n.lr), title="first embedder")
     save(first, out / "seed")
     save(pre, out / "pre")                                           # where the rows of `ablate` start
 

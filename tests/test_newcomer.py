@@ -81,7 +81,7 @@ COMMANDS = {
     "generate": "llm.py generate IN/corpus.jsonl OUT/q.jsonl --limit 400",
     "mine": "llm.py mine IN/corpus.jsonl IN/queries.jsonl OUT/f.jsonl --model-dir IN/seed",
     "show": "llm.py show IN/fret.jsonl --html OUT/page.html",
-    "prefinetune": "train.py prefinetune IN/fret.jsonl --init tiny --out OUT/m --steps 4 --batch-size 64",
+    "prefinetune": "train.py prefinetune IN/queries.jsonl --init tiny --out OUT/m --steps 4 --batch-size 64",
     "finetune": "train.py finetune IN/fret.jsonl --init IN/seed --out OUT/m --steps 4 --batch-size 64",
     "encode": "gecko.py encode IN/corpus.jsonl OUT/x.npy --model IN/seed --passages",
     "evaluate": "train.py evaluate --model IN/seed --beir IN/beir --out OUT/scores.json",
