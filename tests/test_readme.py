@@ -1,0 +1,89 @@
+"""README: its map, its commands.   pytest tests/test_readme.py
+
+Invariants: every function and test of the map exists; every command of the page is one that the programs
+take; those that need nothing but the recipe's folder run, in the order of the page.
+"""
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from test_newcomer import MAIN, project  # noqa: F401 a fixture
+
+import gecko
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "README.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in SECTIONS["The map"].splitlines()
+        if line.startswith("| ") and "`" in line]
+COMMANDS = [shlex.split(found, comments=True) for found in re.findall(
+    r"(?:^    |`)(?:\w+=\S+ )*python ((?:gecko|data|llm|train)\.py[^`\n]*)", PAGE, re.M)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_the_map_names_what_exists(row):
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", row[1]):
+        assert callable(getattr(importlib.import_module(module), name))
+    tests = re.findall(r"`(\w+\.py)::(\w+)`", row[2])
+    assert tests and row[1].count("`") >= 2
+    for file, name in tests:
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert name in {f.name for f in tree.body if isinstance(f, ast.FunctionDef)}, f"{file} has no {name}"
+
+
+def test_the_map_has_every_equation_and_exercise():
+    text = SECTIONS["The map"]
+    assert all(f"eq. {n}" in text for n in (1, 2, 3))
+    from make_course import exercises
+    missing = [f"{module[:-3]}.{function}" for module, function, *_ in exercises().values()
+               if f"`{module[:-3]}.{function}`" not in text]
+    assert not missing
+
+
+def refuse(self, message):
+    raise AssertionError(f"{self.prog}: {message}")
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_of_the_page_is_taken(words, monkeypatch):
+    """Parsed by the program itself: an unknown flag or a missing argument fails here."""
+    original = argparse.ArgumentParser.parse_args
+
+    def stop(self, *args, **how):
+        original(self, *args, **how)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.setattr(argparse.ArgumentParser, "error", refuse)
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(Parsed):
+        MAIN[words[0]]()
+
+
+def test_commands_that_need_the_recipe_alone_run(project, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Those whose files are there, in the page's order, in a folder where the recipe has run (in small)."""
+    demo = tmp_path / "runs/demo"
+    shutil.copytree(project, demo)
+    shutil.copytree(demo / "seed", demo / "gecko")
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for words in COMMANDS:
+        named = [w for w in words[1:] if w.startswith("runs/")]
+        if not named or "-m" in words or not Path(named[0]).exists():
+            continue
+        monkeypatch.setattr(sys, "argv", words)
+        gecko.run(MAIN[words[0]])
+        ran.append(" ".join(words[:2]))
+    assert {"llm.py show"} <= set(ran)
+    assert (demo / "fret.html").is_file() and "p+ is not p_seed in" in capsys.readouterr().out
