@@ -116,7 +116,7 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
 def drawn(rng: np.random.Generator, pool: Sequence[int], good: Callable[[int], bool]) -> int | None:
     """A random one of the good members of a pool, None without any; a large pool is not gone through."""
     for _ in range(1000 * (len(pool) > 1000)):
-        if good(j := pool[rng.integers(len(pool))]):
+        if good(j := pool[int(rng.integers(len(pool)))]):
             return j
     left = [j for j in pool if good(j)]
     return left[rng.integers(len(left))] if left else None

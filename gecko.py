@@ -394,8 +394,8 @@ def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, 
             if len(some := some[:, 0]):
                 scores[some], indices[some] = search_again(q[some], passages, k, scores[some, -1], budget)
         found.append([x.cpu().numpy() for x in (scores, indices, proven)])
-    scores, indices, proven = (np.concatenate(x) for x in zip(*found, strict=True))
-    return scores, indices, proven
+    all_scores, all_indices, all_proven = (np.concatenate(x) for x in zip(*found, strict=True))
+    return all_scores, all_indices, all_proven
 
 
 def candidates(q: Tensor, passages: np.ndarray | Tensor, m: int, dtype: torch.dtype, budget: int,

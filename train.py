@@ -62,7 +62,6 @@ from data import (
     formatted,
     read_qrels,
     read_records,
-    record,
 )
 from gecko import (
     FORMATS,
@@ -1043,7 +1042,7 @@ def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str) 
         raise fret.LLMError("a score is missing: a call failed; run again, the others are in the cache")
     scores: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
     for n, (query, ids) in enumerate(nearest.items()):
-        ql, rc = (x[n * len(ids):(n + 1) * len(ids)] for x in (QL, RC))
+        ql, rc = (list[Any](x[n * len(ids):(n + 1) * len(ids)]) for x in (QL, RC))
         for name, s in zip(scores, ([-i for i in range(len(ids))], ql, rc, fret.rrf(ql, rc)), strict=True):
             order = sorted(range(len(ids)), key=lambda i: -s[i])
             scores[name].append(ndcg([ids[i] for i in order], beir.qrels[query]))
@@ -1119,7 +1118,7 @@ class Lab:
     classes: Sequence[Sequence[str]] = ()   # (training file, test file)
 
 
-Case = tuple[Callable[[int], list[list[Record]]], dict[str, Any]]  # seed -> training sets; TrainConfig's changes
+Case = tuple[Callable[..., list[list[Record]]], dict[str, Any]]  # seed -> training sets; TrainConfig's changes
 
 
 def cases(name: str, lab: Lab) -> dict[str, Case]:
@@ -1129,7 +1128,7 @@ def cases(name: str, lab: Lab) -> dict[str, Case]:
 
     if name == "labels":                                             # all from one mined file
         pairs = itertools.product(("seed", "p1"), ("none", "sampled", "last"))
-        return {row: (lambda seed, how=how: [fret.labelled(lab.rows, lab.corpus, *how, seed)], {})
+        return {row: (lambda seed, how=how: [fret.labelled(lab.rows, lab.corpus, how[0], how[1], seed)], {})
                 for row, how in zip(LABELS, pairs, strict=True)}
     if name == "tasks":                                              # as many rows of each
         kinds = {kind: [r for r in lab.rows if r["kind"] == kind] for kind in fret.TASKS}
@@ -1180,7 +1179,8 @@ def class_hits(model: Gecko, known: str, unknown: str, k: int = 5) -> np.ndarray
     """1 for each text of `unknown` whose label most of its k nearest texts of `known` have, else 0."""
     (x, labels), (y, want) = (zip(*((str(r["text"]), str(r["label"])) for _, r in read_jsonl(path)), strict=True)
                               for path in (known, unknown))
-    _, near = topk(*(model.encode_queries(texts, "classification") for texts in (y, x)), k)
+    q, P = (model.encode_queries(texts, "classification") for texts in (y, x))
+    _, near = topk(q, P, k)
     return np.array([Counter(labels[i] for i in row).most_common(1)[0][0] == label
                      for row, label in zip(near, want, strict=True)], float)
 
@@ -1247,7 +1247,8 @@ def shown(found: tuple[float, float, float] | None) -> str:
     return f"{found[0]:+.1f} [{found[1]:+.1f}, {found[2]:+.1f}]" if found else ""
 
 
-def fret_of(out: Path, corpus: Path, init: str, llm: Callable[..., fret.LLM], c: TrainConfig, count: int) -> Path:
+def fret_of(out: Path, corpus: Path, init: str | Path, llm: Callable[..., fret.LLM], c: TrainConfig, count: int,
+            ) -> Path:
     """The recipe's steps 3.2 on a user's own corpus: queries, seed/ and fret.jsonl in `out`, each once."""
     passages = read_passages(corpus)
     write_jsonl(out / "corpus.jsonl", passages)
@@ -1257,9 +1258,8 @@ def fret_of(out: Path, corpus: Path, init: str, llm: Callable[..., fret.LLM], c:
                         "generate")
     queries = fret.read_queries(out / "queries.jsonl", passages)
     if not (out / "seed").is_dir():
-        by_id, first = {p["_id"]: p for p in passages}, load(init)
-        pairs = [record(row["task"], row["query"], by_id[row["seed_id"]]) for row in queries]
-        train(first, "prefinetune", [pairs], c, title="first embedder")
+        first = load(init)
+        train(first, "prefinetune", [queries], c, title="first embedder")
         save(first, out / "seed")
     if not (out / "fret.jsonl").is_file():
         first = load(out / "seed")
@@ -1277,7 +1277,7 @@ def own_modules(out: Path, corpus: Sequence[dict[str, str]]) -> tuple[str, str]:
 
 
 def rerank_cases(judge: Callable[..., fret.LLM], first: Gecko, sets: dict[str, Beir], task: str,
-                 ) -> dict[str, Callable[[int], dict[str, Any]]]:
+                 ) -> dict[str, Callable[..., dict[str, Any]]]:
     """The rows of Table 6, the first 100 of each query ranked again; a set is judged once for all rows."""
     @functools.cache
     def scores(name: str) -> dict[str, list[float]]:
