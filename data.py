@@ -92,7 +92,7 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
     Without ids, other rows of the same label stand in the batch as false negatives; with them every
     other row is told apart by its id, and what is left to learn from is x-.
     """
-    # EXERCISE 3 (about 17 lines)
+    # EXERCISE 3 (about 18 lines)
     groups: dict[Any, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
