@@ -1416,9 +1416,9 @@ def scored_by(llm: Endpoint, rank: str) -> dict[str, str | None]:
             "rc": f"{llm.model}: {llm.score} by {top}{rc[0]}"}
 
 
-def tokens_in(*texts: str) -> int:
+def tokens_in(text: str) -> int:
     """About how many tokens: one for four bytes."""
-    return sum(len(text.encode()) for text in texts) // 4
+    return len(text.encode()) // 4
 
 
 def estimate(what: str, calls: int, tokens: int, shared: int, longest: int, price: float) -> None:
