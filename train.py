@@ -1196,7 +1196,8 @@ def ablate(name: str, out: Path, key: str, by: str, seeds: Sequence[int],
             old = next((r for r in done if same.items() <= r.items()), None)
             if old is None:
                 start = time.time()
-                values = {k: np.round(v, 4).tolist() for k, v in scores(seed).items()}
+                values = {k: [int(x) if x in (0, 1) else x for x in np.round(v, 3).tolist()]
+                          for k, v in scores(seed).items()}
                 old = {**same, "by": by, "seconds": round(time.time() - start, 1), "cores": os.cpu_count(),
                        "scores": values}
                 with open(path, "a", encoding="utf-8") as file:
@@ -1207,11 +1208,11 @@ def ablate(name: str, out: Path, key: str, by: str, seeds: Sequence[int],
     return rows
 
 
-def gain(rows: Sequence[dict[str, Any]], row: str, other: str, columns: str) -> tuple[float, float, float] | None:
-    """Mean of `row` less `other`, in points, over columns of that name, and its 95 % interval."""
+def gain(rows: Sequence[dict[str, Any]], row: str, other: str, where: str) -> tuple[float, float, float] | None:
+    """Mean of `row` less `other`, in points, over columns with `where` in their name, and its 95 % interval."""
     by = {(r["row"], r["seed"]): r["scores"] for r in rows}
     seeds = sorted(s for r, s in by if r == row and (other, s) in by)
-    names = [c for c in by[row, seeds[0]] if columns in c] if seeds else []
+    names = [c for c in by[row, seeds[0]] if where in c] if seeds else []
     if not names or row == other:
         return None
     gains = [100 * np.array([np.subtract(by[row, s][c], by[other, s][c]) for s in seeds]) for c in names]
@@ -1220,15 +1221,19 @@ def gain(rows: Sequence[dict[str, Any]], row: str, other: str, columns: str) -> 
 
 def table_text(name: str, rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown: the paper's figures, ours (mean and spread over seeds), and what they decide."""
-    table, columns = TABLES[name], list(rows[0]["scores"])
+    table, columns = TABLES[name], {c: [c] for c in rows[0]["scores"]}
+    if len(columns) > 6:                                             # too wide: the mean of each measure
+        columns = {measure: [c for c in columns if c.startswith(measure)] for measure in
+                   dict.fromkeys(c.split()[0] for c in columns)}
     names = [row for row in table.paper if any(r["row"] == row for r in rows)]
     seeds = len({r["seed"] for r in rows})
     lines = [" | ".join(["| row", *(f"paper: {c}" for c in table.columns), *columns,
-                         f"points over {names[0]} |"]), "|---" * (len(table.columns) + len(columns) + 2) + "|"]
+                         f"mean points over {names[0]} |"]), "|---" * (len(table.columns) + len(columns) + 2) + "|"]
     for row in names:
         paper = [*table.paper[row], *[math.nan] * len(table.columns)][:len(table.columns)]
-        means = {c: [100 * np.mean(r["scores"][c]) for r in rows if r["row"] == row] for c in columns}
-        ours = [f"{np.mean(m):.1f}" + (f" ± {np.std(m, ddof=1):.1f}" if len(m) > 1 else "") for m in means.values()]
+        means = [[100 * np.mean([np.mean(r["scores"][c]) for c in own]) for r in rows if r["row"] == row]
+                 for own in columns.values()]                        # (columns, seeds)
+        ours = [f"{np.mean(m):.1f}" + (f" ± {np.std(m, ddof=1):.1f}" if len(m) > 1 else "") for m in means]
         lines.append(" | ".join([f"| {row}", *("" if math.isnan(p) else f"{p:.2f}" for p in paper), *ours,
                                  shown(gain(rows, row, names[0], "")) + " |"]))
     lines += ["", f"The paper: {table.claim}. Here:", ""]
@@ -1236,10 +1241,11 @@ def table_text(name: str, rows: Sequence[dict[str, Any]]) -> str:
         found = gain(rows, row, other, where)
         says = "not measured" if found is None else "yes" if found[1] > 0 else "no, the reverse" \
             if found[2] < 0 else "not decided"
-        lines.append(f"- {row} over {other}" + f" ({where})" * bool(where) + f": {says} {shown(found)}".rstrip())
+        lines.append(f"- {row} over {other}" + f" ({where.strip()})" * bool(where)
+                     + f": {says} {shown(found)}".rstrip())
     lines += ["", f"{sum(r['seconds'] for r in rows):.0f} s on {rows[0]['cores']} cores, {seeds} seed"
               + "s; ± is their standard deviation" * (seeds > 1) + "; [95 % interval: "
-              + "seeds and " * (seeds > 1) + f"questions drawn again]; generated and judged by {rows[0]['by']}."]
+              + "seeds and " * (seeds > 1) + f"queries drawn again]; {rows[0]['by']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -1341,9 +1347,11 @@ def ablate_command(args: argparse.Namespace) -> None:
         dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,))]
         run_case = {row: lambda seed, row=row, case=case: case_scores(lab, case, seed, row, dims)
                     for row, case in cases(args.table, lab).items()}
+    by = f"{'judged' if args.table == 'rerank' else 'generated and judged'} by {o.model or o.llm}"
+    if args.data:
+        by = f"records of {', '.join(Path(path).name for path in args.data)}"
     with torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-        done = ablate(args.table, out, key, f"{o.model} {o.llm}".strip(), range(c.seed, c.seed + args.seeds),
-                      run_case)
+        done = ablate(args.table, out, key, by, range(c.seed, c.seed + args.seeds), run_case)
     text = table_text(args.table, done)
     with file_beside(out / f"{args.table}.md") as new:
         new.write_text(text, encoding="utf-8")

@@ -3,11 +3,11 @@
     python tests/study_labels.py BEIR-FOLDER... --encoder MODEL --out tests/results/study_labels.jsonl
 
 Questions written by people stand for the generated ones and their gold passage for p_seed. A stated
-share of the seeds is then replaced by a near neighbour of the gold passage (a simulation of a
-generator whose query fits another passage better). Judges of different strength rank the 20
-candidates; a small encoder is trained on p_seed or on each judge's p_1, and measured on the set's
-test questions. No language model takes part: the judges are statistics, an embedding model, and, as
-the ceiling, the gold itself.
+share of the seeds is then replaced, in a simulation of a generator whose query fits another passage
+better: by near neighbours of the gold passage, or (--errors lexical) by what BM25 finds first. Judges
+of different strength rank the 20 candidates; a small encoder is trained on p_seed or on each judge's
+p_1, and measured on the set's test questions. No language model takes part: the judges are
+statistics, an embedding model, and, as the ceiling, the gold itself.
 """
 
 import argparse
@@ -66,11 +66,16 @@ def vectors(folder, known, encoder, cache):
     return found["q"], found["P"]
 
 
-def wrong_seeds(known, P, share, seed):
-    """The seed of each question, as a row of the corpus: a gold one, or with probability `share` a neighbour."""
+def wrong_seeds(known, P, share, seed, bm25=None):
+    """The seed of each question, as a row of the corpus: a gold one, or with probability `share` a wrong one.
+
+    Wrong is one of the gold's nearest neighbours; with bm25, one of those that it ranks first for the question.
+    """
     rng, place = np.random.default_rng([seed, 1]), {p["_id"]: i for i, p in enumerate(known.corpus)}
     gold = [sorted(place[i] for i in judged) for judged in known.qrels.values()]
     _, near = topk(P[[g[0] for g in gold]], P, NEIGHBOURS + 10)
+    if bm25:
+        near = [np.argsort(-bm25.scores(text))[:NEIGHBOURS + 10] for text in known.queries.values()]
     seeds = []
     for right, row in zip(gold, near, strict=True):
         wrong = [i for i in row if i not in right][:NEIGHBOURS]
@@ -91,10 +96,11 @@ def judged(known, candidates, gold, first, q, P, bm25, offline):
     return out
 
 
-def run(folder, sizes, encoder, cache, seed, out, done, steps):
+def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
     """All shares of wrong seeds and all judges on one set under one seed; each judge is a line of `out`."""
-    name = Path(folder).resolve().name
-    if all((name, seed, share, judge) in done for share in SHARES for judge in JUDGES):
+    name = Path(folder).resolve().name + ", lexical errors" * (errors == "lexical")
+    shares = SHARES[errors == "lexical":]                            # without errors both are the same
+    if all((name, seed, share, judge) in done for share in shares for judge in JUDGES):
         return
     known, test = study_set(folder, *sizes)
     q, P = vectors(folder, known, encoder, cache)
@@ -113,11 +119,11 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps):
         ranked = train.rankings(model, test, "question answering")
         return model, float(np.mean(train.retrieval_scores(ranked, test)["ndcg@10"]))
 
-    for share in SHARES:
+    for share in shares:
         if all((name, seed, share, judge) in done for judge in JUDGES):
             continue
         start = time.time()
-        seeds, gold = wrong_seeds(known, P, share, seed)
+        seeds, gold = wrong_seeds(known, P, share, seed, bm25 if errors == "lexical" else None)
         first, p_seed = trained(seeds, f"{name} {share:.0%} p_seed")
         own = train.encoded(first, known, "question answering")
         _, near = topk(*own, N)
@@ -172,11 +178,11 @@ def study_text(rows):
     for name in dict.fromkeys(s for s, _, _ in found):
         for judge in JUDGES:
             cells = [found.get((name, share, judge)) for share in SHARES]
-            if None in cells:
-                continue
-            lines.append(f"| {name} | {judge} | {np.mean([c['judge_ndcg'] for c in cells]):.3f} | "
-                         f"{np.mean([c['p1_right'] for c in cells]):.0%} | "
-                         + " | ".join(f"{c['gain']:+.1f} ± {c['spread']:.1f}" for c in cells) + " |")
+            there = [c for c in cells if c]
+            lines.append(f"| {name} | {judge} | {np.mean([c['judge_ndcg'] for c in there]):.3f} | "
+                         f"{np.mean([c['p1_right'] for c in there]):.0%} | " + " | ".join(
+                             f"{c['gain']:+.1f}" + f" ± {c['spread']:.1f}" * (c["spread"] > 0) if c else ""
+                             for c in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -192,7 +198,7 @@ def chart(rows):
                       for (s, w, _), v in found.items() if (s, w) == (name, share)]
             x, more, gain = zip(*points, strict=True) if points else ((), (), ())
             for axis, where in zip(axes, (x, more), strict=True):
-                axis.scatter(where, gain, color=color, marker="os^D"[n], s=32, edgecolor="black", linewidth=0.4,
+                axis.scatter(where, gain, color=color, marker="os^D"[n % 4], s=32, edgecolor="black", linewidth=0.4,
                              label=f"{name}, {share:.0%} of seeds wrong")
     axes[0].set(xlabel="the judge's nDCG@10 on the candidates", ylabel="points of p_1 over p_seed (nDCG@10, test)")
     axes[1].set(xlabel="share of p_1 that is right, less share of seeds that is right")
@@ -213,6 +219,8 @@ def main():
     parser.add_argument("--steps", type=int, default=60, help="of each training (%(default)s)")
     parser.add_argument("--questions", type=int, default=3000, help="at most (%(default)s)")
     parser.add_argument("--passages", type=int, default=8000, help="of the corpus, at most, gold ones apart")
+    parser.add_argument("--errors", choices=("neighbours", "lexical"), default="neighbours",
+                        help="what stands for a gold seed that is replaced (%(default)s)")
     parser.add_argument("--encode-only", action="store_true", help="fill the cache and stop")
     args = parser.parse_args()
     cache, out, sizes = Path(args.cache), Path(args.out), (args.questions, args.passages)
@@ -225,7 +233,7 @@ def main():
     for seed in range(args.seeds):
         for folder in args.folders:
             done = {(r["set"], r["seed"], r["wrong"], r["judge"]) for r in train.whole_rows(out)}
-            run(folder, sizes, args.encoder, cache, seed, out, done, args.steps)
+            run(folder, sizes, args.encoder, cache, seed, out, done, args.steps, args.errors)
     print(study_text(train.whole_rows(out)))
 
 
