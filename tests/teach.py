@@ -27,7 +27,9 @@ def check(yours: Any, spec: Any, mistakes: dict[str, Any]) -> None:
     if not close(yours, spec):
         why = "".join(f"\nwhy: {why}" for why, value in mistakes.items() if close(yours, value))
         row = ""
-        if isinstance(yours, torch.Tensor) and isinstance(spec, torch.Tensor) and yours.shape == spec.shape != ():
+        if isinstance(yours, torch.Tensor) and isinstance(spec, torch.Tensor) and yours.shape != spec.shape:
+            pytest.fail(f"yours has the shape {tuple(yours.shape)}, it must be {tuple(spec.shape)}", pytrace=False)
+        if isinstance(yours, torch.Tensor) and isinstance(spec, torch.Tensor) and spec.shape:
             i = next(i for i in range(len(spec)) if not close(yours[i], spec[i]))
             row, yours, spec = f" (row {i})", yours[i].tolist(), spec[i].tolist()
         pytest.fail(f"yours{row}: {yours}\nthe paper's, in plain loops: {spec}{why}", pytrace=False)

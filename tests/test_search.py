@@ -7,6 +7,7 @@ the first product and the vectors; a certificate is given only where the first s
 import numpy as np
 import pytest
 import torch
+from teach import check
 
 import gecko
 
@@ -56,6 +57,34 @@ def test_topk_is_nearest_bit_for_bit(name, dtype):
             np.testing.assert_array_equal(scores, want[0])
 
 
+@pytest.mark.ex10
+def test_search_by_its_steps(monkeypatch):
+    """A first search that is blind to odd passages, but says truly what they reach: proven, or searched again."""
+    rng, k = np.random.default_rng(2), 3
+    q, p = (torch.from_numpy(rng.integers(-2, 3, (n, 4)).astype(np.float32)) for n in (1100, 60))
+
+    def half_blind(x, passages, m, dtype, budget):
+        s = x @ p.T
+        return 2 * s[:, ::2].topk(m, dim=1).indices, s[:, 1::2].amax(1)
+
+    monkeypatch.setattr(gecko, "candidates", half_blind)
+    scores, indices, proven = (torch.from_numpy(x) for x in gecko.certified_topk(q.numpy(), p.numpy(), k))
+    want, (seen, half) = gecko.nearest(q, p, k), gecko.nearest(q, p[::2], k)
+    reach = (q @ p[1::2].T).amax(1)
+    sure, loose = seen[:, -1] > reach, seen[:, -1] >= reach
+    assert sure.any() and (loose & ~sure).any()
+    check(indices, want[1], {
+        "the first search's best are taken without proof; where it fails, search again": 2 * half,
+        "a passage that reaches the same score may stand before yours: the k-th must be above the proof, not at it":
+            torch.where(loose[:, None], 2 * half, want[1]),
+        "the scores are not in the order of `nearest`": want[1].flip(1)})
+    check(scores, want[0], {"these are the candidates' scores where they were not proven": seen})
+    check(proven.tolist(), sure.tolist(), {
+        "every query is searched again: then the first search is for nothing": [False] * 1100,
+        "proven are those that were searched again": (~sure).tolist()})
+
+
+@pytest.mark.ex10
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_certificate_is_given_and_withheld(dtype):
     """Spread vectors are proven by the first search; equal ones never, so the second one is what answers."""
