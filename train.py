@@ -1043,7 +1043,8 @@ def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str) 
     scores: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
     for n, (query, ids) in enumerate(nearest.items()):
         ql, rc = (list[Any](x[n * len(ids):(n + 1) * len(ids)]) for x in (QL, RC))
-        for name, s in zip(scores, ([-i for i in range(len(ids))], ql, rc, fret.rrf(ql, rc)), strict=True):
+        four: list[list[Any]] = [[-i for i in range(len(ids))], ql, rc, fret.rrf(ql, rc)]
+        for name, s in zip(scores, four, strict=True):
             order = sorted(range(len(ids)), key=lambda i: -s[i])
             scores[name].append(ndcg([ids[i] for i in order], beir.qrels[query]))
     return scores
