@@ -1499,7 +1499,7 @@ def main() -> None:
     ablation.add_argument("--queries", type=int, default=0, help="to generate; 0: as the recipe, by corpus size")
     ablation.add_argument("--classes", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"),
                           help="JSONL of text, label: accuracy of the nearest TRAIN texts' label")
-    add_flags(ablation, TrainConfig, skip=("eval", "save_every", "resume"))
+    add_flags(ablation, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
     ablation.set_defaults(**vars(replace(SMALL, steps=Sizes().steps // 4)))
     for command in (evaluate, ablation):
         command.add_argument("--beir", action="append", default=[], help="a BEIR folder; may be repeated")

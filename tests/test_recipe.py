@@ -4,8 +4,6 @@ Invariants: the loss falls and recall rises over the untrained encoder; the same
 bytes; a user's mistake is one line and exit code 2, with nothing half-written.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
@@ -31,13 +29,21 @@ def small():
     return [p for p in data.builtin_corpus() if p["title"].split(".")[0] in TOPS]
 
 
+def run_recipe(out, hash_seed):
+    """A process of its own, for packages that other tests import add to the docstrings of numpy and logging."""
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, train; from pathlib import Path\n"
+              f"small = [p for p in data.builtin_corpus() if p['title'].split('.')[0] in {TOPS!r}]\n"
+              f"train.recipe(Path(sys.argv[2]), 0, train.{SIZES!r}, small)")
+    return subprocess.run([sys.executable, "-c", script, str(ROOT), str(out)], check=True, timeout=120, text=True,
+                          capture_output=True, env={**os.environ, "PYTHONHASHSEED": hash_seed}).stdout
+
+
 @pytest.fixture(scope="module")
-def demo(small, tmp_path_factory):
+def demo(tmp_path_factory):
     """One miniature run: its folder, its ladder and what it printed."""
-    out, printed = tmp_path_factory.mktemp("demo") / "demo", io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        table = train.recipe(out, 0, SIZES, small)
-    return out, table, printed.getvalue()
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    printed = run_recipe(out, "0")
+    return out, json.loads((out / "ladder.json").read_text()), printed
 
 
 def files(folder):
@@ -66,13 +72,9 @@ def test_recipe_writes_every_stage(demo, small):
     assert f"p+ differs from p_seed in {share:.1%}" in printed and "next: python gecko.py search" in printed
 
 
-def test_same_seed_same_bytes(demo, small, tmp_path):
+def test_same_seed_same_bytes(demo, tmp_path):
     """In another process, with another hash seed, every file is the same."""
-    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, train; from pathlib import Path\n"
-              f"small = [p for p in data.builtin_corpus() if p['title'].split('.')[0] in {TOPS!r}]\n"
-              f"train.recipe(Path(sys.argv[2]), 0, train.{SIZES!r}, small)")
-    subprocess.run([sys.executable, "-c", script, str(ROOT), str(tmp_path / "again")], check=True, timeout=120,
-                   capture_output=True, env={**os.environ, "PYTHONHASHSEED": "7"})
+    run_recipe(tmp_path / "again", "7")
     first, again = files(demo[0]), files(tmp_path / "again")
     assert first.keys() == again.keys()
     assert [name for name in first if first[name] != again[name]] == []
