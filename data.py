@@ -192,8 +192,11 @@ def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, m
 # ==================================================================================================
 
 
-def read_records(path: str | Path) -> list[Record]:
-    """A training file; the first wrong row is an error that names file:line and the fix."""
+def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
+    """A training file; the first wrong row is an error that names file:line and the fix.
+
+    Without `candidates` a mined file takes a fraction of the memory; a loss has no use for them.
+    """
     rows = []
     for where, row in read_jsonl(path):
         for key in ("task", "query"):
@@ -207,6 +210,8 @@ def read_records(path: str | Path) -> list[Record]:
                 raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
         if row.get("negative") and row["negative"]["text"] == row["positive"]["text"]:
             raise InputError(f"{where}: positive and negative are the same text; remove the negative")
+        if not candidates:
+            row.pop("candidates", None)
         rows.append({"negative": None, "symmetric": False, **row})
     return rows
 

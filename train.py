@@ -1388,7 +1388,7 @@ def train_command(args: argparse.Namespace) -> None:
             raise InputError(f"{item}: no such file; give DATA or DATA:WEIGHT") from error
         if not 0 < weights[-1] < math.inf:
             raise InputError(f"{item}: a weight is a number above 0")
-        sets.append(read_records(path or item))
+        sets.append(read_records(path or item, candidates=False))
     if first:
         say(stage=args.command, init=args.init, out=args.out, rows=[len(s) for s in sets],
             processes=processes()[1], **vars(c))

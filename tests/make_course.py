@@ -36,7 +36,8 @@ def exercises() -> dict[int, tuple[str, str, str, str]]:
         for match in BODY.finditer(text):
             line = text.count("\n", 0, match.start()) + 1
             inside = max((f for f in functions if f.lineno < line <= (f.end_lineno or 0)), key=lambda f: f.lineno)
-            said = " ".join((ast.get_docstring(inside) or "").split("\n\n")[0].split())
+            parts = (ast.get_docstring(inside) or "").split("\n\n")
+            said = " ".join(" ".join(parts[:1 + parts[0].endswith(":")]).split())  # the equation stands below
             found[int(match[2])] = (module, inside.name, match[3], said)
     return dict(sorted(found.items()))
 

@@ -14,9 +14,9 @@ import argparse
 import contextlib
 import io
 import re
-import resource
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -37,10 +37,6 @@ def dry_run(*words: str) -> dict[str, tuple[int, int, int]]:
                        printed.getvalue(), re.M)
     return {name: (int(a.replace(",", "")), int(b.replace(",", "")), int(c.replace(",", "")))
             for name, a, b, c in found}
-
-
-def megabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def hours(seconds: float) -> str:
@@ -92,9 +88,9 @@ def the_encoder(folder: Path, rows: int, passages: int, a: argparse.Namespace) -
     print(f"  embed {passages:,} passages {hours(seconds * passages)}, {rows:,} queries {hours(seconds * rows)}; "
           f"search {hours(search * rows * passages)}; train one epoch {hours(training * rows)}")
     the_disk(folder, rows, passages, d)
-    before = megabytes()
-    kept = read_records(folder / "fret.jsonl")
-    each = (megabytes() - before) * 1e6 / max(1, len(kept) - len(records))
+    tracemalloc.start()
+    kept = read_records(folder / "fret.jsonl", candidates=False)
+    each = tracemalloc.get_traced_memory()[0] / len(kept)
     print(f"Memory: a record read for training takes {each / 1e3:.1f} kB, {rows:,} {each * rows / 1e9:,.0f} GB")
 
 

@@ -125,6 +125,13 @@ def test_a_wrong_answer_is_caught_and_explained(n, mistake, grader):
     assert any(message in s for s in said), said[0]
 
 
+def test_the_stated_number_of_lines_is_about_right():
+    for module in make_course.MODULES:
+        for _, n, about, body in make_course.BODY.findall((ROOT / module).read_text()):
+            lines = [line for line in body.splitlines() if line.strip() and not line.strip().startswith("#")]
+            assert abs(len(lines) - int(about.split()[1])) <= 2, f"exercise {n} has {len(lines)} lines"
+
+
 def test_every_exercise_has_three_wrong_answers():
     assert set(WRONG) == set(EXERCISES) and all(len(of) >= 3 for of in WRONG.values())
 

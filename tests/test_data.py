@@ -107,6 +107,12 @@ def test_a_wrong_row_names_file_and_line(tmp_path, line, message):
         data.read_records(path)
 
 
+def test_candidates_are_left_out_where_no_one_needs_them(tmp_path):
+    data.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "candidates": [{"id": "a"}]}])
+    with_them, without = (data.read_records(tmp_path / "r.jsonl", candidates=c) for c in (True, False))
+    assert with_them[0].pop("candidates") == [{"id": "a"}] and with_them == without
+
+
 def test_empty_missing_and_truncated_files(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         data.read_records(tmp_path / "none.jsonl")
