@@ -24,7 +24,7 @@ SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in SECTIONS["The map"].splitlines()
         if line.startswith("| ") and "`" in line]
 COMMANDS = [shlex.split(found, comments=True) for found in re.findall(
-    r"(?:^    |`)(?:\w+=\S+ )*python ((?:gecko|data|llm|train)\.py[^`\n]*)", PAGE, re.M)]
+    r"(?:^    |`)(?:\w+=\S+ )*python ((?:gecko|data|llm|train)\.py[^`\n]*)", PAGE, re.M) if "..." not in found]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
