@@ -66,7 +66,7 @@ def test_every_command_of_the_page_is_taken(words, monkeypatch):
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
     monkeypatch.setattr(argparse.ArgumentParser, "error", refuse)
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", ["8" if word == "N" else word for word in words])
     with pytest.raises(Parsed):
         MAIN[words[0]]()
 
