@@ -1217,7 +1217,7 @@ def gain(rows: Sequence[dict[str, Any]], row: str, other: str, where: str) -> tu
     if not names or row == other:
         return None
     gains = [100 * np.array([np.subtract(by[row, s][c], by[other, s][c]) for s in seeds]) for c in names]
-    return float(np.mean([g.mean() for g in gains])), *interval(gains)
+    return float(np.mean([g.mean() for g in gains])), *interval(gains, draws=1000)
 
 
 def table_text(name: str, rows: Sequence[dict[str, Any]]) -> str:
@@ -1320,6 +1320,7 @@ def ablate_command(args: argparse.Namespace) -> None:
             o, str(out / "llm.jsonl"))
 
     model, mined, sets, classes, pairs = load(init), home, [], args.classes, []
+    model.formats = dict(FORMATS) if c.unified else model.formats
     c = replace(c, lr=c.lr or Sizes().lr * is_bag(model.encoder))
     own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
     if own and not args.data and args.table != "rerank":

@@ -115,7 +115,7 @@ def chart(rows, path):
     for column in rows[0]["scores"]:
         found = [train.gain(rows, row, first, column) for row in names]
         bars[f"here: {column}"] = [(m, m - low, high - m) for m, low, high in found]
-    figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.2 * len(bars) * len(names)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.18 * len(bars) * len(names)), layout="constrained")
     height, ours = 0.8 / len(bars), 0
     for n, (label, values) in enumerate(bars.items()):
         mean, low, high = zip(*values, strict=True)
@@ -131,7 +131,7 @@ def chart(rows, path):
     axes.title.set_fontsize(9)
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     write(figure, path)
 
 

@@ -191,21 +191,23 @@ def chart(rows):
     from matplotlib import pyplot
 
     found = means(rows)
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
-    for n, name in enumerate(dict.fromkeys(s for s, _, _ in found)):
-        for share, color in zip(SHARES, ("#2c7bb6", "#7fbf7b", "#fdae61", "#d7191c"), strict=True):
-            points = [(v["judge_ndcg"], v["p1_right"] - v["seed_right"], v["gain"])
-                      for (s, w, _), v in found.items() if (s, w) == (name, share)]
-            x, more, gain = zip(*points, strict=True) if points else ((), (), ())
-            for axis, where in zip(axes, (x, more), strict=True):
-                axis.scatter(where, gain, color=color, marker="os^D"[n % 4], s=32, edgecolor="black", linewidth=0.4,
-                             label=f"{name}, {share:.0%} of seeds wrong")
-    axes[0].set(xlabel="the judge's nDCG@10 on the candidates", ylabel="points of p_1 over p_seed (nDCG@10, test)")
+    names = list(dict.fromkeys(s for s, _, _ in found))
+    colors = dict(zip(SHARES, ("#2c7bb6", "#7fbf7b", "#fdae61", "#d7191c"), strict=True))
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained", sharey=True)
+    for (name, share, _), v in found.items():
+        for axis, x in zip(axes, (v["judge_ndcg"], v["p1_right"] - v["seed_right"]), strict=True):
+            axis.scatter(x, v["gain"], color=colors[share], marker="os^D"[names.index(name) % 4], s=34,
+                         edgecolor="black", linewidth=0.4)
+    axes[0].set(xlabel="the judge's nDCG@10 on the candidates", ylabel="points of p_1 over p_seed, nDCG@10 on test")
     axes[1].set(xlabel="share of p_1 that is right, less share of seeds that is right")
     for axis in axes:
         axis.axhline(0, color="black", linewidth=0.8)
     axes[1].axvline(0, color="black", linewidth=0.8)
-    axes[0].legend(fontsize=7, loc="upper left")
+    for n, name in enumerate(names):
+        axes[0].scatter([], [], color="white", edgecolor="black", marker="os^D"[n % 4], label=name)
+    for share, color in colors.items():
+        axes[0].scatter([], [], color=color, marker="s", label=f"{share:.0%} of seeds wrong")
+    figure.legend(fontsize=8, loc="outside right upper")
     return figure
 
 
