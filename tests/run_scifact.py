@@ -58,7 +58,7 @@ class Cached(Gecko):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
                 x = normalise(self.embed([tokens[i] for i in batch])).numpy()   # (B, d)
             self.vectors.update((new[i][0], v) for i, v in zip(batch, x, strict=True))
-            if n % 50 == 0:
+            if n % 20 == 0:
                 self.keep()
         if new:
             self.keep()

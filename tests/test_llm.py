@@ -213,6 +213,19 @@ def test_offline_generation_is_seeded_and_varies():
     assert {r["kind"] for r in a} == set(llm.TASKS)
 
 
+def test_offline_queries_for_prose_state_what_the_article_does():
+    """Lead-ins, section names and brackets go, long sentences are cut, and API rows keep their templates."""
+    article = {"_id": "7", "title": "Sleep and the heart: a cohort study", "text":
+               "BACKGROUND Sleep varies. CONCLUSIONS Taken together, our data show that short sleep (6 h) raises "
+               "blood pressure in the men of this cohort, whereas the women of the same cohort who slept "
+               "little had no higher blood pressure than those who slept long."}
+    queries = {llm.prose_query(article, random.Random(n))[1] for n in range(60)}
+    assert "short sleep raises blood pressure in the men of this cohort" in queries
+    assert all(len(q.split()) <= 18 and "show that" not in q and "(" not in q for q in queries)
+    assert all(llm.templated_query(CORPUS[0], random.Random(n))[0] in llm.TASKS for n in range(9))
+    assert "python" not in " ".join(llm.templated_query(article, random.Random(n))[1] for n in range(60))
+
+
 def test_write_kept_says_how_many_and_refuses_equal_scores(tmp_path, capsys, embedder):
     rows = list(llm.generate(Fake(), CORPUS, 6, 0))
     llm.write_kept(tmp_path / "q.jsonl", iter(rows), 6, "generate")
