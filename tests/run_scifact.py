@@ -197,7 +197,8 @@ def main() -> None:
     rows = fret.labelled(mined, corpus, "p1", "none")                # p- would cost near half as much again
     groups = topical(P[[at[row["positive_id"]] for row in mined]], np.arange(len(rows)))
     sets = [[rows[i] for i in group] for group in groups]
-    print(f"  p+ differs from p_seed in {fret.relabelled_share(mined):.1%} of {len(rows)}; {len(sets)} topics")
+    changed = np.mean([row["positive_id"] != row["seed_id"] for row in mined])
+    print(f"  p+ differs from p_seed in {changed:.1%} of {len(rows)}; {len(sets)} topics")
     stage("mine")
     tuned = fine_tuned(args.init, sets, out / "tuned")
     stage("fine-tune")
