@@ -157,6 +157,19 @@ def measure(models: dict[str, Gecko], beir: train.Beir, judge: fret.Offline) -> 
     return table
 
 
+def table_text(figures: dict[str, Any]) -> str:
+    """README's table: a row a system, in percent, [95 % interval of its gain over all-MiniLM-L6-v2]."""
+    lines = ["| | nDCG@10 dev | nDCG@10 test | recall@100 test | gain on test, points |", "|---|---|---|---|---|"]
+    for name, dev in figures["dev"].items():
+        test, shown = figures["test"].get(name), ["", "", ""]
+        if test:
+            gain = test["ndcg@10"] - figures["test"]["all-MiniLM-L6-v2"]["ndcg@10"]
+            shown = [f"{test[k]:.1%}".rstrip("%") for k in ("ndcg@10", "recall@100")] + [
+                f"{100 * gain:+.1f} [{100 * test['gain'][0]:+.1f}, {100 * test['gain'][1]:+.1f}]" if gain else ""]
+        lines.append(f"| {name} | {100 * dev['ndcg@10']:.1f} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 # --------------------------------------------------------------------------------------------------
 # The stages
 
@@ -204,7 +217,7 @@ def main() -> None:
     stage("fine-tune")
     models = {f"+ FRet, weight {a:g}": Cached(averaged(first, tuned, a), out / f"weight-{a:g}.npz")
               for a in ALPHAS}                                       # 1: the tuned model itself
-    figures: dict[str, Any] = {"seconds": seconds, "queries": len(mined)}
+    figures: dict[str, Any] = {"seconds": seconds, "queries": len(mined), "p+ differs": round(float(changed), 4)}
     figures["dev"] = measure({"all-MiniLM-L6-v2": first, **models}, dev_set(corpus, first, P), judge)
     stage("measure on dev")
     if not args.dev:
@@ -215,7 +228,7 @@ def main() -> None:
         stage("measure on test")
     with file_beside(out / "scifact.json") as new:
         new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {out / 'scifact.json'}")
+    print(table_text(figures) if "test" in figures else "", f"wrote {out / 'scifact.json'}", sep="\n")
 
 
 if __name__ == "__main__":
