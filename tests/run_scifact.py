@@ -6,7 +6,8 @@ SCIFACT is the BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv), MODEL 
 all-MiniLM-L6-v2. Only the abstracts are trained on: no claim of either split, no label. Queries and
 judgements are `offline`'s statistics, no LLM's. Every stage leaves a file in --out, so a stopped run
 goes on. What is chosen (the settings below; how far to move from the first weights) is chosen on
-tests/scifact_dev.tsv: claims written for 98 random abstracts, some of them false. Test is read once.
+tests/scifact_dev.tsv: claims, some of them false, that a language model wrote from 98 random abstracts;
+nothing trains on them. Test is read once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Cached(Gecko):
 
     def __init__(self, model: Gecko, path: Path | None = None, length: int = 256) -> None:
         super().__init__(model.encoder, model.tokenizer, length, model.formats, model.dims)
-        self.path, self.vectors, self.seconds = path, {}, 0.0
+        self.path, self.vectors = path, {}
         if path and path.is_file():
             with np.load(path) as kept:
                 self.vectors = dict(zip(kept["keys"].tolist(), kept["x"], strict=True))
@@ -51,7 +52,7 @@ class Cached(Gecko):
                progress: str = "") -> np.ndarray:
         keys = [hashlib.sha1(t.encode()).hexdigest() for t in texts]
         new = list({k: t for k, t in zip(keys, texts, strict=True) if k not in self.vectors}.items())
-        tokens, start = self.tokens([t for _, t in new]), time.time()
+        tokens = self.tokens([t for _, t in new])
         self.encoder.eval()
         for n, batch in enumerate(length_batches([len(t) for t in tokens], batch_tokens), 1):
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -61,7 +62,6 @@ class Cached(Gecko):
                 self.keep()
         if new:
             self.keep()
-        self.seconds += time.time() - start
         return np.array([self.vectors[k] for k in keys])             # (len(texts), d)
 
     def keep(self) -> None:
