@@ -366,6 +366,7 @@ def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "qu
 
 
 def side(row: dict[str, str]) -> dict[str, str]:
+    """A passage as a record's positive or negative."""
     return {"title": row["title"], "text": row["text"]}
 
 

@@ -52,7 +52,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Record, record, sentences, spoken
+from data import Record, record, sentences, side, spoken
 from gecko import (
     Gecko,
     InputError,
@@ -308,12 +308,12 @@ def generate(llm: LLM, corpus: Sequence[Passage], limit: int, seed: int = 0,
     for a in range(0, limit, block):
         passages = [corpus[i] for i in draws[a:a + block]]
         for n, (p_seed, answer) in enumerate(zip(passages, llm.generate(passages), strict=True), a):
-            number, side = f"q{n:07d}", {"title": p_seed["title"], "text": p_seed["text"]}
+            number = f"q{n:07d}"
             try:
                 if answer is None:
                     raise ValueError("the call failed")
                 task, query = parse_generation(answer)
-                yield record(task, query, side, _id=number, kind=task_kind(task), seed_id=p_seed["_id"])
+                yield record(task, query, side(p_seed), _id=number, kind=task_kind(task), seed_id=p_seed["_id"])
             except ValueError as error:
                 yield {"_id": number, "failed": f"{error}: {(answer or '')[:200]!r}"}
 
@@ -365,9 +365,8 @@ def fret_record(row: Record, P: Sequence[Passage], ql: Sequence[float | None],
     R = rrf(ql, rc) if rank == "fused" else [1 / r for r in ranks(rc)]  # type: ignore[arg-type]
     rng = random.Random(f"{seed} {row['_id']}")
     p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, rng)
-    side = [{"title": p["title"], "text": p["text"]} for p in P]
     return record(
-        row["task"], row["query"], side[p_pos], side[p_neg] if p_neg is not None else None,
+        row["task"], row["query"], side(P[p_pos]), side(P[p_neg]) if p_neg is not None else None,
         _id=row["_id"], kind=row["kind"], seed_id=row["seed_id"], positive_id=P[p_pos]["_id"],
         negative_id=P[p_neg]["_id"] if p_neg is not None else None, rank=rank,
         candidates=[{"id": p["_id"], "ql": a, "rc": b, "R": r}
@@ -388,9 +387,8 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
         rng = random.Random(f"{seed} {row['_id']}")
         p_pos, p_neg = relabel([c["R"] for c in row["candidates"]], [p["text"] for p in P],
                                negative, rng, at)
-        side = [{"title": p["title"], "text": p["text"]} for p in P]
-        out.append(record(row["task"], row["query"], side[p_pos],
-                          side[p_neg] if p_neg is not None else None))
+        out.append(record(row["task"], row["query"], side(P[p_pos]),
+                          side(P[p_neg]) if p_neg is not None else None))
     return out
 
 
