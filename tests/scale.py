@@ -19,6 +19,8 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import llm  # noqa: E402
 import train  # noqa: E402
@@ -75,16 +77,20 @@ def the_disk(folder: Path, rows: int, passages: int, d: int) -> None:
 def the_encoder(folder: Path, rows: int, passages: int, a: argparse.Namespace) -> None:
     model = load(a.model or folder / "gecko")
     d = model.encoder.config.hidden_size
-    corpus, records = read_passages(folder / "corpus.jsonl")[:2000], read_records(folder / "fret.jsonl")[:20_000]
+    layers = model.encoder.config.num_hidden_layers
+    corpus, B = read_passages(folder / "corpus.jsonl"), 64 if layers else 512
+    corpus = corpus[::max(1, len(corpus) // (200 if layers else 2000))]
+    records = read_records(folder / "fret.jsonl")[:a.steps * B]
     seconds = min(timed(lambda: model.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus]))
-                  for _ in range(3)) / len(corpus)
-    P = model.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])
-    search = min(timed(lambda: topk(P, P, 20)) for _ in range(3)) / len(P) ** 2
-    c = train.TrainConfig(batch_size=256, micro_batch=0 if d < 400 else 64, steps=a.steps, dims=str(d))
+                  for _ in range(1 if layers else 3)) / len(corpus)
+    x = np.random.default_rng(0).standard_normal((65_536, d)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    search = min(timed(lambda: topk(x[:1024], x, 20)) for _ in range(3)) / (1024 * len(x))
+    c = train.TrainConfig(batch_size=B, steps=a.steps, dims=str(d))
     with contextlib.redirect_stderr(io.StringIO()):
-        training = timed(lambda: train.train(model, "finetune", [records], c)) / (a.steps * 256)
+        training = timed(lambda: train.train(model, "finetune", [records], c)) / (a.steps * B)
     print(f"The encoder here: {1 / seconds:,.0f} passages/s embedded, {1 / training:,.0f} records/s trained, "
-          f"{1 / search / 1e9:.2f} G pairs/s searched (d = {d})")
+          f"{1 / search / 1e6:,.0f} M pairs/s searched (d = {d})")
     print(f"  embed {passages:,} passages {hours(seconds * passages)}, {rows:,} queries {hours(seconds * rows)}; "
           f"search {hours(search * rows * passages)}; train one epoch {hours(training * rows)}")
     the_disk(folder, rows, passages, d)
