@@ -19,11 +19,11 @@ from test_newcomer import MAIN, project  # noqa: F401 a fixture
 import gecko
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "README.md").read_text()
+PAGE = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())      # a line that goes on after a backslash
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in SECTIONS["The map"].splitlines()
         if line.startswith("| ") and "`" in line]
-COMMANDS = [shlex.split(found, comments=True) for found in re.findall(
+COMMANDS = [shlex.split(re.split(r"\s{2,}", found)[0], comments=True) for found in re.findall(
     r"(?:^    |`)(?:\w+=\S+ )*python ((?:gecko|data|llm|train)\.py[^`\n]*)", PAGE, re.M) if "..." not in found]
 
 
