@@ -503,7 +503,7 @@ def everyday(text: str, rng: random.Random, p: float) -> str:
 
 def templated_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     """One of the four frequent tasks and a query for it, from one sentence of the passage."""
-    if not re.fullmatch(r"[\w.]+", p["title"]):                      # the title is no qualified name
+    if not re.fullmatch(r"[\w.-]+", p["title"]):                      # the title is no qualified name
         return prose_query(p, rng)
     found = sentences(p["text"][:1500]) or [p["text"][:200]]
     said = found[0] if rng.random() < 0.6 else rng.choice(found)
