@@ -360,7 +360,7 @@ def test_refused_by_name(name, bert, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gecko.py", "search", "q", "--model", str(tmp_path / "m")])
     with pytest.raises(SystemExit) as stop:
         gecko.run(gecko.main)
-    lines = capsys.readouterr().err.splitlines()
+    lines = list(filter(None, capsys.readouterr().err.splitlines()))
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
 
 
