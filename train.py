@@ -69,6 +69,7 @@ from gecko import (
     Gecko,
     InputError,
     add_flags,
+    fetch,
     file_beside,
     first_line,
     flag,
@@ -1303,6 +1304,26 @@ def files_key(paths: Sequence[str | Path], *settings: Any) -> str:
     return total.hexdigest()
 
 
+def training_cases(args: argparse.Namespace, c: TrainConfig, model: Gecko, mined: Path, own: bool,
+                   beir: dict[str, Beir]) -> dict[str, Callable[[int], dict[str, Any]]]:
+    """The rows of a table that trains, from the FRet file in `mined` or the files of --data."""
+    lab = Lab(c, [], [], model, [], [read_records(path) for path in args.data], beir, args.task, args.sts,
+              args.classes)
+    if not args.data:
+        lab.corpus, lab.rows = read_passages(mined / "corpus.jsonl"), read_records(mined / "fret.jsonl")
+    if args.table == "mixture" and not args.data:                    # no NLI without files of it
+        lab.classes = [own_modules(Path(args.out), lab.corpus)]
+        lab.data = [lab.rows, list(convert_classification(lab.classes[0][:1], Counter())),
+                    builtin_pairs(lab.corpus, 50_000)]
+    if args.table in ("dims", "formats") and not own:                # their change concerns eq. 2 too
+        lab.pairs = builtin_pairs(lab.corpus, Sizes().pairs)
+        lab.init = untrained(lab.corpus, lab.pairs)
+    d = model.encoder.config.hidden_size
+    dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,))]
+    return {row: functools.partial(case_scores, lab, case, title=row, dims=dims)
+            for row, case in cases(args.table, lab).items()}
+
+
 def ablate_command(args: argparse.Namespace) -> None:
     """Find or make the files that the rows come from, run the rows, write the table."""
     c, out, home = from_flags(TrainConfig, args), Path(args.out), Path(args.corpus or "runs/demo")
@@ -1310,16 +1331,15 @@ def ablate_command(args: argparse.Namespace) -> None:
         raise InputError(f"--data: {args.table} is made from FRet; give --data to mixture")
     if not args.corpus and not (home / "ladder.json").is_file():
         recipe(home)
-    init = Path(args.init or home / "pre")
-    if not init.is_dir():
-        raise InputError(f"{init}: no such folder; --corpus needs --init, the model that each row starts from")
-    o = fret.Options(llm=args.llm, model=args.model)
+    if not args.init and not (home / "pre").is_dir():
+        raise InputError(f"{home}/pre: not there; --corpus needs --init, the model that each row starts from")
+    init, o = fetch(args.init or home / "pre"), fret.Options(llm=args.llm, model=args.model)
 
     def llm(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> fret.LLM:
         return fret.Offline(corpus, embedder, c.seed) if o.llm == "offline" else fret.endpoint(
             o, str(out / "llm.jsonl"))
 
-    model, mined, sets, classes, pairs = load(init), home, [], args.classes, []
+    model, mined = load(init), home
     model.formats = dict(FORMATS) if c.unified else model.formats
     c = replace(c, lr=c.lr or Sizes().lr * is_bag(model.encoder))
     own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
@@ -1329,35 +1349,20 @@ def ablate_command(args: argparse.Namespace) -> None:
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
     beir = {Path(folder).resolve().name: read_beir(folder, args.split) for folder in folders}
     key = files_key([mined / "fret.jsonl", mined / "seed", init, *folders, *args.sts, *args.data,
-                     *itertools.chain(*classes)], args.table, args.split, args.task, o, replace(c, seed=0))
+                     *itertools.chain(*args.classes)], args.table, args.split, args.task, o, replace(c, seed=0))
     say(table=args.table, fret=mined, init=init, sets=", ".join(beir), llm=o.llm, key=key[:8], **vars(c))
-    if args.table == "rerank":
-        run_case = rerank_cases(llm, model if own else load(home / "seed"), beir, args.task)
-    else:
-        corpus = [] if args.data else read_passages(mined / "corpus.jsonl")
-        rows = [] if args.data else read_records(mined / "fret.jsonl")
-        if args.data:
-            sets = [read_records(path) for path in args.data]
-        elif args.table == "mixture":                                # no NLI without files of it
-            classes = [own_modules(out, corpus)]
-            sets = [rows, list(convert_classification(classes[0][:1], Counter())), builtin_pairs(corpus, 50_000)]
-        if args.table in ("dims", "formats") and not own:            # their change concerns eq. 2 too
-            pairs = builtin_pairs(corpus, Sizes().pairs)
-            model = untrained(corpus, pairs)
-        lab = Lab(c, corpus, rows, model, pairs, sets, beir, args.task, args.sts, classes)
-        d = model.encoder.config.hidden_size
-        dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,))]
-        run_case = {row: lambda seed, row=row, case=case: case_scores(lab, case, seed, row, dims)
-                    for row, case in cases(args.table, lab).items()}
     by = f"{'judged' if args.table == 'rerank' else 'generated and judged'} by {o.model or o.llm}"
     if args.data:
         by = f"records of {', '.join(Path(path).name for path in args.data)}"
+    run_case = rerank_cases(llm, model if args.init else load(home / "seed"), beir, args.task) \
+        if args.table == "rerank" else training_cases(args, c, model, mined, own, beir)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
         done = ablate(args.table, out, key, by, range(c.seed, c.seed + args.seeds), run_case)
     text = table_text(args.table, done)
     with file_beside(out / f"{args.table}.md") as new:
         new.write_text(text, encoding="utf-8")
-    print(f"\n{text}\nwrote {out}/{args.table}.jsonl and .md; next: python tests/figures.py {out} draws charts")
+    print(f"\n{text}\nwrote {out}/{args.table}.jsonl and .md; for a chart: python tests/figures.py "
+          f"{out}/{args.table}.jsonl")
 
 
 # --------------------------------------------------------------------------------------------------
