@@ -990,13 +990,18 @@ def run(main: Any) -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; run the same command again")
+        sys.exit(end_of_bar() + "interrupted; run the same command again")
     except (InputError, OSError, SafetensorError) as error:
         # what a full disk says, to Python, to numpy and to safetensors
         full = re.search("No space left|File too large|requested and .* written", str(error))
-        print(f"\nerror: {first_line(error)}" + "; free some space, then run the same command again" * bool(full),
-              file=sys.stderr)
+        print(f"{end_of_bar()}error: {first_line(error)}"
+              + "; free some space, then run the same command again" * bool(full), file=sys.stderr)
         sys.exit(2)
+
+
+def end_of_bar() -> str:
+    """A line break where a progress bar still stands on the line."""
+    return "\n" * bool(getattr(tqdm, "_instances", ()))
 
 
 def say(**configuration: Any) -> None:
