@@ -21,9 +21,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import importlib
+import functools
+import importlib.util
 import inspect
 import io
+import itertools
 import pkgutil
 import re
 import sys
@@ -450,6 +452,8 @@ LAST = ("posix", "posixpath", "genericpath")
 LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
     torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
     torch.optim.lr_scheduler torch.distributions torch.utils.data torch.autograd""".split()
+# Packages whose source is read as text; those that torch does not bring here are passed over.
+SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
 
 
 def builtin_corpus() -> list[dict[str, str]]:
@@ -595,25 +599,37 @@ def doc_text(name: str, thing: Any, modules: dict[str, types.ModuleType]) -> str
 # Title-body pairs for pre-finetuning (section 3.1), from documentation and source code
 
 
-def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0) -> list[Record]:
-    """`count` unlabelled pairs: from the corpus, numpy's and torch's documentation, and source code.
+def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0,
+                  sources: Sequence[str] = SOURCES) -> list[Record]:
+    """`count` unlabelled pairs of four kinds, out of documentation and source code.
 
-    The weights of the three kinds were chosen on the dev questions.
+    Their shares were chosen on the dev questions. What people write about code that calls a function
+    says in everyday words what the function is for; its documentation says it in its own.
     """
-    rng = np.random.default_rng(seed)
+    rng, of_calls = np.random.default_rng(seed), calls(corpus)
+    written = source_texts(sources)
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
-    roots = [sysconfig.get_paths()["stdlib"], str(Path(np.__file__).parent)]
-    commented = [pair for root in roots for pair in comment_pairs(Path(root))]
+    libraries += [passage(name, text) for kind, name, text in written if kind == "docstring"]
+    explained = [(words, code) for kind, words, code in written if kind != "docstring"]
+    called = [(words, names) for words, code in explained if 0 < len(names := of_calls(code)) <= 6]
+    often = Counter(i for _, names in called for i in names)
+    commented = [(words, code) for kind, words, code in written if kind == "comment"]
     own = [c for p in corpus for c in chunks(p)]
     other = [c for p in libraries for c in chunks(p)]
     rows = []
-    for kind in rng.choice(3, size=count, p=[0.5, 0.2, 0.3]):
-        if kind == 2:
-            query, text = commented[rng.integers(len(commented))]
-            title = ""
-        else:
-            pool = own if kind == 0 else other
+    for kind in rng.choice(4, size=count, p=[0.4, 0.2, 0.1, 0.3] if called else [0.5, 0.3, 0.2, 0]):
+        title = ""
+        if kind < 2:
+            pool = other if kind else own
             query, text, title = title_body_pair(pool[rng.integers(len(pool))], rng)
+        elif kind == 2:
+            query, text = commented[rng.integers(len(commented))]
+        else:                                                        # rather the rare call than len()
+            query, names = called[rng.integers(len(called))]
+            weight = np.array([often[i] ** -0.7 for i in names])
+            found = corpus[names[rng.choice(len(names), p=weight / weight.sum())]]
+            text = " ".join(found["text"].split()[:120])
+            title = found["title"] if rng.random() < 0.7 else ""
         task = ("search result", "question answering")[rng.integers(2)]  # the tasks of section 3.1
         rows.append(record(task, query, {"title": title, "text": text}))
     return rows
@@ -668,14 +684,23 @@ def title_body_pair(row: dict[str, str], rng: np.random.Generator) -> tuple[str,
     return query, row["text"], title if rng.random() < 0.3 else ""
 
 
-def comment_pairs(root: Path) -> list[tuple[str, str]]:
-    """(comment, the code lines below it) of every Python file under `root`; nothing is imported."""
-    found: dict[tuple[str, str], None] = {}
-    skip = NOT_IMPORTED | {"tests", "testing", "site-packages"}
-    for path in sorted(root.rglob("*.py")):
-        if not skip & set(path.relative_to(root).parts):
-            with contextlib.suppress(UnicodeDecodeError, OSError):
-                found.update(dict.fromkeys(comments(path.read_text(encoding="utf-8").split("\n"))))
+@functools.cache
+def source_texts(sources: Sequence[str]) -> list[tuple[str, str, str]]:
+    """What people write about code, with the code, of every Python file; nothing is imported.
+
+    ("comment" or "function", words, code) and ("docstring", name, text), each once.
+    """
+    found: dict[tuple[str, str, str], None] = {}
+    for name in sources:
+        spec = importlib.util.find_spec(name) if name != "stdlib" else None
+        root = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_paths()["stdlib"])
+        if spec or name == "stdlib":
+            for path in sorted(root.rglob("*.py")):
+                if "site-packages" not in path.relative_to(root).parts:
+                    with contextlib.suppress(UnicodeDecodeError, OSError):
+                        lines = path.read_text(encoding="utf-8").split("\n")
+                        found.update(dict.fromkeys(("comment", *pair) for pair in comments(lines)))
+                        found.update(dict.fromkeys(functions(lines)))
     return list(found)
 
 
@@ -684,17 +709,62 @@ def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
     i = 0
     while i < len(lines):
         comment, code = list[str](), list[str]()
-        while i < len(lines) and lines[i].strip().startswith("#"):
+        while i < len(lines) and lines[i].lstrip().startswith("#"):
             comment.append(lines[i].strip().lstrip("#! "))
             i += 1
-        while comment and i < len(lines) and len(code) < 6 and lines[i].strip() and \
-                not lines[i].strip().startswith("#"):
-            code.append(lines[i].strip())
+        while comment and i < len(lines) and len(code) < 6 and (line := lines[i].strip()) and line[0] != "#":
+            code.append(line)
             i += 1
-        words = re.findall(r"[a-z]{2,}", " ".join(comment))
-        if code and 3 <= len(words) <= 60:
-            yield " ".join(comment), " ".join(code)[:400]
+        if code and 3 <= len(re.findall(r"[a-z]{2,}", words := " ".join(comment))) <= 60:
+            yield words, " ".join(code)[:400]
         i += not comment or not code
+
+
+def functions(lines: list[str], most: int = 40) -> Iterator[tuple[str, str, str]]:
+    """Of each function: its name as words and its docstring's first sentence, each with the body; the docstring."""
+    for i, line in enumerate(lines):
+        start = line.lstrip()
+        if not start.startswith(("def ", "async def ")):
+            continue
+        name, indent = start.partition("def ")[2].partition("(")[0], len(line) - len(start)
+        body = list(itertools.takewhile(
+            lambda x: not x.strip() or len(x) - len(x.lstrip()) > indent, lines[i + 1:i + most]))
+        text = "\n".join(body)
+        before, _, rest = text.partition('"""')
+        doc, _, code = rest.partition('"""') if len(before) < 200 else ("", "", text)
+        if len(words := spoken(name).split()) > 1:
+            yield "function", " ".join(words[words[0] == "test":]), code
+        if len(doc.split()) >= 4:
+            yield "docstring", name, inspect.cleandoc(doc)
+            yield "function", " ".join(re.split(r"\n\s*\n", doc.strip())[0].split()), code
+
+
+def calls(corpus: Sequence[dict[str, str]]) -> Callable[[str], list[int]]:
+    """A function from code to the passages of what it calls, as far as a name alone tells.
+
+    >>> calls([passage("os.remove", ""), passage("builtins.str.split", "")])("os.remove(x.split()[0])")
+    [0, 1]
+    """
+    full: dict[str, int] = {}
+    last: dict[str, list[int]] = {}
+    kinds = ["str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray"]
+    for i, p in enumerate(corpus):
+        name = p["_id"].removeprefix("builtins.")
+        full[name] = i
+        last.setdefault(name.rpartition(".")[2], []).append(i)
+    modules = {name.partition(".")[0] for name in full} - set(kinds)
+
+    def found(call: str) -> list[int]:
+        first, dot, _ = call.partition(".")
+        if call in full or not dot or first in modules:
+            return [full[call]] if call in full else []
+        method = call.rpartition(".")[2]
+        builtin = [full[name] for kind in kinds if (name := f"{kind}.{method}") in full]
+        some = last.get(method, [])
+        return builtin[:1] or (some if len(some) <= 2 else [])
+
+    return lambda code: list(dict.fromkeys(
+        i for call in re.findall(r"([A-Za-z_][\w.]*)\(", code) for i in found(call)))
 
 
 # --------------------------------------------------------------------------------------------------
