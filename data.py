@@ -610,14 +610,14 @@ def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0,
     written = source_texts(sources)
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for kind, name, text in written if kind == "docstring"]
-    explained = [(words, code) for kind, words, code in written if kind != "docstring"]
-    called = [(words, names) for words, code in explained if 0 < len(names := of_calls(code)) <= 6]
-    often = Counter(i for _, names in called for i in names)
     commented = [(words, code) for kind, words, code in written if kind == "comment"]
+    called = [[(words, names) for kind, words, code in written if kind == wanted
+               and 0 < len(names := of_calls(code)) <= 6] for wanted in ("comment", "function")]
+    often = Counter(i for pairs in called for _, names in pairs for i in names)
     own = [c for p in corpus for c in chunks(p)]
     other = [c for p in libraries for c in chunks(p)]
     rows = []
-    for kind in rng.choice(4, size=count, p=[0.4, 0.2, 0.1, 0.3] if called else [0.5, 0.3, 0.2, 0]):
+    for kind in rng.choice(4, size=count, p=[0.4, 0.15, 0.15, 0.3] if all(called) else [0.5, 0.3, 0.2, 0]):
         title = ""
         if kind < 2:
             pool = other if kind else own
@@ -625,7 +625,8 @@ def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0,
         elif kind == 2:
             query, text = commented[rng.integers(len(commented))]
         else:                                                        # rather the rare call than len()
-            query, names = called[rng.integers(len(called))]
+            pairs = called[rng.integers(2)]
+            query, names = pairs[rng.integers(len(pairs))]
             weight = np.array([often[i] ** -0.7 for i in names])
             found = corpus[names[rng.choice(len(names), p=weight / weight.sum())]]
             text = " ".join(found["text"].split()[:120])
