@@ -725,16 +725,15 @@ def functions(lines: list[str], most: int = 40) -> Iterator[tuple[str, str, str]
     """Of each function: its name as words and its docstring's first sentence, each with the body; the docstring."""
     for i, line in enumerate(lines):
         start = line.lstrip()
-        if not start.startswith(("def ", "async def ")):
+        if not (named := re.match(r"(?:async def|def|class) (\w+)", start)):
             continue
-        name, indent = start.partition("def ")[2].partition("(")[0], len(line) - len(start)
+        name, indent = named[1], len(line) - len(start)
         body = list(itertools.takewhile(
             lambda x: not x.strip() or len(x) - len(x.lstrip()) > indent, lines[i + 1:i + most]))
         text = "\n".join(body)
         before, _, rest = text.partition('"""')
         doc, _, code = rest.partition('"""') if len(before) < 200 else ("", "", text)
-        if len(words := spoken(name).split()) > 1:
-            yield "function", " ".join(words[words[0] == "test":]), code
+        yield "function", spoken(name).strip(), code
         if len(doc.split()) >= 4:
             yield "docstring", name, inspect.cleandoc(doc)
             yield "function", " ".join(re.split(r"\n\s*\n", doc.strip())[0].split()), code
