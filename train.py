@@ -301,18 +301,19 @@ SMALL = TrainConfig(batch_size=512, tau=0.1, dims="384,128")         # chosen on
 class Sizes:
     """How much of everything the recipe does; the defaults take minutes on two cores."""
 
-    pairs: int = 100_000        # title-body pairs
-    pre_steps: int = 400        # of pre-finetuning
+    pairs: int = 300_000        # title-body pairs
+    pre_steps: int = 500        # of pre-finetuning
     queries: int = 8            # generated queries a passage (the paper: 6.6M in all)
     steps: int = 400            # of each training on generated queries
     lr: float = 2e-3            # of the same
+    pair_weight: float = 0.5    # title-body pairs in the mixture for each generated query (section 3.3)
 
 
 def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
            corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
     """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus, with `offline`."""
     start, n = time.time(), sizes or Sizes()
-    c = replace(SMALL, seed=seed)
+    c = replace(SMALL, seed=seed, mix="mixed")
 
     print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
     corpus = corpus or builtin_corpus()
@@ -328,7 +329,8 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
         fret.Offline(corpus, seed=seed), corpus, drawn, seed), drawn, "generate")
     queries = fret.read_queries(out / "queries.jsonl", corpus)
     first = copy.deepcopy(pre)
-    train(first, "prefinetune", [queries], replace(c, steps=n.steps, lr=n.lr), title="first embedder")
+    mixture = [1.0, n.pair_weight]
+    train(first, "prefinetune", [queries, pairs], replace(c, steps=n.steps, lr=n.lr), mixture, "first embedder")
     save(first, out / "seed")
     save(pre, out / "pre")                                           # where the rows of `ablate` start
 
@@ -338,9 +340,9 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
                     len(queries), "mine")
     rows = [row for _, row in read_jsonl(out / "fret.jsonl")]
 
-    print("3.3  Fine-tuning on FRet (eq. 3, Matryoshka)")
+    print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
     gecko = copy.deepcopy(pre)
-    train(gecko, "finetune", [rows], replace(c, steps=n.steps, lr=n.lr), title="fine-tune")
+    train(gecko, "finetune", [rows, pairs], replace(c, steps=n.steps, lr=n.lr), mixture, "fine-tune")
     save(gecko, out / "gecko")
 
     show_relabelled(rows, corpus)
