@@ -721,22 +721,23 @@ def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
         i += not comment or not code
 
 
-def functions(lines: list[str], most: int = 40) -> Iterator[tuple[str, str, str]]:
-    """Of each function: its name as words and its docstring's first sentence, each with the body; the docstring."""
+def functions(lines: list[str], most: int = 30) -> Iterator[tuple[str, str, str]]:
+    """A function's name as words, and its docstring's first sentence, each with its body; docstrings."""
     for i, line in enumerate(lines):
-        start = line.lstrip()
-        if not (named := re.match(r"(?:async def|def|class) (\w+)", start)):
+        if not (start := re.match(r"\s*(?:async def|def|class) (\w+)", line)):
             continue
-        name, indent = named[1], len(line) - len(start)
-        body = list(itertools.takewhile(
+        name, indent = start[1], len(line) - len(line.lstrip())
+        text = "\n".join(itertools.takewhile(
             lambda x: not x.strip() or len(x) - len(x.lstrip()) > indent, lines[i + 1:i + most]))
-        text = "\n".join(body)
         before, _, rest = text.partition('"""')
-        doc, _, code = rest.partition('"""') if len(before) < 200 else ("", "", text)
-        yield "function", spoken(name).strip(), code
+        doc, _, code = rest.partition('"""') if before.strip() in ("", "r") else ("", "", text)
+        first = " ".join(re.split(r"\n\s*\n", doc.strip())[0].split())
+        if "class " not in start[0]:
+            yield "function", spoken(name).strip(), code
+            if len(first.split()) >= 4:
+                yield "function", first, code
         if len(doc.split()) >= 4:
             yield "docstring", name, inspect.cleandoc(doc)
-            yield "function", " ".join(re.split(r"\n\s*\n", doc.strip())[0].split()), code
 
 
 def calls(corpus: Sequence[dict[str, str]]) -> Callable[[str], list[int]]:

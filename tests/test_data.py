@@ -152,7 +152,7 @@ def test_corpus_imports_nothing_with_side_effects(corpus):
 
 def test_pairs_are_seeded_and_never_their_own_answer(corpus):
     small = corpus[:300]
-    a, b, other = (data.builtin_pairs(small, 400, seed, ("stdlib",)) for seed in (3, 3, 4))
+    a, b, other = (data.builtin_pairs(small, 400, seed, ("numpy",)) for seed in (3, 3, 4))
     assert a == b != other
     assert {r["task"] for r in a} == {"search result", "question answering"}
     assert sum(r["query"] == r["positive"]["text"] for r in a) <= 8
@@ -160,22 +160,23 @@ def test_pairs_are_seeded_and_never_their_own_answer(corpus):
 
 
 def test_functions_pair_with_their_bodies():
-    lines = ["class A:", "    def tear_down(self):", '        """Delete the folder.', "", '        Slow."""',
+    lines = ["class A:", "    def tear_down(self):", '        """Delete the whole folder.', "", '        Slow."""',
              "        shutil.rmtree(self.folder)", "x = 1"]
     found = list(data.functions(lines))
-    assert [(kind, words) for kind, words, _ in found] == [
-        ("function", "A"), ("function", "tear down"), ("docstring", "tear_down"), ("function", "Delete the folder.")]
-    assert "shutil.rmtree" in found[3][2] and "x = 1" not in found[3][2] and found[2][2] == "Delete the folder.\n\nSlow."
+    assert [pair[:2] for pair in found] == [
+        ("function", "tear down"), ("function", "Delete the whole folder."), ("docstring", "tear_down")]
+    assert "shutil.rmtree" in found[1][2] and "x = 1" not in found[1][2]
+    assert found[2][2] == "Delete the whole folder.\n\nSlow."
 
 
 def test_calls_are_found_by_name_alone_and_only_where_that_is_safe():
     names = ["os.remove", "builtins.len", "builtins.str.split", "re.Pattern.split", "queue.Queue.get",
              "asyncio.Queue.get", "contextvars.ContextVar.get", "shutil.rmtree", "mailbox.Maildir.clean"]
     of = data.calls([data.passage(name, "") for name in names])
-    found = {code: [names[i] for i in of(code)] for code in
-             ("os.remove(p)", "len(x)", "x.split(y)", "q.get()", "os.clean()", "box.clean()", "rmtree(p)")}
-    assert found == {"os.remove(p)": ["os.remove"], "len(x)": ["builtins.len"], "x.split(y)": ["builtins.str.split"],
-                     "q.get()": [], "os.clean()": [], "box.clean()": ["mailbox.Maildir.clean"], "rmtree(p)": []}
+    for code, want in (("os.remove(p)", ["os.remove"]), ("len(x)", ["builtins.len"]), ("q.get()", []),
+                       ("x.split(y)", ["builtins.str.split"]), ("box.clean()", ["mailbox.Maildir.clean"]),
+                       ("os.clean()", []), ("rmtree(p)", [])):
+        assert [names[i] for i in of(code)] == want, code
 
 
 def test_comments_pair_with_the_code_below():
