@@ -540,7 +540,7 @@ def seed_of(*numbers: int) -> int:
 # A run's folder: metrics.jsonl, checkpoint-STEP/, best/ and, at the end, the model
 
 
-HALF_WRITTEN = (".checkpoint-*", ".best.*", ".model*", ".*.metrics.jsonl")   # what a kill may leave
+HALF_WRITTEN = (".*checkpoint-*", ".best.*", ".*model*", ".*.metrics.jsonl")   # what a kill may leave
 
 
 class Log:
