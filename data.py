@@ -13,7 +13,8 @@ Where we fill a gap in the paper:
 1. Mixture (3.3, weights not stated): a weight for each set; one set a batch, see `schedule`.
 2. Unique ids (3.3, their form not stated): the number of the triple, in brackets.
 3. Title-body pairs (3.1, crawled from the web): name, sentence or word span against the passage,
-   and, from source code, a comment against the code below it.
+   a comment against the code below it, and what people write about code against the documentation
+   of what that code calls.
 """
 
 from __future__ import annotations

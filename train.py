@@ -301,8 +301,8 @@ SMALL = TrainConfig(batch_size=512, tau=0.1, dims="384,128")         # chosen on
 class Sizes:
     """How much of everything the recipe does; the defaults take minutes on two cores."""
 
-    pairs: int = 300_000        # title-body pairs
-    pre_steps: int = 500        # of pre-finetuning
+    pairs: int = 600_000        # title-body pairs
+    pre_steps: int = 1000       # of pre-finetuning
     queries: int = 8            # generated queries a passage (the paper: 6.6M in all)
     steps: int = 400            # of each training on generated queries
     lr: float = 2e-3            # of the same
