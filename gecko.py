@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gzip
+import hashlib
+import itertools
 import json
 import math
 import os
@@ -25,8 +28,10 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -240,29 +245,17 @@ class Gecko:
         return embed_bag(self.encoder, tokens) if is_bag(self.encoder) else embed(
             self.encoder, *pad(tokens, self.encoder.config.pad_token_id, self.device))
 
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], dim: int | None = None, batch_tokens: int = 16384,
-               progress: str = "") -> np.ndarray:
+    def encode(self, texts: Iterable[str], dim: int | None = None, **how: Any) -> np.ndarray:
         """Texts, already formatted -> float32 unit vectors (len(texts), dim), in the order given.
 
-        Batches hold texts of like length, at most `batch_tokens` tokens with padding, so that
-        little of the work is spent on padding; `progress` names the bar, none without it.
+        `how`: `precision` "float32" or "bf16", `batch_tokens`, and `progress`, the name of a bar.
         """
-        if dim is not None and not 1 <= dim <= self.encoder.config.hidden_size:
-            raise InputError(f"--dim {dim}: this model has {self.encoder.config.hidden_size} "
-                             f"dimensions, give 1 to that (trained for {self.dims})")
-        tokens = self.tokens(texts)
-        out = np.zeros((len(texts), dim or self.encoder.config.hidden_size), dtype=np.float32)
-        training = self.encoder.training
-        self.encoder.eval()
-        bar = tqdm(total=len(texts), desc=progress, unit="text", disable=not progress)
-        for batch in length_batches([len(t) for t in tokens], batch_tokens):
-            x = self.embed([tokens[i] for i in batch])               # (B, d)
-            out[batch] = normalise(x, dim).cpu().numpy()
-            bar.update(len(batch))
-        bar.close()
-        self.encoder.train(training)
-        return out                                                   # (len(texts), dim)
+        texts, done = list(texts), 0
+        out = np.empty((len(texts), check_dim(self, dim)), np.float32)   # (len(texts), dim)
+        for x in encode_blocks(self, texts, dim, **how):
+            out[done:done + len(x)] = x
+            done += len(x)
+        return out
 
     def encode_queries(self, texts: Sequence[str], task: str = "question answering",
                        **how: Any) -> np.ndarray:
@@ -350,6 +343,146 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keep: Tensor, p: float) -> Tensor:
     hidden = torch.zeros(keep.shape, dtype=q.dtype).masked_fill_(~keep, -math.inf)  # (B, 1, 1, T)
     s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + hidden     # (B, H, T, T)
     return dropout(s.softmax(-1), p, training=True) @ v              # (B, H, T, d/H)
+
+
+# --------------------------------------------------------------------------------------------------
+# Products
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """True where a bfloat16 product is faster than a float32 one."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+
+
+def product(x: Tensor, w: Tensor, b: Tensor | None = None, then: str = "none") -> Tensor:
+    """x w^T + b, and gelu: (n, d), (c, d), (c) -> (n, c).
+
+    On a CPU by oneDNN, because MKL's float32 is less than half as fast on some and gelu costs a pass.
+    """
+    if x.device.type == "cpu" and ONEDNN and (x.dtype == torch.float32 or has_bfloat16(x.device)):
+        return torch.ops.mkldnn._linear_pointwise(x, w, b, then, [], "none")
+    y = F.linear(x, w, b)                                            # (n, c)
+    return F.gelu(y) if then == "gelu" else y
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoding many texts: `Gecko.embed` without gradient, padding or waiting
+
+TEXTS_AHEAD = 8192           # texts sorted by length at a time; the next so many are tokenised meanwhile
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+
+
+@torch.no_grad()
+def encode_blocks(model: Gecko, texts: Iterable[str], dim: int | None = None, batch_tokens: int = 0,
+                  progress: str = "", precision: str = "float32", total: int | None = None,
+                  ) -> Iterator[np.ndarray]:
+    """Formatted texts, a stream -> float32 unit vectors (TEXTS_AHEAD or fewer, dim), block after block."""
+    encoder, dim = model.encoder, check_dim(model, dim)
+    if precision not in ("float32", "bf16"):
+        raise InputError(f"--precision {precision}: give float32 or bf16")
+    stream, cut, training = iter(texts), 0, encoder.training
+
+    def tokenise() -> tuple[list[list[int]], int]:
+        return model.tokens(list(itertools.islice(stream, TEXTS_AHEAD))), model.cut
+
+    total = len(texts) if isinstance(texts, Sized) else total
+    bar = tqdm(total=total, desc=progress, unit="text", disable=not progress)
+    encoder.eval()
+    try:
+        with ThreadPoolExecutor(1) as ahead:
+            tokens, found = tokenise()
+            embed_batch = fastest_embed(model, precision, sum(map(len, tokens)))
+            while tokens:
+                cut, coming = cut + found, ahead.submit(tokenise)
+                out = np.empty((len(tokens), dim), np.float32)
+                for batch in length_batches([len(t) for t in tokens],
+                                            batch_tokens or BATCH_TOKENS[model.device.type]):
+                    x = embed_batch([tokens[i] for i in batch])      # (B, d)
+                    out[batch] = normalise(x, dim).cpu().numpy()
+                    bar.update(len(batch))
+                yield out                                            # (len(tokens), dim)
+                tokens, found = coming.result()
+    finally:
+        bar.close()
+        encoder.train(training)
+        model.cut = cut
+
+
+def check_dim(model: Gecko, dim: int | None) -> int:
+    """The dimensions that are asked for, all without a `dim`."""
+    d = model.encoder.config.hidden_size
+    if dim is not None and not 1 <= dim <= d:
+        raise InputError(f"--dim {dim}: this model has {d} dimensions, give 1 to that (trained for {model.dims})")
+    return dim or d
+
+
+def fastest_embed(model: Gecko, precision: str, tokens: int) -> Callable[[list[list[int]]], Tensor]:
+    """`Gecko.embed` in that precision; packed on a CPU when there are tokens enough to repay packing."""
+    encoder, dtype = model.encoder, torch.bfloat16 if precision == "bf16" else torch.float32
+    if is_bag(encoder) or next(encoder.parameters()).dtype != torch.float32:
+        return model.embed
+    if model.device.type == "cpu" and (tokens > 2048 or dtype == torch.bfloat16):
+        return packed(encoder, dtype)
+    if dtype == torch.float32:
+        return model.embed
+    low = copy.deepcopy(encoder).to(dtype)
+    pad_id = encoder.config.pad_token_id
+    return lambda tokens: mean_pool(low(*(x := pad(tokens, pad_id, model.device))).float(), x[1])
+
+
+def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], Tensor]:
+    """`embed` with all tokens of a batch in one matrix, no padding: token ids of B texts -> (B, d) float32.
+
+    Query, key and value are one product; attention goes by runs of texts of one length.
+    """
+    c, e = encoder.config, encoder.embeddings
+    d, eps, first = c.hidden_size, c.layer_norm_eps, c.first_position
+
+    def together(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
+        w = torch.cat([x.weight for x in linears]).to(dtype)         # (out, in)
+        if ONEDNN and (dtype == torch.float32 or has_bfloat16(w.device)):
+            w = torch.ops.mkldnn._reorder_linear_weight(w, None)     # once, not in every product
+        return w, torch.cat([x.bias for x in linears]).to(dtype)
+
+    layers = []
+    for layer in encoder.encoder["layer"]:
+        project, out = layer.attention["self"], layer.attention["output"]
+        norms = [(x.weight.to(dtype), x.bias.to(dtype)) for x in (out["LayerNorm"], layer.output["LayerNorm"])]
+        layers.append((together(*(project[name] for name in ("query", "key", "value"))), together(out["dense"]),
+                       together(layer.intermediate["dense"]), together(layer.output["dense"]), *norms))
+
+    def attend_run(qkv: Tensor, n: int) -> Tensor:
+        """Texts of n tokens: (texts * n, 3d) -> (texts, n, H, d/H)."""
+        q, k, v = qkv.view(-1, n, 3, c.num_attention_heads, d // c.num_attention_heads).permute(2, 0, 3, 1, 4)
+        if dtype == torch.bfloat16:                                  # torch's fused one is slow in it
+            a = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1) @ v   # (texts, H, n, d/H)
+        else:
+            a = F.scaled_dot_product_attention(q, k, v)              # (texts, H, n, d/H)
+        return a.transpose(1, 2)
+
+    def embed_packed(tokens: list[list[int]]) -> Tensor:
+        lengths = torch.tensor([len(t) for t in tokens])             # (B)
+        ids = torch.tensor([i for t in tokens for i in t])           # (N) tokens of the whole batch
+        position = torch.cat([torch.arange(first, first + len(t)) for t in tokens])  # (N)
+        x = e["word_embeddings"](ids) + e["position_embeddings"](position)
+        x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
+        runs = [(n, n * len(list(run))) for n, run in itertools.groupby(map(len, tokens))]
+        for qkv, out, up, down, norm_1, norm_2 in layers:
+            a, start, y = torch.empty_like(x), 0, product(x, *qkv)   # (N, d), (N, 3d)
+            for n, rows in runs:
+                here = slice(start, start + rows)
+                a[here].view(-1, n, c.num_attention_heads, d // c.num_attention_heads).copy_(attend_run(y[here], n))
+                start += rows
+            x = F.layer_norm(product(a, *out).add_(x), (d,), *norm_1, eps)       # (N, d)
+            h = product(product(x, *up, "gelu"), *down)              # (N, d)
+            x = F.layer_norm(h.add_(x), (d,), *norm_2, eps)          # (N, d)
+        return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
+
+    return embed_packed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,22 +634,6 @@ def search_again(q: Tensor, passages: np.ndarray | Tensor, k: int, floor: Tensor
         floor = floor.index_put((row[rank == k - 1],), score[rank == k - 1])
         row, index, score = row[rank < k], index[rank < k], score[rank < k]
     return score.view(n, k), index.view(n, k)
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-
-
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def product(x: Tensor, w: Tensor) -> Tensor:
-    """x w^T; on a CPU oneDNN's, because MKL's float32 is half as fast on some: (n, d), (c, d) -> (n, c)."""
-    if x.device.type == "cpu" and ONEDNN:
-        return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-    return x @ w.T                                                   # (n, c)
 
 
 def block(x: np.ndarray | Tensor, a: int, b: int, device: torch.device) -> Tensor:
@@ -1041,25 +1158,76 @@ def search_command(args: argparse.Namespace) -> None:
         print(f"{score:.3f}  {passages[i]['title'] or passages[i]['_id']}  {text[:80]}")
 
 
+def encode_texts(args: argparse.Namespace, formats: dict[str, str]) -> Iterator[str]:
+    """The formatted texts of the input, row after row."""
+    for where, row in read_jsonl(args.input):
+        text = row.get("text") if args.passages else row.get("query") or row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f'{where}: no {"" if args.passages else "query or "}"text"; every row needs one')
+        yield (format_passage(text, str(row.get("title") or ""), formats) if args.passages
+               else format_query(text, args.task, formats))
+
+
 def encode_command(args: argparse.Namespace) -> None:
-    model = load(args.model)
-    say(model=args.model, kind="passages" if args.passages else f"queries of task {args.task!r}",
-        dim=args.dim or model.encoder.config.hidden_size)
-    if args.passages:
-        rows = read_passages(args.input)
-        x = model.encode_passages([r["text"] for r in rows], [r["title"] for r in rows],
-                                  dim=args.dim, progress="passages")
-    else:
-        texts = []
-        for where, row in read_jsonl(args.input):
-            texts.append(row.get("query") or row.get("text") or "")
-            if not isinstance(texts[-1], str) or not texts[-1].strip():
-                raise InputError(f'{where}: no "query" or "text"; every row needs one')
-        x = model.encode_queries(texts, args.task, dim=args.dim, progress="queries")
-    with file_beside(args.output) as new, open(new, "wb") as out:
-        np.save(out, x)
-    print(f"wrote {args.output}: float32 {x.shape}; {model.cut} texts were cut at "
-          f"{model.max_length} tokens")
+    """Written as it goes to a memory map beside the output; a stopped run is taken up at its last block.
+
+    Under torchrun each process encodes its part of the rows into the same file; the last one renames it.
+    """
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    model, output = load(args.model), Path(args.output)
+    dim = check_dim(model, args.dim)
+    rows = sum(1 for _ in encode_texts(args, model.formats))         # a first pass: every row is checked
+    file = Path(args.input).stat()
+    same = hashlib.sha256(json.dumps([
+        file.st_size, file.st_mtime_ns, rows, dim, args.passages, args.task, args.precision, model.formats,
+        model.max_length, TEXTS_AHEAD, BATCH_TOKENS, model.tokenizer.to_str()]).encode())
+    for p in model.encoder.parameters():
+        same.update(p.detach().cpu().numpy().tobytes())
+    key = same.hexdigest()[:12]                                      # of all that the bytes depend on
+    part = output.with_name(f".{output.name}.{key}.part")
+    states = [output.with_name(f".{output.name}.{key}.{r}-of-{world}.json") for r in range(world)]
+    first, last = (rows * r // world for r in (rank, rank + 1))
+    state = read_json(states[rank]) if states[rank].exists() and part.exists() else {"done": 0, "cut": 0}
+    say(model=args.model, kind="passages" if args.passages else f"queries of task {args.task!r}", dim=dim,
+        precision=args.precision, rows=f"{first}-{last} of {rows}", resumed_at=first + state["done"])
+    out = npy_map(part, (rows, dim))
+    texts = itertools.islice(encode_texts(args, model.formats), first + state["done"], last)
+    start, before = time.perf_counter(), state["done"]
+    for x in encode_blocks(model, texts, dim, progress="texts", precision=args.precision,
+                           total=last - first - before):
+        here = first + state["done"]
+        out[here:here + len(x)] = x
+        out.flush()
+        state = {"done": state["done"] + len(x), "cut": state["cut"] + model.cut}
+        with file_beside(states[rank]) as new:
+            new.write_text(json.dumps(state))
+    rate = (state["done"] - before) / (time.perf_counter() - start)
+    done = []
+    for path in states:
+        with contextlib.suppress(InputError):                        # the last process has cleared them away
+            done.append(read_json(path))
+    if sum(d["done"] for d in done) < rows:
+        print(f"encoded rows {first} to {last}, {rate:.0f} texts/s; the others are at work")
+        return
+    with contextlib.suppress(FileNotFoundError):                     # two may be last at once
+        os.replace(part, output)
+    for path in output.parent.glob(f".{output.name}.*"):
+        if re.fullmatch(r"[0-9a-f]{12}\.(part|\d+-of-\d+\.json)", path.name[len(output.name) + 2:]):
+            path.unlink(missing_ok=True)
+    print(f"wrote {output}: float32 {(rows, dim)}, {rate:.0f} texts/s; {sum(d['cut'] for d in done)} texts were "
+          f"cut at {model.max_length} tokens")
+
+
+def npy_map(path: Path, shape: tuple[int, int]) -> np.memmap:
+    """A float32 .npy file of that shape to write into; one that is there keeps its rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as f:
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        offset = f.tell()
+        f.truncate(offset + 4 * shape[0] * shape[1])
+    return np.memmap(path, np.float32, "r+", offset, shape)
 
 
 def main() -> None:
@@ -1073,6 +1241,7 @@ def main() -> None:
     encode.add_argument("input", help="JSONL with query or text (and _id, title with --passages)")
     encode.add_argument("output", help=".npy, float32, one row a text")
     encode.add_argument("--passages", action="store_true", help="encode as passages, not as queries")
+    encode.add_argument("--precision", default="float32", help="float32 or bf16 (%(default)s)")
     for command in (search, encode):
         command.add_argument("--model", required=True, help="a model folder")
         command.add_argument("--task", default="question answering", help="queries' task (%(default)s)")

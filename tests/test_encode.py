@@ -1,0 +1,169 @@
+"""Encoding many texts: the packed path, blocks, the command that can be stopped.   pytest tests/test_encode.py
+
+Invariants: packed without padding gives the vectors of the plain encoder; blocks and bfloat16 change
+nothing but the last digits; a command that is killed goes on where it was, and ends with the same bytes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gecko
+
+ROOT = Path(__file__).parent.parent
+TEXTS = [" ".join(f"word{(i * j) % 17}" for j in range(1 + i * 7 % 23)) for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Two transformer layers that are not the identity."""
+    model = gecko.tiny(TEXTS, num_hidden_layers=2, hidden_size=48, num_attention_heads=3,
+                       intermediate_size=96, layer_norm_eps=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.encoder.parameters():
+        torch.nn.init.normal_(p, 0, 0.2, generator=generator)
+    model.encoder.eval()
+    return model
+
+
+def plainly(model):
+    """One text at a time: nothing is padded, nothing packed."""
+    with torch.no_grad():
+        return torch.cat([gecko.normalise(gecko.embed(model.encoder, *gecko.pad([ids], 0)))
+                          for ids in model.tokens(TEXTS)]).numpy()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+def test_packed_gives_the_plain_vectors(model, batch_tokens, monkeypatch):
+    """In float32 within 1e-5; with one layer's bias changed they differ, so the comparison can fail."""
+    monkeypatch.setattr(gecko, "TEXTS_AHEAD", 50)
+    want = plainly(model)
+    pack = gecko.packed(model.encoder, torch.float32)
+    tokens = model.tokens(TEXTS)
+    for batch in gecko.length_batches([len(t) for t in tokens], batch_tokens):
+        with torch.no_grad():
+            x = gecko.normalise(pack([tokens[i] for i in batch])).numpy()
+        np.testing.assert_allclose(x, want[batch], atol=1e-5)
+    with torch.no_grad():
+        model.encoder.encoder["layer"][1].attention["self"]["key"].weight += 0.1
+        changed = gecko.normalise(gecko.packed(model.encoder, torch.float32)(tokens)).numpy()
+        model.encoder.encoder["layer"][1].attention["self"]["key"].weight -= 0.1
+    assert np.abs(changed - want).max() > 1e-4
+
+
+@pytest.mark.parametrize("precision, atol", [("float32", 1e-5), ("bf16", 0.05)])
+def test_blocks_and_precision_keep_the_vectors(model, precision, atol, monkeypatch):
+    """A stream of texts in blocks: float32 unit vectors in order; bfloat16 is near and not the same."""
+    want = plainly(model)
+    monkeypatch.setattr(gecko, "TEXTS_AHEAD", 50)
+    blocks = list(gecko.encode_blocks(model, iter(TEXTS), precision=precision))
+    assert [len(x) for x in blocks] == [50, 50, 20]
+    x = np.concatenate(blocks)
+    assert x.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(x, want, atol=atol)
+    assert (x == model.encode(TEXTS, precision=precision)).all()
+    assert precision == "float32" or np.abs(x - want).max() > 1e-5
+
+
+def test_texts_cut_are_counted_over_the_blocks(model, monkeypatch):
+    monkeypatch.setattr(gecko, "TEXTS_AHEAD", 50)
+    model.encode([*TEXTS, "word1 " * 1000, *TEXTS, "word1 " * 1000])
+    assert model.cut == 2
+
+
+def test_precision_and_training_mode(model):
+    """A wrong name is refused; the encoder goes back to training, also after an error."""
+    with pytest.raises(gecko.InputError, match="--precision fp8"):
+        model.encode(TEXTS, precision="fp8")
+    model.encoder.train()
+    with pytest.raises(gecko.InputError, match="no tokens"):
+        model.encode([*TEXTS, " "])
+    assert model.encoder.training
+    model.encoder.eval()
+
+
+@pytest.fixture(scope="module")
+def files(model, tmp_path_factory):
+    """The model's folder, 120 rows to encode, and their bytes from a run that nobody stopped."""
+    folder = tmp_path_factory.mktemp("encode")
+    gecko.save(model, folder / "model")
+    gecko.write_jsonl(folder / "in.jsonl", [{"title": f"t{i % 3}", "text": t} for i, t in enumerate(TEXTS)])
+    run(folder, "whole.npy").wait()
+    return folder
+
+
+# the command in blocks of 8 texts, with a pause after each
+SLOWLY = """
+import sys, time, gecko
+pause, blocks = float(sys.argv.pop()), gecko.encode_blocks
+def slowly(*a, **k):
+    for x in blocks(*a, **k):
+        yield x
+        time.sleep(pause)
+gecko.TEXTS_AHEAD, gecko.encode_blocks = 8, slowly
+gecko.run(gecko.main)
+"""
+
+
+def run(folder, name, pause=0.0, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, "encode", folder / "in.jsonl", folder / name, "--passages", "--model",
+         folder / "model", str(pause)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment})
+
+
+def test_killed_command_goes_on_and_ends_with_the_same_bytes(files):
+    process = run(files, "killed.npy", 0.3)
+    while len(done := list(files.glob(".killed.npy.*.json"))) < 1 or json.loads(done[0].read_text())["done"] < 24:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (files / "killed.npy").exists()
+    again = run(files, "killed.npy")
+    out, err = again.communicate()
+    assert again.returncode == 0 and "wrote" in out
+    at = int(err.split("resumed_at=")[1].split()[0])
+    assert 24 <= at < 120
+    assert (files / "killed.npy").read_bytes() == (files / "whole.npy").read_bytes()
+    assert not list(files.glob(".*.npy.*")), "a part or a state was left behind"
+
+
+def test_two_processes_write_one_file(files):
+    """As torchrun starts them; the vectors are those of one process."""
+    both = [run(files, "two.npy", RANK=str(r), WORLD_SIZE="2") for r in (0, 1)]
+    outputs = [p.communicate() for p in both]
+    assert [p.returncode for p in both] == [0, 0], outputs
+    assert any("wrote" in out for out, _ in outputs)
+    np.testing.assert_allclose(np.load(files / "two.npy"), np.load(files / "whole.npy"), atol=1e-6)
+    assert not list(files.glob(".*.npy.*"))
+
+
+def test_another_input_does_not_resume(files):
+    """What a stopped run left is not mixed with another text's vectors."""
+    key = {p: p.stat().st_mtime_ns for p in files.glob("*.jsonl")}
+    process = run(files, "other.npy", 5)
+    while not list(files.glob(".other.npy.*.json")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    rows = (files / "in.jsonl").read_text()
+    try:
+        (files / "in.jsonl").write_text(rows.replace("word1", "word2"))
+        _, err = run(files, "other.npy").communicate()
+        assert "resumed_at=0\n" in err
+    finally:
+        (files / "in.jsonl").write_text(rows)
+        for path, at in key.items():
+            os.utime(path, ns=(at, at))
+    assert (files / "other.npy").read_bytes() != (files / "whole.npy").read_bytes()
