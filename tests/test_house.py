@@ -18,7 +18,7 @@ import data
 ROOT = Path(__file__).parent.parent
 ORDER = ["gecko", "data", "llm", "train"]
 ALLOWED = {"torch", "numpy", "tqdm", "tokenizers", "safetensors"}
-OPTIONAL = {"matplotlib", "mteb", "huggingface_hub"}
+OPTIONAL = {"matplotlib", "mteb", "huggingface_hub", "triton"}
 
 
 def imported(path, top_level):

@@ -152,3 +152,20 @@ def test_vectors_that_cannot_be_compared_are_refused(number):
         gecko.topk(q, p, 1)
     with pytest.raises(gecko.InputError, match="query 1 "):
         gecko.topk(p, q, 1)
+
+
+@pytest.mark.parametrize("name", ["unit", "near-duplicates", "many ties", "all negative"])
+def test_group_kernels_find_what_the_product_finds(name, monkeypatch):
+    """Triton's interpreter on a CPU, which has no bfloat16: float32 only. No group's maximum is missed."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")                      # read when triton is imported
+    pytest.importorskip("triton", reason="the CUDA kernels need triton to be interpreted: pip install triton")
+    monkeypatch.setattr(gecko, "candidates", gecko.grouped_candidates)
+    q, p = (torch.from_numpy(x) for x in cases()[name])
+    q, p = q[:3], p[:500]
+    values, columns = gecko.group_topk(q, p, 7)
+    want = (q @ p.T).topk(7, dim=1).values
+    torch.testing.assert_close(values, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((q @ p.T).gather(1, columns), values, atol=1e-5, rtol=1e-5)
+    scores, indices, _ = gecko.certified_topk(q, p, 5, 4 * 24 * 320, torch.float32)   # two blocks
+    for x, y in zip((scores, indices), gecko.nearest(q, p, 5), strict=True):
+        np.testing.assert_array_equal(x, y.numpy())
