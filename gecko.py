@@ -1259,7 +1259,7 @@ def encode_texts(args: argparse.Namespace, formats: dict[str, str]) -> Iterator[
 
 
 def encode_command(args: argparse.Namespace) -> None:
-    """Written as it goes to a memory map beside the output; a stopped run is taken up at its last block.
+    """Written as it goes to a file beside the output; a stopped run is taken up at its last block.
 
     Under torchrun each process encodes its part of the rows into the same file; the last one renames it.
     """
@@ -1267,32 +1267,32 @@ def encode_command(args: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     model, output = load(args.model), Path(args.output)
+    if output.is_dir():
+        raise InputError(f"{output}: a folder stands there; name a .npy file")
     dim = check_dim(model, args.dim)
     rows = sum(1 for _ in encode_texts(args, model.formats))         # a first pass: every row is checked
-    file = Path(args.input).stat()
-    same = hashlib.sha256(json.dumps([
-        file.st_size, file.st_mtime_ns, rows, dim, args.passages, args.task, args.precision, model.formats,
-        model.max_length, TEXTS_AHEAD, BATCH_TOKENS, model.tokenizer.to_str()]).encode())
-    for p in model.encoder.parameters():
-        same.update(p.detach().cpu().numpy().tobytes())
-    key = same.hexdigest()[:12]                                      # of all that the bytes depend on
+    key = encode_key(args, model, rows, dim)
     part = output.with_name(f".{output.name}.{key}.part")
     states = [output.with_name(f".{output.name}.{key}.{r}-of-{world}.json") for r in range(world)]
     first, last = (rows * r // world for r in (rank, rank + 1))
     state = read_json(states[rank]) if states[rank].exists() and part.exists() else {"done": 0, "cut": 0}
     say(model=args.model, kind="passages" if args.passages else f"queries of task {args.task!r}", dim=dim,
         precision=args.precision, rows=f"{first}-{last} of {rows}", resumed_at=first + state["done"])
-    out = npy_map(part, (rows, dim))
     texts = itertools.islice(encode_texts(args, model.formats), first + state["done"], last)
     start, before = time.perf_counter(), state["done"]
-    for x in encode_blocks(model, texts, dim, progress="texts", precision=args.precision,
-                           total=last - first - before):
-        here = first + state["done"]
-        out[here:here + len(x)] = x
-        out.flush()
-        state = {"done": state["done"] + len(x), "cut": state["cut"] + model.cut}
-        with file_beside(states[rank]) as new:
-            new.write_text(json.dumps(state))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with npy_part(part, (rows, dim)) as write:
+            for x in encode_blocks(model, texts, dim, progress="texts", precision=args.precision,
+                                   total=last - first - before):
+                write(first + state["done"], x)
+                state = {"done": state["done"] + len(x), "cut": state["cut"] + model.cut}
+                with file_beside(states[rank]) as new:
+                    new.write_text(json.dumps(state))
+    except BaseException:
+        if world == 1 and left_by_encode(output, key) == [part]:     # there is nothing to take up
+            part.unlink()
+        raise
     rate = (state["done"] - before) / (time.perf_counter() - start)
     done = []
     for path in states:
@@ -1301,23 +1301,51 @@ def encode_command(args: argparse.Namespace) -> None:
     if sum(d["done"] for d in done) < rows:
         print(f"encoded rows {first} to {last}, {rate:.0f} texts/s; the others are at work")
         return
+    for path in states:                                              # before the part: no state without one
+        path.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):                     # two may be last at once
         os.replace(part, output)
-    for path in output.parent.glob(f".{output.name}.*"):
-        if re.fullmatch(r"[0-9a-f]{12}\.(part|\d+-of-\d+\.json)", path.name[len(output.name) + 2:]):
-            path.unlink(missing_ok=True)
+    for path in left_by_encode(output):                              # by another input or model
+        path.unlink(missing_ok=True)
     print(f"wrote {output}: float32 {(rows, dim)}, {rate:.0f} texts/s; {sum(d['cut'] for d in done)} texts were "
           f"cut at {model.max_length} tokens")
 
 
-def npy_map(path: Path, shape: tuple[int, int]) -> np.memmap:
-    """A float32 .npy file of that shape to write into; one that is there keeps its rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def encode_key(args: argparse.Namespace, model: Gecko, rows: int, dim: int) -> str:
+    """A hash of all that the output's bytes depend on."""
+    file = Path(args.input).stat()
+    same = hashlib.sha256(json.dumps([
+        file.st_size, file.st_mtime_ns, rows, dim, args.passages, args.task, args.precision, model.formats,
+        model.max_length, TEXTS_AHEAD, BATCH_TOKENS, model.tokenizer.to_str()]).encode())
+    for p in model.encoder.parameters():
+        same.update(p.detach().cpu().numpy().tobytes())
+    return same.hexdigest()[:12]
+
+
+def left_by_encode(output: Path, key: str = "[0-9a-f]{12}") -> list[Path]:
+    """The parts and states beside an output."""
+    name = re.compile(rf"\.{re.escape(output.name)}\.{key}\.(part|\d+-of-\d+\.json)")
+    return [path for path in output.parent.iterdir() if name.fullmatch(path.name)]
+
+
+@contextlib.contextmanager
+def npy_part(path: Path, shape: tuple[int, int]) -> Iterator[Callable[[int, np.ndarray], None]]:
+    """A float32 .npy file of that shape, whose rows stay if it is there: a function that puts rows at a place.
+
+    subtle: no memory map, because on a full disk that ends the process by a signal, without a word.
+    """
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as f:
         np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
         offset = f.tell()
         f.truncate(offset + 4 * shape[0] * shape[1])
-    return np.memmap(path, np.float32, "r+", offset, shape)
+
+        def write(row: int, x: np.ndarray) -> None:
+            f.seek(offset + 4 * shape[1] * row)
+            f.write(x.astype("<f4").tobytes())                       # (rows of x, d)
+            f.flush()
+            os.fsync(f.fileno())                                     # before the state says so
+
+        yield write
 
 
 def main() -> None:

@@ -114,11 +114,11 @@ gecko.run(gecko.main)
 """
 
 
-def run(folder, name, pause=0.0, **environment):
+def run(folder, name, pause=0.0, before="", **environment):
     return subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, "encode", folder / "in.jsonl", folder / name, "--passages", "--model",
-         folder / "model", str(pause)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **environment})
+        [sys.executable, "-c", before + SLOWLY, "encode", folder / "in.jsonl", folder / name, "--passages",
+         "--model", folder / "model", str(pause)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+         stderr=subprocess.PIPE, env={**os.environ, **environment})
 
 
 def test_killed_command_goes_on_and_ends_with_the_same_bytes(files):
@@ -136,6 +136,33 @@ def test_killed_command_goes_on_and_ends_with_the_same_bytes(files):
     assert 24 <= at < 120
     assert (files / "killed.npy").read_bytes() == (files / "whole.npy").read_bytes()
     assert not list(files.glob(".*.npy.*")), "a part or a state was left behind"
+
+
+@pytest.mark.parametrize("stop, code, said", [
+    ("OSError(28, 'No space left on device')", 2,
+     "error: [Errno 28] No space left on device; free some space, then run the same command again"),
+    ("KeyboardInterrupt", 1, "interrupted; run the same command again")])
+def test_stopped_after_a_block_it_keeps_that_and_says_so_in_a_line(files, stop, code, said):
+    """At the third block's write. Only the part and its state stand there, and the next run goes on at them."""
+    name = f"stopped{code}.npy"
+    full = f"""
+import os, gecko
+sync, left = os.fsync, [2]
+def fsync(n):
+    left[0] -= 1
+    if left[0] < 0:
+        raise {stop}
+    sync(n)
+os.fsync = fsync
+"""
+    process = run(files, name, before=full)
+    err = process.communicate()[1]
+    assert process.returncode == code and err.splitlines()[-1] == said and "Traceback" not in err
+    assert sorted(p.suffix for p in files.iterdir() if name in p.name) == [".json", ".part"]
+    again = run(files, name)
+    assert "resumed_at=16\n" in again.communicate()[1]
+    assert (files / name).read_bytes() == (files / "whole.npy").read_bytes()
+    assert [p.name for p in files.iterdir() if name in p.name] == [name]
 
 
 def test_two_processes_write_one_file(files):

@@ -99,7 +99,7 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "no proof": ([("for some in (~proven).nonzero().split(64)", "for some in ()")], "taken without proof"),
         "a tie is proof": ([("scores[:, -1] > proof", "scores[:, -1] >= proof")], "above the proof, not at it"),
         "never proven": ([("scores[:, -1] > proof", "scores[:, -1] > proof + 1e9")], "for nothing"),
-        "the first block of queries alone": ([("range(0, Q, 1024)", "range(0, min(Q, 1024), 1024)")],
+        "the first block of queries alone": ([("range(0, Q, rows)", "range(0, min(Q, rows), rows)")],
                                              "it must be (1100, 3)"),
     },
 }
