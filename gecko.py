@@ -503,7 +503,7 @@ def topk(
     queries: np.ndarray | Tensor,   # (Q, d)
     passages: np.ndarray | Tensor,  # (P, d), may be a memory map
     k: int,
-    budget: int = 0,                # bytes for one block of scores; 0: BLOCK's
+    budget: int = 0,                # bytes for one block of scores; 0: as many as the device likes
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` for any number of passages: scores and indices (Q, k), the same whatever the blocks."""
     return certified_topk(queries, passages, k, budget)[:2]
@@ -515,6 +515,8 @@ def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, 
     Q, P = len(queries), len(passages)
     if not 1 <= k <= P:
         raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")
+    if not Q:
+        return np.empty((0, k), np.float32), np.empty((0, k), np.int64), np.empty(0, bool)
     device = passages.device if isinstance(passages, Tensor) else torch.device(
         "cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
@@ -1286,19 +1288,13 @@ def encode_command(args: argparse.Namespace) -> None:
         precision=args.precision, rows=f"{first}-{last} of {rows}", resumed_at=first + state["done"])
     texts = itertools.islice(encode_texts(args, model.formats), first + state["done"], last)
     start, before = time.perf_counter(), state["done"]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with npy_part(part, (rows, dim)) as write:
-            for x in encode_blocks(model, texts, dim, progress="texts", precision=args.precision,
-                                   total=last - first - before):
+    if todo := last - first - before:
+        with npy_part(part, (rows, dim), alone=world == 1) as write:
+            for x in encode_blocks(model, texts, dim, progress="texts", precision=args.precision, total=todo):
                 write(first + state["done"], x)
                 state = {"done": state["done"] + len(x), "cut": state["cut"] + model.cut}
                 with file_beside(states[rank]) as new:
                     new.write_text(json.dumps(state))
-    except BaseException:
-        if world == 1 and left_by_encode(output, key) == [part]:     # there is nothing to take up
-            part.unlink()
-        raise
     rate = (state["done"] - before) / (time.perf_counter() - start)
     done = []
     for path in states:
@@ -1311,8 +1307,9 @@ def encode_command(args: argparse.Namespace) -> None:
         path.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):                     # two may be last at once
         os.replace(part, output)
-    for path in left_by_encode(output):                              # by another input or model
-        path.unlink(missing_ok=True)
+    name = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{12}}\.(part|\d+-of-\d+\.json)")
+    for path in filter(lambda p: name.fullmatch(p.name), output.parent.iterdir()):
+        path.unlink(missing_ok=True)                                 # left by another input or model
     print(f"wrote {output}: float32 {(rows, dim)}, {rate:.0f} texts/s; {sum(d['cut'] for d in done)} texts were "
           f"cut at {model.max_length} tokens")
 
@@ -1328,30 +1325,31 @@ def encode_key(args: argparse.Namespace, model: Gecko, rows: int, dim: int) -> s
     return same.hexdigest()[:12]
 
 
-def left_by_encode(output: Path, key: str = "[0-9a-f]{12}") -> list[Path]:
-    """The parts and states beside an output."""
-    name = re.compile(rf"\.{re.escape(output.name)}\.{key}\.(part|\d+-of-\d+\.json)")
-    return [path for path in output.parent.iterdir() if name.fullmatch(path.name)]
-
-
 @contextlib.contextmanager
-def npy_part(path: Path, shape: tuple[int, int]) -> Iterator[Callable[[int, np.ndarray], None]]:
+def npy_part(path: Path, shape: tuple[int, int], alone: bool) -> Iterator[Callable[[int, np.ndarray], None]]:
     """A float32 .npy file of that shape, whose rows stay if it is there: a function that puts rows at a place.
 
+    `alone`: no other process writes, so after an error the file goes unless a state tells of rows in it.
     subtle: no memory map, because on a full disk that ends the process by a signal, without a word.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as f:
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        offset = f.tell()
-        f.truncate(offset + 4 * shape[0] * shape[1])
+        try:
+            np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            offset = f.tell()
+            f.truncate(offset + 4 * shape[0] * shape[1])
 
-        def write(row: int, x: np.ndarray) -> None:
-            f.seek(offset + 4 * shape[1] * row)
-            f.write(x.astype("<f4").tobytes())                       # (rows of x, d)
-            f.flush()
-            os.fsync(f.fileno())                                     # before the state says so
+            def write(row: int, x: np.ndarray) -> None:
+                f.seek(offset + 4 * shape[1] * row)
+                f.write(x.astype("<f4").tobytes())                   # (rows of x, d)
+                f.flush()
+                os.fsync(f.fileno())                                 # before the state says so
 
-        yield write
+            yield write
+        except BaseException:
+            if alone and [p for p in path.parent.iterdir() if p.name.startswith(path.stem)] == [path]:
+                path.unlink()
+            raise
 
 
 def main() -> None:

@@ -175,6 +175,17 @@ def test_two_processes_write_one_file(files):
     assert not list(files.glob(".*.npy.*"))
 
 
+def test_more_processes_than_rows(files):
+    """One that has no rows and comes last leaves nothing."""
+    gecko.write_jsonl(files / "one.jsonl", [{"text": "word1"}])
+    for rank in (1, 0):                                              # the row is rank 1's
+        command = [sys.executable, ROOT / "gecko.py", "encode", files / "one.jsonl", files / "one.npy", "--model",
+                   files / "model"]
+        subprocess.run(command, check=True, capture_output=True,
+                       env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        assert (files / "one.npy").exists() and not list(files.glob(".one.npy*"))
+
+
 def test_another_input_does_not_resume(files):
     """What a stopped run left is not mixed with another text's vectors."""
     key = {p: p.stat().st_mtime_ns for p in files.glob("*.jsonl")}

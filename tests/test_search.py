@@ -144,6 +144,10 @@ def test_memory_map_read_only_and_float64_are_searched(tmp_path, recwarn):
     assert not recwarn.list
 
 
+def test_no_queries_have_no_neighbours():
+    assert [x.shape for x in gecko.topk(np.empty((0, 3)), np.eye(3), 2)] == [(0, 2), (0, 2)]
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, 1e30])
 def test_vectors_that_cannot_be_compared_are_refused(number):
     q, p = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
