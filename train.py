@@ -304,7 +304,7 @@ class Sizes:
     pairs: int = 600_000        # title-body pairs
     pre_steps: int = 1000       # of pre-finetuning
     queries: int = 8            # generated queries a passage (the paper: 6.6M in all)
-    steps: int = 400            # of each training on generated queries
+    steps: int = 800            # of each training on generated queries
     lr: float = 2e-3            # of the same
     pair_weight: float = 0.5    # title-body pairs in the mixture for each generated query (section 3.3)
 
@@ -1508,7 +1508,7 @@ def main() -> None:
     ablation.add_argument("--classes", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"),
                           help="JSONL of text, label: accuracy of the nearest TRAIN texts' label")
     add_flags(ablation, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
-    ablation.set_defaults(**vars(replace(SMALL, steps=Sizes().steps // 4)))
+    ablation.set_defaults(**vars(replace(SMALL, steps=Sizes().steps // 8)))
     for command in (evaluate, ablation):
         command.add_argument("--beir", action="append", default=[], help="a BEIR folder; may be repeated")
         command.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
