@@ -435,6 +435,18 @@ def fastest_embed(model: Gecko, precision: str, tokens: int) -> Callable[[list[l
     return lambda tokens: mean_pool(low(*(x := pad(tokens, pad_id, model.device))).float(), x[1])
 
 
+def softmax_times(s: Tensor, v: Tensor) -> Tensor:
+    """s.softmax(-1) @ v in bfloat16, (texts, H, n, n) and (texts, H, n, d/H), where torch's own softmax is slow.
+
+    The maximum is not taken off first: bfloat16 has float32's range, and where that is not enough it shows.
+    """
+    e = s.exp()                                                      # (texts, H, n, n)
+    total = e.sum(-1, keepdim=True)                                  # (texts, H, n, 1)
+    if bool(((total > 1e-30) & (total < 1e30)).all()):
+        return (e @ v).div_(total)                                   # (texts, H, n, d/H)
+    return s.softmax(-1) @ v
+
+
 def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], Tensor]:
     """`embed` with all tokens of a batch in one matrix, no padding: token ids of B texts -> (B, d) float32.
 
@@ -459,11 +471,9 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
     def attend_run(qkv: Tensor, n: int) -> Tensor:
         """Texts of n tokens: (texts * n, 3d) -> (texts, n, H, d/H)."""
         q, k, v = qkv.view(-1, n, 3, c.num_attention_heads, d // c.num_attention_heads).permute(2, 0, 3, 1, 4)
-        if dtype == torch.bfloat16:                                  # torch's fused one is slow in it
-            a = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1) @ v   # (texts, H, n, d/H)
-        else:
-            a = F.scaled_dot_product_attention(q, k, v)              # (texts, H, n, d/H)
-        return a.transpose(1, 2)
+        if dtype == torch.bfloat16:
+            return softmax_times((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3), v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     def embed_packed(tokens: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)

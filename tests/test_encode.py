@@ -205,3 +205,13 @@ def test_another_input_does_not_resume(files):
         for path, at in key.items():
             os.utime(path, ns=(at, at))
     assert (files / "other.npy").read_bytes() != (files / "whole.npy").read_bytes()
+
+
+@pytest.mark.parametrize("scale", [1, 300, -300])
+def test_softmax_times_is_the_softmax_at_any_size_of_its_scores(scale):
+    """Scores that leave the range of an exponential take the other way; values as float64's, to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    s = (torch.randn(2, 3, 5, 5, generator=generator) + scale).bfloat16()
+    v = torch.randn(2, 3, 5, 4, generator=generator).bfloat16()
+    want = s.double().softmax(-1) @ v.double()
+    torch.testing.assert_close(gecko.softmax_times(s, v).double(), want, atol=0.02, rtol=0.02)
