@@ -359,15 +359,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def product(x: Tensor, w: Tensor, b: Tensor | None = None, then: str = "none") -> Tensor:
-    """x w^T + b, and gelu: (n, d), (c, d), (c) -> (n, c).
+def product(x: Tensor, w: Tensor, b: Tensor | None = None, then: str = "none", plus: Tensor | None = None,
+            ) -> Tensor:
+    """x w^T + b, then gelu or plus a tensor: (n, d), (c, d), (c), and (n, c) -> (n, c).
 
-    On a CPU by oneDNN, because MKL's float32 is less than half as fast on some and gelu costs a pass.
+    On a CPU by oneDNN, because MKL's float32 is less than half as fast on some, and what follows costs a pass.
     """
     if x.device.type == "cpu" and ONEDNN and (x.dtype == torch.float32 or has_bfloat16(x.device)):
+        if plus is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, plus, w, b, "add")
         return torch.ops.mkldnn._linear_pointwise(x, w, b, then, [], "none")
     y = F.linear(x, w, b)                                            # (n, c)
-    return F.gelu(y) if then == "gelu" else y
+    return F.gelu(y) if then == "gelu" else y if plus is None else y + plus
 
 
 # --------------------------------------------------------------------------------------------------
@@ -435,16 +438,20 @@ def fastest_embed(model: Gecko, precision: str, tokens: int) -> Callable[[list[l
     return lambda tokens: mean_pool(low(*(x := pad(tokens, pad_id, model.device))).float(), x[1])
 
 
-def softmax_times(s: Tensor, v: Tensor) -> Tensor:
-    """s.softmax(-1) @ v in bfloat16, (texts, H, n, n) and (texts, H, n, d/H), where torch's own softmax is slow.
+SCORES = 4 << 20             # bytes of attention's scores at a time, which stay in a CPU's cache
 
-    The maximum is not taken off first: bfloat16 has float32's range, and where that is not enough it shows.
+
+def softmax_times(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+    """(q k^T).softmax(-1) @ v in bfloat16: 3 of (B, n, d/H), and s, room for the scores (B, n, n) -> (B, n, d/H).
+
+    Torch's own is slow where texts are short. No maximum is taken off before the exponential: bfloat16 has
+    float32's range, and where that is not enough it shows in the sum.
     """
-    e = s.exp()                                                      # (texts, H, n, n)
-    total = e.sum(-1, keepdim=True)                                  # (texts, H, n, 1)
+    e = torch.bmm(q, k.transpose(1, 2), out=s).exp_()                # (B, n, n)
+    total = e.sum(-1, keepdim=True)                                  # (B, n, 1)
     if bool(((total > 1e-30) & (total < 1e30)).all()):
-        return (e @ v).div_(total)                                   # (texts, H, n, d/H)
-    return s.softmax(-1) @ v
+        return (e @ v).div_(total)                                   # (B, n, d/H)
+    return torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v
 
 
 def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], Tensor]:
@@ -453,27 +460,35 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
     Query, key and value are one product; attention goes by runs of texts of one length.
     """
     c, e = encoder.config, encoder.embeddings
-    d, eps, first = c.hidden_size, c.layer_norm_eps, c.first_position
+    d, eps, first, H = c.hidden_size, c.layer_norm_eps, c.first_position, c.num_attention_heads
+    scale = (d // H) ** -0.5                                         # of attention's scores; goes into q
 
-    def together(*linears: nn.Linear) -> tuple[Tensor, Tensor]:
-        w = torch.cat([x.weight for x in linears]).to(dtype)         # (out, in)
+    def together(linears: Iterable[nn.Linear], scale: float = 1) -> tuple[Tensor, Tensor]:
+        w, b = (torch.cat(x) for x in zip(*((x.weight, x.bias) for x in linears), strict=True))   # (out, in), (out)
+        w, b = (torch.cat([x[:d] * scale, x[d:]]).to(dtype) for x in (w, b))
         if ONEDNN and (dtype == torch.float32 or has_bfloat16(w.device)):
             w = torch.ops.mkldnn._reorder_linear_weight(w, None)     # once, not in every product
-        return w, torch.cat([x.bias for x in linears]).to(dtype)
+        return w, b
 
     layers = []
     for layer in encoder.encoder["layer"]:
         project, out = layer.attention["self"], layer.attention["output"]
         norms = [(x.weight.to(dtype), x.bias.to(dtype)) for x in (out["LayerNorm"], layer.output["LayerNorm"])]
-        layers.append((together(*(project[name] for name in ("query", "key", "value"))), together(out["dense"]),
-                       together(layer.intermediate["dense"]), together(layer.output["dense"]), *norms))
+        layers.append((together((project[name] for name in ("query", "key", "value")), scale),
+                       *(together([x["dense"]]) for x in (out, layer.intermediate, layer.output)), *norms))
 
-    def attend_run(qkv: Tensor, n: int) -> Tensor:
-        """Texts of n tokens: (texts * n, 3d) -> (texts, n, H, d/H)."""
-        q, k, v = qkv.view(-1, n, 3, c.num_attention_heads, d // c.num_attention_heads).permute(2, 0, 3, 1, 4)
-        if dtype == torch.bfloat16:
-            return softmax_times((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3), v).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    def attend_run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Texts of one length, so many at a time as SCORES holds: 3 of (texts, H, n, d/H) -> (texts, n, H, d/H)."""
+        if dtype == torch.float32:
+            out.copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2))
+            return
+        n = q.shape[2]
+        most = max(1, SCORES // (2 * H * n * n))                     # texts at a time
+        room = q.new_empty(min(most, len(q)) * H, n, n)
+        for a in range(0, len(q), most):
+            some_q, some_k, some_v = (x[a:a + most].reshape(-1, n, d // H) for x in (q, k, v))  # (some, n, d/H)
+            x = softmax_times(some_q, some_k, some_v, room[:len(some_q)])      # (some, n, d/H)
+            out[a:a + most] = x.view(-1, H, n, d // H).transpose(1, 2)
 
     def embed_packed(tokens: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
@@ -481,16 +496,16 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
         position = torch.cat([torch.arange(first, first + len(t)) for t in tokens])  # (N)
         x = e["word_embeddings"](ids) + e["position_embeddings"](position)
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
-        runs = [(n, n * len(list(run))) for n, run in itertools.groupby(map(len, tokens))]
+        runs = [(n, len(list(run))) for n, run in itertools.groupby(map(len, tokens))]
         for qkv, out, up, down, norm_1, norm_2 in layers:
             a, start, y = torch.empty_like(x), 0, product(x, *qkv)   # (N, d), (N, 3d)
-            for n, rows in runs:
-                here = slice(start, start + rows)
-                a[here].view(-1, n, c.num_attention_heads, d // c.num_attention_heads).copy_(attend_run(y[here], n))
-                start += rows
-            x = F.layer_norm(product(a, *out).add_(x), (d,), *norm_1, eps)       # (N, d)
-            h = product(product(x, *up, "gelu"), *down)              # (N, d)
-            x = F.layer_norm(h.add_(x), (d,), *norm_2, eps)          # (N, d)
+            for n, texts in runs:
+                here, start = slice(start, start + n * texts), start + n * texts
+                q, k, v = y[here].view(texts, n, 3, H, d // H).permute(2, 0, 3, 1, 4)   # 3 of (texts, H, n, d/H)
+                attend_run(q, k, v, a[here].view(texts, n, H, d // H))
+            x = F.layer_norm(product(a, *out, plus=x), (d,), *norm_1, eps)       # (N, d)
+            h = product(x, *up, "gelu")                              # (N, 4d)
+            x = F.layer_norm(product(h, *down, plus=x), (d,), *norm_2, eps)      # (N, d)
         return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
 
     return embed_packed

@@ -211,7 +211,8 @@ def test_another_input_does_not_resume(files):
 def test_softmax_times_is_the_softmax_at_any_size_of_its_scores(scale):
     """Scores that leave the range of an exponential take the other way; values as float64's, to bfloat16."""
     generator = torch.Generator().manual_seed(0)
-    s = (torch.randn(2, 3, 5, 5, generator=generator) + scale).bfloat16()
-    v = torch.randn(2, 3, 5, 4, generator=generator).bfloat16()
-    want = s.double().softmax(-1) @ v.double()
-    torch.testing.assert_close(gecko.softmax_times(s, v).double(), want, atol=0.02, rtol=0.02)
+    q, k, v = (torch.randn(6, 5, 4, generator=generator).bfloat16() for _ in range(3))
+    q[..., 0], k[..., 0] = scale, 1                                  # adds the scale to every score
+    s = (q @ k.transpose(1, 2)).double()
+    got = gecko.softmax_times(q, k, v, torch.empty(6, 5, 5, dtype=torch.bfloat16))
+    torch.testing.assert_close(got.double(), s.softmax(-1) @ v.double(), atol=0.02, rtol=0.02)
