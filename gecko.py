@@ -570,7 +570,7 @@ def candidates(q: Tensor, passages: np.ndarray | Tensor, m: int, dtype: torch.dt
 
     Of a block only what beats the m-th best so far is kept, in a table with room for a few times m.
     """
-    (n, d), P, room = q.shape, len(passages), 8 * m
+    (n, d), P, room = q.shape, len(passages), 4 * m
     q, q_norm, q_off = lowered(q, dtype, "query")                    # (rows, d), (rows), (rows)
     p_norm = p_off = q.new_zeros((), dtype=torch.float32)
     values = q.new_full((n, room), -torch.inf)                       # (rows, room)
@@ -607,6 +607,10 @@ def above(s: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
 
     One maximum a group of columns is compared first: few groups hold anything.
     """
+    if s.dtype == torch.bfloat16 and bool((floor >= 0).all()):
+        # subtle: the bits of numbers from 0 on ascend as they do, those below 0 are negative integers, and
+        # integers are compared faster; + 0 makes 0 of -0
+        s, floor = s.view(torch.int16), (floor + 0).view(torch.int16)
     if s.shape[1] % GROUP:
         return (s > floor[:, None]).nonzero(as_tuple=True)           # type: ignore[return-value]
     s = s.view(len(s), GROUP, -1)                                    # (rows, GROUP, groups)
@@ -676,13 +680,15 @@ def block(x: np.ndarray | Tensor, a: int, b: int, device: torch.device) -> Tenso
 
 def lowered(x: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x in a cheaper dtype, the norm of each row and of what the rounding took: (n, d), (n), (n)."""
-    low, norm, off = x.to(dtype), x.new_empty(len(x)), x.new_zeros(len(x))
-    rows = 2048 if x.device.type == "cpu" else 65536                 # on a CPU they stay in the cache
+    low = x if dtype == x.dtype else torch.empty_like(x, dtype=dtype)          # (n, d)
+    norm, off = x.new_empty(len(x)), x.new_zeros(len(x))             # (n) twice
+    rows = 512 if x.device.type == "cpu" else 65536                  # on a CPU they stay in the cache
     for a in range(0, len(x), rows):
-        part = x[a:a + rows]
-        norm[a:a + rows] = part.norm(dim=1)
+        part = x[a:a + rows]                                         # (rows, d)
+        torch.linalg.vector_norm(part, dim=1, out=norm[a:a + rows])
         if dtype != x.dtype:
-            off[a:a + rows] = (part - low[a:a + rows].float()).norm(dim=1)
+            lost = low[a:a + rows].copy_(part).float().sub_(part)    # (rows, d)
+            torch.linalg.vector_norm(lost, dim=1, out=off[a:a + rows])
     if not bool((norm < 2.0 ** 60).all()):
         i = int((~(norm < 2.0 ** 60)).nonzero()[0])
         raise InputError(f"{name} {first + i} (from 0) is of length {float(norm[i])}; give finite, moderate "

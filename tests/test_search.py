@@ -173,3 +173,17 @@ def test_group_kernels_find_what_the_product_finds(name, monkeypatch):
     scores, indices, _ = gecko.certified_topk(q, p, 5, 4 * 24 * 320, torch.float32)   # two blocks
     for x, y in zip((scores, indices), gecko.nearest(q, p, 5), strict=True):
         np.testing.assert_array_equal(x, y.numpy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lowest", [-1.0, -0.0, 0.5])
+def test_above_finds_all_above_a_floor_of_any_sign(dtype, lowest):
+    """In order of rows; on whole groups of columns and on others; a floor of -0 is one of 0."""
+    s = torch.randn(5, 3 * gecko.GROUP + 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    s[0, :4] = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
+    floor = torch.tensor([lowest, 0.0, 1.0, 2.0, 0.25], dtype=dtype)
+    for part in (s[:, :3 * gecko.GROUP].contiguous(), s):
+        row, column = gecko.above(part, floor)
+        assert row.tolist() == sorted(row.tolist())
+        want = [(i, j) for i in range(5) for j in range(part.shape[1]) if part[i, j] > floor[i]]
+        assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == want
