@@ -439,13 +439,14 @@ def fastest_embed(model: Gecko, precision: str, tokens: int) -> Callable[[list[l
 
 
 SCORES = 4 << 20             # bytes of attention's scores at a time, which stay in a CPU's cache
+FLASH = 48                   # tokens from which torch's own bfloat16 attention is faster, on a CPU with AMX
 
 
 def softmax_times(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     """(q k^T).softmax(-1) @ v in bfloat16: 3 of (B, n, d/H), and s, room for the scores (B, n, n) -> (B, n, d/H).
 
-    Torch's own is slow where texts are short. No maximum is taken off before the exponential: bfloat16 has
-    float32's range, and where that is not enough it shows in the sum.
+    Torch's own is slow for short texts, or without AMX. No maximum is taken off before the exponential: bfloat16
+    has float32's range, and where that is not enough it shows in the sum.
     """
     e = torch.bmm(q, k.transpose(1, 2), out=s).exp_()                # (B, n, n)
     total = e.sum(-1, keepdim=True)                                  # (B, n, 1)
@@ -479,10 +480,10 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
 
     def attend_run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Texts of one length, so many at a time as SCORES holds: 3 of (texts, H, n, d/H) -> (texts, n, H, d/H)."""
-        if dtype == torch.float32:
+        n = q.shape[2]
+        if dtype == torch.float32 or n >= FLASH and torch.cpu._is_amx_tile_supported():
             out.copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2))
             return
-        n = q.shape[2]
         most = max(1, SCORES // (2 * H * n * n))                     # texts at a time
         room = q.new_empty(min(most, len(q)) * H, n, n)
         for a in range(0, len(q), most):
