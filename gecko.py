@@ -545,6 +545,7 @@ def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, 
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64), np.empty(0, bool)
     device = passages.device if isinstance(passages, Tensor) else torch.device(
         "cuda" if torch.cuda.is_available() else "cpu")
+    queries, passages = tensor_of(queries), tensor_of(passages)
     dtype = dtype or (torch.bfloat16 if has_bfloat16(device) else torch.float32)
     cuda = device.type == "cuda"
     budget = budget or (torch.cuda.get_device_properties(device).total_memory // 16 if cuda else BLOCK)
@@ -565,7 +566,7 @@ def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, 
     # END EXERCISE
 
 
-def candidates(q: Tensor, passages: np.ndarray | Tensor, m: int, dtype: torch.dtype, budget: int,
+def candidates(q: Tensor, passages: Tensor, m: int, dtype: torch.dtype, budget: int,
                ) -> tuple[Tensor, Tensor]:
     """The m passages of largest product in `dtype`, (rows, m), and what no other's score exceeds, (rows).
 
@@ -623,15 +624,14 @@ def above(s: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     return row[hit], j * s.shape[2] + group[hit]
 
 
-def ranked(q: Tensor, passages: np.ndarray | Tensor, which: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def ranked(q: Tensor, passages: Tensor, which: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The best k of each query's candidates, scored and ordered as in `nearest`: (rows, m) -> (rows, k) twice."""
     which = which.sort(dim=1).values                                 # (rows, m) so that ties go by index
     scores = torch.empty(which.shape, device=q.device)               # (rows, m)
     rows = max(1, (1 << 18 if q.device.type == "cpu" else 1 << 26) // (which.shape[1] * q.shape[1]))
     for a in range(0, len(q), rows):
-        i = which[a:a + rows]
-        p = passages[i] if isinstance(passages, Tensor) else passages[i.cpu().numpy()]  # (rows, m, d)
-        scores[a:a + rows] = inner(q[a:a + rows, None], block(p, 0, len(p), q.device))  # (rows, m)
+        p = passages[which[a:a + rows].to(passages.device)].to(q.device, torch.float32)   # (rows, m, d)
+        scores[a:a + rows] = inner(q[a:a + rows, None], p)           # (rows, m)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k], which.gather(1, order[:, :k])              # (rows, k)
 
@@ -644,7 +644,7 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() * y.double()).sum(-1).float()
 
 
-def search_again(q: Tensor, passages: np.ndarray | Tensor, k: int, floor: Tensor, budget: int,
+def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int,
                  ) -> tuple[Tensor, Tensor]:
     """`nearest` for a few queries whose k-th best score is known to be at least `floor`: (rows, k) twice.
 
@@ -672,11 +672,16 @@ def search_again(q: Tensor, passages: np.ndarray | Tensor, k: int, floor: Tensor
     return score.view(n, k), index.view(n, k)
 
 
-def block(x: np.ndarray | Tensor, a: int, b: int, device: torch.device) -> Tensor:
+def block(x: Tensor, a: int, b: int, device: torch.device) -> Tensor:
     """Rows a to b in float32 on the device."""
+    return x[a:b].to(device, torch.float32)                          # (b - a, d)
+
+
+def tensor_of(x: np.ndarray | Tensor) -> Tensor:
+    """The same memory as a tensor; a read-only memory map is only read."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)                 # a read-only memory map is only read
-        return torch.as_tensor(x[a:b]).to(device, torch.float32)     # (b - a, d)
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.as_tensor(x)
 
 
 def lowered(x: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -765,7 +770,7 @@ def has_triton(device: torch.device) -> bool:
             and find_spec("triton") is not None)
 
 
-def grouped_candidates(q: Tensor, passages: np.ndarray | Tensor, m: int, dtype: torch.dtype, budget: int,
+def grouped_candidates(q: Tensor, passages: Tensor, m: int, dtype: torch.dtype, budget: int,
                        ) -> tuple[Tensor, Tensor]:
     """Replaces `candidates`, whose contract it keeps: (rows, m) and (rows)."""
     (n, d), P = q.shape, len(passages)
