@@ -4,21 +4,19 @@ Invariants: packed without padding gives the vectors of the plain encoder; block
 nothing but the last digits; a command that is killed goes on where it was, and ends with the same bytes.
 """
 
+import functools
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Command
 
 import gecko
 
-ROOT = Path(__file__).parent.parent
 TEXTS = [" ".join(f"word{(i * j) % 17}" for j in range(1 + i * 7 % 23)) for i in range(120)]
 
 
@@ -97,41 +95,42 @@ def files(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encode")
     gecko.save(model, folder / "model")
     gecko.write_jsonl(folder / "in.jsonl", [{"title": f"t{i % 3}", "text": t} for i, t in enumerate(TEXTS)])
-    run(folder, "whole.npy").wait()
+    assert run(folder, "whole.npy").result()[0] == 0
     return folder
 
 
-# the command in blocks of 8 texts, with a pause after each
-SLOWLY = """
-import sys, time, gecko
-pause, blocks = float(sys.argv.pop()), gecko.encode_blocks
-def slowly(*a, **k):
-    for x in blocks(*a, **k):
-        yield x
-        time.sleep(pause)
-gecko.TEXTS_AHEAD, gecko.encode_blocks = 8, slowly
-gecko.run(gecko.main)
-"""
+def run(folder, name, pause=0.0, stop=None, **environment):
+    return Command(gecko.main, "encode", folder / "in.jsonl", folder / name, "--passages", "--model",
+                   folder / "model", before=functools.partial(in_blocks, pause, stop), **environment)
 
 
-def run(folder, name, pause=0.0, before="", **environment):
-    return subprocess.Popen(
-        [sys.executable, "-c", before + SLOWLY, "encode", folder / "in.jsonl", folder / name, "--passages",
-         "--model", folder / "model", str(pause)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-         stderr=subprocess.PIPE, env={**os.environ, **environment})
+def in_blocks(pause, stop):
+    """In the command's process: blocks of 8 texts, a pause after each, and `stop` at the third one's write."""
+    blocks, sync, left = gecko.encode_blocks, os.fsync, [2]
+
+    def slowly(*a, **k):
+        for x in blocks(*a, **k):
+            yield x
+            time.sleep(pause)
+
+    def fsync(n):
+        left[0] -= 1
+        if stop and left[0] < 0:
+            raise stop
+        sync(n)
+
+    gecko.TEXTS_AHEAD, gecko.encode_blocks, os.fsync = 8, slowly, fsync
 
 
 def test_killed_command_goes_on_and_ends_with_the_same_bytes(files):
-    process = run(files, "killed.npy", 0.3)
+    killed = run(files, "killed.npy", 0.3)
     while len(done := list(files.glob(".killed.npy.*.json"))) < 1 or json.loads(done[0].read_text())["done"] < 24:
-        assert process.poll() is None
+        assert killed.process.is_alive()
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (files / "killed.npy").exists()
-    again = run(files, "killed.npy")
-    out, err = again.communicate()
-    assert again.returncode == 0 and "wrote" in out
+    killed.process.kill()
+    assert killed.result()[0] == -signal.SIGKILL and not (files / "killed.npy").exists()
+    code, out, err = run(files, "killed.npy").result()
+    assert code == 0 and "wrote" in out
     at = int(err.split("resumed_at=")[1].split()[0])
     assert 24 <= at < 120
     assert (files / "killed.npy").read_bytes() == (files / "whole.npy").read_bytes()
@@ -139,28 +138,16 @@ def test_killed_command_goes_on_and_ends_with_the_same_bytes(files):
 
 
 @pytest.mark.parametrize("stop, code, said", [
-    ("OSError(28, 'No space left on device')", 2,
+    (OSError(28, "No space left on device"), 2,
      "error: [Errno 28] No space left on device; free some space, then run the same command again"),
-    ("KeyboardInterrupt", 1, "interrupted; run the same command again")])
+    (KeyboardInterrupt(), 1, "interrupted; run the same command again")], ids=["full", "ctrl-c"])
 def test_stopped_after_a_block_it_keeps_that_and_says_so_in_a_line(files, stop, code, said):
     """At the third block's write. Only the part and its state stand there, and the next run goes on at them."""
     name = f"stopped{code}.npy"
-    full = f"""
-import os, gecko
-sync, left = os.fsync, [2]
-def fsync(n):
-    left[0] -= 1
-    if left[0] < 0:
-        raise {stop}
-    sync(n)
-os.fsync = fsync
-"""
-    process = run(files, name, before=full)
-    err = process.communicate()[1]
-    assert process.returncode == code and err.splitlines()[-1] == said and "Traceback" not in err
+    ended, _, err = run(files, name, stop=stop).result()
+    assert ended == code and err.splitlines()[-1] == said and "Traceback" not in err
     assert sorted(p.suffix for p in files.iterdir() if name in p.name) == [".json", ".part"]
-    again = run(files, name)
-    assert "resumed_at=16\n" in again.communicate()[1]
+    assert "resumed_at=16\n" in run(files, name).result()[2]
     assert (files / name).read_bytes() == (files / "whole.npy").read_bytes()
     assert [p.name for p in files.iterdir() if name in p.name] == [name]
 
@@ -168,9 +155,9 @@ os.fsync = fsync
 def test_two_processes_write_one_file(files):
     """As torchrun starts them; the vectors are those of one process."""
     both = [run(files, "two.npy", RANK=str(r), WORLD_SIZE="2") for r in (0, 1)]
-    outputs = [p.communicate() for p in both]
-    assert [p.returncode for p in both] == [0, 0], outputs
-    assert any("wrote" in out for out, _ in outputs)
+    results = [command.result() for command in both]
+    assert [code for code, *_ in results] == [0, 0], results
+    assert any("wrote" in out for _, out, _ in results)
     np.testing.assert_allclose(np.load(files / "two.npy"), np.load(files / "whole.npy"), atol=1e-6)
     assert not list(files.glob(".*.npy.*"))
 
@@ -179,27 +166,24 @@ def test_more_processes_than_rows(files):
     """One that has no rows and comes last leaves nothing."""
     gecko.write_jsonl(files / "one.jsonl", [{"text": "word1"}])
     for rank in (1, 0):                                              # the row is rank 1's
-        command = [sys.executable, ROOT / "gecko.py", "encode", files / "one.jsonl", files / "one.npy", "--model",
-                   files / "model"]
-        subprocess.run(command, check=True, capture_output=True,
-                       env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"})
+        assert Command(gecko.main, "encode", files / "one.jsonl", files / "one.npy", "--model", files / "model",
+                       RANK=str(rank), WORLD_SIZE="2").result()[0] == 0
         assert (files / "one.npy").exists() and not list(files.glob(".one.npy*"))
 
 
 def test_another_input_does_not_resume(files):
     """What a stopped run left is not mixed with another text's vectors."""
     key = {p: p.stat().st_mtime_ns for p in files.glob("*.jsonl")}
-    process = run(files, "other.npy", 5)
+    stopped = run(files, "other.npy", 5)
     while not list(files.glob(".other.npy.*.json")):
-        assert process.poll() is None
+        assert stopped.process.is_alive()
         time.sleep(0.02)
-    process.kill()
-    process.wait()
+    stopped.process.kill()
+    stopped.process.join()
     rows = (files / "in.jsonl").read_text()
     try:
         (files / "in.jsonl").write_text(rows.replace("word1", "word2"))
-        _, err = run(files, "other.npy").communicate()
-        assert "resumed_at=0\n" in err
+        assert "resumed_at=0\n" in run(files, "other.npy").result()[2]
     finally:
         (files / "in.jsonl").write_text(rows)
         for path, at in key.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -23,6 +22,7 @@ import fake_server
 import numpy as np
 import pytest
 from fake_server import FakeServer, by_hand
+from processes import START
 from teach import check
 
 import gecko
@@ -537,8 +537,6 @@ def test_bytes_do_not_depend_on_threads_or_faults(threads, faults, undisturbed, 
 
 def test_kill_at_any_moment_then_run_again(undisturbed, work, tmp_path):
     """kill -9 at 20 random moments; each run goes on; the bytes are those of a run never stopped."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["llm", "fake_server"])
     rng, kills, finished, requests = random.Random(7), 0, 0, []
     with FakeServer("llama-cpp-python", latency=0.01) as server:
         while kills < 20:
@@ -547,7 +545,7 @@ def test_kill_at_any_moment_then_run_again(undisturbed, work, tmp_path):
             for argv in commands(work, out, server.url):
                 argv[argv.index("--threads") + 1] = rng.choice(["1", "3", "16"])
                 while not (out / Path(argv[2 + (argv[0] == "mine")]).name).exists():
-                    child = context.Process(target=fake_server.run_llm, args=(argv,))
+                    child = START.Process(target=fake_server.run_llm, args=(argv,))
                     child.start()
                     child.join(rng.uniform(0.05, 0.5) if kills < 20 else 60)
                     if child.exitcode is None:
@@ -571,7 +569,7 @@ def test_interrupted_does_not_wait_for_slow_answers(undisturbed, work, tmp_path,
     argv = commands(work, tmp_path, "URL")[1]
     with FakeServer("llama-cpp-python") as server:
         argv[argv.index("URL")] = server.url
-        child = multiprocessing.get_context("forkserver").Process(target=fake_server.run_llm, args=(argv,))
+        child = START.Process(target=fake_server.run_llm, args=(argv,))
         child.start()
         deadline = time.monotonic() + 30
         while len(server.bodies) < 40:

@@ -9,7 +9,6 @@ gradient; a run that was killed and continued writes the bytes of one that was n
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import START
 from test_losses import main_spec, mrl_spec, pre_spec
 
 import data
@@ -28,12 +28,6 @@ import train
 from data import batches, mixed_schedule, read_records, record, schedule
 from gecko import InputError, load, run, save, tiny
 from train import TrainConfig, backward, micro_batches, seed_of
-
-ROOT = Path(train.__file__).parent
-# a fresh interpreter with the modules imported, from which children start in no time
-START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["test_training"])
-os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
 
