@@ -6,6 +6,7 @@ Invariants: micro-batches, blocks of the loss, Matryoshka and processes change m
 gradient; a run that was killed and continued writes the bytes of one that was not.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -77,13 +78,14 @@ def text_ids(duplicates, missing):
     return ids
 
 
-def spec_gradient(stage, dims, ids, micro_batch, size, every=False, seed=0, leave_out=""):
+@functools.cache
+def spec_gradient(stage, dims, duplicates, missing, micro_batch, size, every=False, seed=0, leave_out=""):
     """The float64 gradient of the plain loss, one graph over everything, with the same dropout.
 
     Dropout is drawn where the machinery draws it (a pass of a process), so the passes are laid out
     alike; all else is the plain loss of all rows on all vectors.
     """
-    model = small_model()
+    model, ids = small_model(), text_ids(duplicates, missing)
     model.encoder.double().train()
     sides = ids[:2 if stage == "prefinetune" else 3]
     x = {}
@@ -137,24 +139,22 @@ def close(a, b):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)).replace(" ", ""))
 def test_one_process_has_the_plain_gradient(case):
     stage, micro_batch, block, dims, duplicates, missing = case
-    ids = text_ids(duplicates, missing)
-    ours = our_gradient(stage, dims, ids, micro_batch, block)
+    ours = our_gradient(stage, dims, text_ids(duplicates, missing), micro_batch, block)
     assert ours[1].abs().max() > 1e-3
-    assert close(ours, spec_gradient(stage, dims, ids, micro_batch, 1))
+    assert close(ours, spec_gradient(stage, dims, duplicates, missing, micro_batch, 1))
     # negative controls: each ingredient, when it is another, gives another gradient
-    assert not close(ours, spec_gradient(stage, dims, ids, micro_batch, 1, seed=1))          # dropout
-    assert not close(ours, spec_gradient(stage, (*dims, 2), ids, micro_batch, 1))            # Matryoshka
-    assert not close(ours, spec_gradient(stage, dims, text_ids(not duplicates, missing), micro_batch, 1))
+    assert not close(ours, spec_gradient(stage, dims, duplicates, missing, micro_batch, 1, seed=1))   # dropout
+    assert not close(ours, spec_gradient(stage, (*dims, 2), duplicates, missing, micro_batch, 1))  # Matryoshka
+    assert not close(ours, spec_gradient(stage, dims, not duplicates, missing, micro_batch, 1))
     if stage == "finetune":
-        assert not close(ours, spec_gradient(stage, dims, text_ids(duplicates, not missing), micro_batch, 1))
-        assert not close(ours, spec_gradient(stage, dims, ids, micro_batch, 1, leave_out="queries"))
+        assert not close(ours, spec_gradient(stage, dims, duplicates, not missing, micro_batch, 1))
+        assert not close(ours, spec_gradient(stage, dims, duplicates, missing, micro_batch, 1, leave_out="queries"))
 
 
 def test_all_hard_negatives_through_the_machinery():
-    ids = text_ids(True, True)
-    ours = our_gradient("finetune", (8, 3), ids, 2, 1, every=True)
-    assert close(ours, spec_gradient("finetune", (8, 3), ids, 2, 1, every=True))
-    assert not close(ours, spec_gradient("finetune", (8, 3), ids, 2, 1))
+    ours = our_gradient("finetune", (8, 3), text_ids(True, True), 2, 1, every=True)
+    assert close(ours, spec_gradient("finetune", (8, 3), True, True, 2, 1, every=True))
+    assert not close(ours, spec_gradient("finetune", (8, 3), True, True, 2, 1))
 
 
 def test_replay_without_the_same_dropout_is_another_gradient(monkeypatch):
@@ -217,6 +217,8 @@ def test_two_processes_have_the_plain_gradient(tmp_path):
     children = [START.Process(target=one_of_two, args=(rank, tmp_path, CASES)) for rank in range(2)]
     for child in children:
         child.start()
+    wanted = [spec_gradient(stage, dims, duplicates, missing, micro_batch, 2)
+              for stage, micro_batch, _, dims, duplicates, missing in CASES]
     for child in children:
         child.join(60)
         assert child.exitcode == 0
@@ -225,11 +227,10 @@ def test_two_processes_have_the_plain_gradient(tmp_path):
         a, b = (f[f"arr_{number}"] for f in found)
         assert a.tobytes() == b.tobytes()                            # so the weights stay the same on both
         ours = a[0], torch.from_numpy(a[1:])
-        ids = text_ids(duplicates, missing)
-        wanted = spec_gradient(stage, dims, ids, micro_batch, 2)
-        assert close(ours, wanted), CASES[number]
-        assert not close((wanted[0], wanted[1] * 2), ours) and not close((wanted[0], wanted[1] / 2), ours)
-        assert not close(ours, spec_gradient(stage, dims, ids, micro_batch, 1))          # one's dropout
+        loss, gradient = wanted[number]
+        assert close(ours, wanted[number]), CASES[number]
+        assert not close((loss, gradient * 2), ours) and not close((loss, gradient / 2), ours)
+        assert not close(ours, spec_gradient(stage, dims, duplicates, missing, micro_batch, 1))  # one's dropout
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,7 +372,8 @@ def files(folder):
 def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kills, flags):
     beir_folder(tmp_path / "beir", records(20), "dev")
     c = replace(RESUMED, **{k: str(tmp_path / v) if k == "eval" else v for k, v in flags.items()})
-    run_in(tmp_path / "whole", replace(c, resume=False))
+    whole = START.Process(target=run_in, args=(tmp_path / "whole", replace(c, resume=False)))
+    whole.start()
     rng, steps = random.Random(time.time_ns()), [0]
     for _ in range(kills):
         child = START.Process(target=run_in, args=(tmp_path / "killed", c))
@@ -386,6 +388,8 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kills, flags):
         steps.append(done_steps(tmp_path / "killed"))
     assert 0 < steps[1] and steps[-1] < 60 and steps == sorted(steps)
     run_in(tmp_path / "killed", c)
+    whole.join(60)
+    assert whole.exitcode == 0
     found = files(tmp_path / "whole")
     assert found == files(tmp_path / "killed") and ("best/model.safetensors" in found) == ("eval" in flags)
     rows = [[(r["step"], r.get("loss"), r.get("dev")) for r in train.read_metrics(tmp_path / name)]
