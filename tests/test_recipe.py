@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import Command
 
 import data
 import gecko
@@ -29,20 +30,38 @@ def small():
     return [p for p in data.builtin_corpus() if p["title"].split(".")[0] in TOPS]
 
 
-def run_recipe(out, hash_seed):
-    """A process of its own, for packages that other tests import add to the docstrings of numpy and logging."""
-    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, train; from pathlib import Path\n"
+def start_recipe(out, hash_seed):
+    """A process of its own, for packages that other tests import add to the docstrings of numpy and logging.
+
+    Pairs come from the sources of numpy alone: those of all packages take longer to read than to train on.
+    """
+    script = ("import functools, sys; sys.path.insert(0, sys.argv[1]); import data, train\n"
+              "from pathlib import Path\n"
+              "train.builtin_pairs = functools.partial(data.builtin_pairs, sources=('numpy',))\n"
               f"small = [p for p in data.builtin_corpus() if p['title'].split('.')[0] in {TOPS!r}]\n"
               f"train.recipe(Path(sys.argv[2]), 0, train.{SIZES!r}, small)")
-    return subprocess.run([sys.executable, "-c", script, str(ROOT), str(out)], check=True, timeout=120, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONHASHSEED": hash_seed}).stdout
+    return subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(out)], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, env={**os.environ, "PYTHONHASHSEED": hash_seed})
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """One miniature run: its folder, its ladder and what it printed."""
-    out = tmp_path_factory.mktemp("demo") / "demo"
-    printed = run_recipe(out, "0")
+def demos(tmp_path_factory):
+    """Two miniature runs at a time, with two hash seeds: the folder of each and what it printed."""
+    folders = [tmp_path_factory.mktemp("demo") / "demo" for _ in range(2)]
+    runs = [start_recipe(folder, hash_seed) for folder, hash_seed in zip(folders, "07", strict=True)]
+    try:
+        said = [run.communicate(timeout=240) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], said
+    return [(folder, printed) for folder, (printed, _) in zip(folders, said, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def demo(demos):
+    """One of them: its folder, its ladder and what it printed."""
+    out, printed = demos[0]
     return out, json.loads((out / "ladder.json").read_text()), printed
 
 
@@ -72,10 +91,9 @@ def test_recipe_writes_every_stage(demo, small):
     assert f"p+ differs from p_seed in {share:.1%}" in printed and "next: python gecko.py search" in printed
 
 
-def test_same_seed_same_bytes(demo, tmp_path):
+def test_same_seed_same_bytes(demos):
     """In another process, with another hash seed, every file is the same."""
-    run_recipe(tmp_path / "again", "7")
-    first, again = files(demo[0]), files(tmp_path / "again")
+    first, again = (files(out) for out, _ in demos)
     assert first.keys() == again.keys()
     assert [name for name in first if first[name] != again[name]] == []
 
@@ -85,9 +103,9 @@ def test_search_and_evaluate_run_on_what_was_written(demo):
     found = command("gecko.py", "search", "round a number up", "--model", out / "gecko", "-k", "5")
     assert found.returncode == 0 and len(found.stdout.splitlines()) == 5
     assert "math." in found.stdout or "builtins.round" in found.stdout
-    result = command("train.py", "evaluate", "--model", out / "gecko", "--beir", out / "questions",
-                     "--out", out.parent / "scores.json")
-    assert result.returncode == 0, result.stderr
+    code, _, err = Command(train.main, "evaluate", "--model", out / "gecko", "--beir", out / "questions",
+                           "--out", out.parent / "scores.json").result()
+    assert code == 0, err
     scores = json.loads((out.parent / "scores.json").read_text())["questions"]
     assert round(scores["ndcg@10"], 4) == table["+ FRet (p_1, p_20)"]["384"]["ndcg@10"]
 
@@ -99,9 +117,9 @@ def command(script, *arguments):
 
 def test_encode_command_writes_unit_rows(demo, tmp_path):
     out = demo[0]
-    result = command("gecko.py", "encode", out / "corpus.jsonl", tmp_path / "x.npy", "--model", out / "gecko",
-                     "--passages", "--dim", "128")
-    assert result.returncode == 0, result.stderr
+    code, _, err = Command(gecko.main, "encode", out / "corpus.jsonl", tmp_path / "x.npy", "--model",
+                           out / "gecko", "--passages", "--dim", "128").result()
+    assert code == 0, err
     x = np.load(tmp_path / "x.npy")
     assert x.dtype == np.float32 and x.shape[1] == 128
     np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-5)
@@ -109,9 +127,9 @@ def test_encode_command_writes_unit_rows(demo, tmp_path):
 
 def test_finetune_command_trains_from_files(demo, tmp_path):
     out = demo[0]
-    result = command("train.py", "finetune", f"{out / 'fret.jsonl'}:2", "--init", out / "seed", "--out",
-                     tmp_path / "m", "--steps", "3", "--batch-size", "64")
-    assert result.returncode == 0, result.stderr
+    code, _, err = Command(train.main, "finetune", f"{out / 'fret.jsonl'}:2", "--init", out / "seed", "--out",
+                           tmp_path / "m", "--steps", "3", "--batch-size", "64").result()
+    assert code == 0, err
     assert gecko.load(tmp_path / "m").encoder.config.hidden_size == 384
 
 
