@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 import shutil
 import sys
@@ -27,6 +28,7 @@ NOT_COPIED = ("make_course.py", "test_course.py", "wrong_answers.py", "COURSE.md
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
 
 
+@functools.cache
 def exercises() -> dict[int, tuple[str, str, str, str]]:
     """{n: (module, function, about how many lines, the first sentence of its docstring)}."""
     found = {}

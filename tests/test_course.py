@@ -8,20 +8,20 @@ NotImplementedError; each wrong answer fails its own tests alone, with a message
 
 import contextlib
 import io
-import multiprocessing
 import os
 import re
+import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import make_course
 import pytest
 import torch
+from processes import START
 from wrong_answers import WRONG
 
 ROOT = make_course.ROOT
-# a fresh interpreter with the packages imported and no module of ours: a child of it starts in no time
-START = multiprocessing.get_context("forkserver")
 EXERCISES = make_course.exercises()
 TESTS = {path.stem: path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.stem != "test_course"}
 GRADERS = {n: [name for name, text in TESTS.items() if f"@pytest.mark.ex{n}\n" in text] for n in EXERCISES}
@@ -43,68 +43,79 @@ class Results:
             self.found[report.nodeid] = (self.marks[report.nodeid], said)
 
 
-def grade(folder, connection):
-    """In a child: for each order (exercises, module, its text) run their tests on the course folder's modules."""
-    os.chdir(folder)
-    sys.path[:0] = [str(folder), str(folder / "tests")]
+FOLDER = Path()                                                      # a child's own course folder
+
+
+def start_grading(folders):
+    """In a child: a course folder of its own, before any module that stands elsewhere."""
+    global FOLDER
+    FOLDER = folders / str(os.getpid())
+    make_course.make(FOLDER, set())
+    os.chdir(FOLDER)
+    sys.path[:0] = [str(FOLDER), str(FOLDER / "tests")]
+    sys.dont_write_bytecode, sys.pycache_prefix = False, None        # the tests' asserts are rewritten once
     torch.set_num_threads(1)
-    while (order := connection.recv()) is not None:
-        numbers, module, text = order
-        for name in [name for name, m in sys.modules.items() if Path(getattr(m, "__file__", None) or "/").parent in
-                     (ROOT, ROOT / "tests", folder, folder / "tests")]:
-            del sys.modules[name]
-        if module:
-            (folder / module).write_text(text)
-        results = Results()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            files = sorted({f"tests/{name}.py" for n in numbers for name in GRADERS[n]})
-            pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-m",
-                         " or ".join(f"ex{n}" for n in numbers), *files], plugins=[results])
-        import gecko
-        assert gecko.__file__ == str(folder / "gecko.py"), "the tests graded another folder's modules"
-        connection.send(results.found)
 
 
-class Grader:
-    """A course folder and a child that grades it."""
+def grade(n, mistake):
+    """In a child: all graded tests, on n without its body where n is given; or n's own, on n with a mistake."""
+    module = EXERCISES[n][0] if n else ""
+    before = (ROOT / module).read_text() if n else ""
+    for path in FOLDER.rglob("*.py"):
+        sys.modules.pop(path.stem, None)                             # where it was imported from, and as what
+    if n:
+        (FOLDER / module).write_text(with_mistake(before, n, mistake) if mistake else
+                                     make_course.stripped(before, {n}))
+    results, numbers = Results(), [n] if mistake else EXERCISES
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        files = sorted({f"tests/{name}.py" for k in numbers for name in GRADERS[k]})
+        pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-m",
+                     " or ".join(f"ex{k}" for k in numbers), *files], plugins=[results])
+    shutil.rmtree(FOLDER / "__pycache__", ignore_errors=True)        # a module's next text may be as long as this
+    if n:
+        (FOLDER / module).write_text(before)
+    import gecko
+    assert gecko.__file__ == str(FOLDER / "gecko.py"), "the tests graded another folder's modules"
+    return results.found
 
-    def __init__(self, folder: Path) -> None:
-        make_course.make(folder, set())
-        self.folder, (self.ours, theirs) = folder, multiprocessing.Pipe()
-        self.child = START.Process(target=grade, args=(folder, theirs), daemon=True)
-        self.child.start()
 
-    def run(self, numbers, module: str = "", text: str = ""):
-        """The results with this text in the module's place, which is then put back."""
-        before = (self.folder / module).read_text() if module else ""
-        self.ours.send((tuple(numbers), module, text))
-        assert self.ours.poll(120), "the grading child does not answer"
-        found = self.ours.recv()
-        if module:
-            (self.folder / module).write_text(before)
-        return found
+def with_mistake(text, n, mistake):
+    body = next(m[0] for m in make_course.BODY.finditer(text) if int(m[2]) == n)
+    wrong = body
+    for old, new in WRONG[n][mistake][0]:
+        assert wrong.count(old) == 1, f"exercise {n} has no {old!r}, or several; tests/wrong_answers.py is behind"
+        wrong = wrong.replace(old, new)
+    return text.replace(body, wrong)
+
+
+def order(item):
+    """What a test wants graded: (n, mistake), each None where the test has none."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("n"), parameters.get("mistake")
 
 
 @pytest.fixture(scope="module")
-def grader(tmp_path_factory):
-    grader = Grader(tmp_path_factory.mktemp("course") / "c")
-    yield grader
-    grader.ours.send(None)
-    grader.child.join(20)
+def orders(request, tmp_path_factory):
+    """What the selected tests want graded, by two children at a time: {(n, mistake): what will be found}."""
+    with ProcessPoolExecutor(2, START, start_grading, (tmp_path_factory.mktemp("course"),)) as children:
+        yield {order(item): children.submit(grade, *order(item)) for item in request.session.items
+               if "orders" in getattr(item, "fixturenames", ())}
+        children.shutdown(cancel_futures=True)
 
 
-def test_solutions_pass(grader):
+@pytest.fixture
+def found(request, orders):
+    return orders[order(request.node)].result(120)
+
+
+def test_solutions_pass(found):
     """All graded tests pass, and every exercise has some."""
-    found = grader.run(EXERCISES)
     assert not {name: said for name, (_, said) in found.items() if said}
     assert {n for marks, _ in found.values() for n in marks} == set(EXERCISES)
 
 
 @pytest.mark.parametrize("n", EXERCISES)
-def test_without_a_body_exactly_its_tests_fail(n, grader):
-    module = EXERCISES[n][0]
-    text = make_course.stripped((ROOT / module).read_text(), {n})
-    found = grader.run(EXERCISES, module, text)
+def test_without_a_body_exactly_its_tests_fail(n, found):
     assert {name for name, (_, said) in found.items() if said} == {
         name for name, (marks, _) in found.items() if n in marks}
     assert all("NotImplementedError" in said and f"pytest -m ex{n}" in said
@@ -112,15 +123,8 @@ def test_without_a_body_exactly_its_tests_fail(n, grader):
 
 
 @pytest.mark.parametrize("n,mistake", [(n, mistake) for n, of in WRONG.items() for mistake in of])
-def test_a_wrong_answer_is_caught_and_explained(n, mistake, grader):
-    module, (edits, message) = EXERCISES[n][0], WRONG[n][mistake]
-    text = (ROOT / module).read_text()
-    body = next(m[0] for m in make_course.BODY.finditer(text) if int(m[2]) == n)
-    wrong = body
-    for old, new in edits:
-        assert wrong.count(old) == 1, f"exercise {n} has no {old!r}, or several; tests/wrong_answers.py is behind"
-        wrong = wrong.replace(old, new)
-    said = [said for _, said in grader.run([n], module, text.replace(body, wrong)).values() if said]
+def test_a_wrong_answer_is_caught_and_explained(n, mistake, found):
+    message, said = WRONG[n][mistake][1], [said for _, said in found.values() if said]
     assert said, "nothing failed"
     assert any(message in s for s in said), said[0]
 
