@@ -188,7 +188,7 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
 
 def test_ctrl_c_in_a_process_of_its_own(project, tmp_path):
     """The bar's line ends, then one line; exit code 1."""
-    rows = [json.dumps({"_id": str(i), "text": "stone river " * 200}) for i in range(30_000)]
+    rows = [json.dumps({"_id": str(i), "text": "stone river " * 50}) for i in range(30_000)]
     (tmp_path / "long.jsonl").write_text("\n".join(rows) + "\n")
     child = subprocess.Popen([sys.executable, ROOT / "gecko.py", "encode", tmp_path / "long.jsonl",
                               tmp_path / "x.npy", "--model", project / "seed", "--passages"],
