@@ -424,21 +424,20 @@ def convert(args: argparse.Namespace) -> None:
         how["unique_ids"] = args.ids
     if args.kind == "beir":
         how |= {"model": load(args.model) if args.model else None, "depth": args.depth, "split": args.split}
-    negatives = 0
+    kept: Counter[bool] = Counter()                                  # with a negative, without
 
     def counted() -> Iterator[Record]:
-        nonlocal negatives
         for row in CONVERTERS[args.kind](args.inputs, left_out, **how):  # type: ignore[operator]
-            negatives += row["negative"] is not None
+            kept[row["negative"] is not None] += 1
             yield row
+        for reason, count in left_out.items():
+            if count:
+                print(f"  {count} {reason}")
+        if not kept:                                                 # here, so that nothing is written
+            raise InputError(f"{args.output}: no record could be made of {', '.join(args.inputs)}")
 
     n = write_jsonl(args.output, counted())
-    for reason, count in left_out.items():
-        if count:
-            print(f"  {count} {reason}")
-    if not n:
-        raise InputError(f"{args.output}: no record could be made of {', '.join(args.inputs)}")
-    print(f"wrote {args.output}: {n} records, {negatives} with a hard negative")
+    print(f"wrote {args.output}: {n} records, {kept[True]} with a hard negative")
     print(f"next: python data.py check {args.output}")
 
 

@@ -6,6 +6,7 @@ format; every row of a set is drawn once an epoch; the corpus has names and text
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -125,6 +126,17 @@ def test_empty_missing_and_truncated_files(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-9])
     with pytest.raises(InputError, match="unreadable|not JSON"):
         data.read_records(tmp_path / "cut.jsonl.gz")
+
+
+def test_nothing_is_written_where_no_record_can_be_made(tmp_path, monkeypatch, capsys):
+    """What stood under the output's name still stands; why rows were left out is said."""
+    source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"
+    source.write_text("sentence1,sentence2,label\na,b,-\n")
+    out.write_text("before")
+    monkeypatch.setattr(sys, "argv", ["data.py", "convert", "nli", str(source), str(out)])
+    with pytest.raises(InputError, match="no record could be made of"):
+        data.main()
+    assert out.read_text() == "before" and "1 rows without a gold label" in capsys.readouterr().out
 
 
 def test_qrels_errors_name_the_line(tmp_path):
