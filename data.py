@@ -33,6 +33,7 @@ import sys
 import sysconfig
 import types
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -255,9 +256,11 @@ def table(path: str) -> Iterator[tuple[str, Any]]:
         reader = csv.DictReader(lines) if kind == ".csv" else \
             csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
+            if lines.read(1) != "\ufeff":                            # the byte order mark of a spreadsheet
+                lines.seek(0)
             for row in reader:
                 yield f"{path}:{reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
+        except (csv.Error, OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise InputError(f"{path}:{reader.line_num}: not {kind[1:]} ({error})") from error
 
 

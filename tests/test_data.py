@@ -139,6 +139,17 @@ def test_nothing_is_written_where_no_record_can_be_made(tmp_path, monkeypatch, c
     assert out.read_text() == "before" and "1 rows without a gold label" in capsys.readouterr().out
 
 
+def test_tables_of_spreadsheets_and_broken_archives(tmp_path):
+    """A byte order mark is no part of the first column's name; a cut or spoiled .gz names the file and line."""
+    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbflabel,text\r\nx,a\r\n")
+    assert [row for _, row in data.table(str(tmp_path / "t.csv"))] == [{"label": "x", "text": "a"}]
+    whole = gzip.compress("".join(f"{i * i},some text {i * 7919}\n" for i in range(999)).encode())
+    for spoiled in (whole[:200], whole[:90] + bytes([255] * 60) + whole[150:], b"label,text\n"):
+        (tmp_path / "t.csv.gz").write_bytes(spoiled)
+        with pytest.raises(InputError, match=r"t.csv.gz:\d+: not csv"):
+            list(data.table(str(tmp_path / "t.csv.gz")))
+
+
 def test_qrels_errors_name_the_line(tmp_path):
     path = tmp_path / "test.tsv"
     path.write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n2\tb\n")
