@@ -210,7 +210,8 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
             side = row.get(key)
             if side is None and key == "negative":
                 continue
-            if not isinstance(side, dict) or not str(side.get("text") or "").strip():
+            text, title = (side.get("text"), side.get("title") or "") if isinstance(side, dict) else ("", "")
+            if not (isinstance(text, str) and text.strip() and isinstance(title, str)):
                 raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
         if row.get("negative") and row["negative"]["text"] == row["positive"]["text"]:
             raise InputError(f"{where}: positive and negative are the same text; remove the negative")
@@ -224,17 +225,18 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     """BEIR relevance judgements, TSV with a header: {query id: {passage id: grade > 0}}."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; a BEIR folder has qrels/test.tsv")
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error}); write or copy it again") from error
     qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-        parts = line.split("\t")
-        if number == 1 and "id" in parts[0]:
-            continue
-        try:
-            query, passage, grade = parts[0], parts[1], int(parts[2])
-        except (IndexError, ValueError) as error:
-            raise InputError(f"{path}:{number}: want query-id, corpus-id, score with tabs") from error
-        if grade > 0:
-            qrels.setdefault(query, {})[passage] = grade
+    for number, line in enumerate(lines, 1):
+        query, passage, grade = [*line.split("\t"), "", ""][:3]
+        if re.fullmatch(r"\s*-?\d+\s*", grade):
+            if int(grade) > 0:
+                qrels.setdefault(query, {})[passage] = int(grade)
+        elif number > 1:                                             # the first line is a header
+            raise InputError(f"{path}:{number}: want query-id, corpus-id, score with tabs")
     if not qrels:
         raise InputError(f"{path}: no relevant passage; nothing to evaluate")
     return qrels
@@ -419,6 +421,8 @@ CONVERTERS = {"nli": convert_nli, "classification": convert_classification, "bei
 
 def convert(args: argparse.Namespace) -> None:
     """One converter, its counts, and the next command."""
+    if args.seed < 0:
+        raise InputError(f"--seed {args.seed}: give 0 or more")
     left_out: Counter[str] = Counter()
     how: dict[str, Any] = {"task": args.task} if args.task else {}
     if args.kind in ("classification", "choice", "beir"):

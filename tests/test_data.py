@@ -102,6 +102,8 @@ def test_records_round_trip(tmp_path, ending):
     ("[]", r":2: not a JSON object"),
     (json.dumps({**GOOD, "query": " "}), r':2: no "query"'),
     (json.dumps({**GOOD, "positive": {"title": "x"}}), r':2: "positive" has no text'),
+    (json.dumps({**GOOD, "positive": {"text": 5}}), r':2: "positive" has no text'),
+    (json.dumps({**GOOD, "negative": {"text": "n", "title": 5}}), r':2: "negative" has no text'),
     (json.dumps({**GOOD, "negative": {"text": "p"}}), r":2: positive and negative are the same"),
 ])
 def test_a_wrong_row_names_file_and_line(tmp_path, line, message):
@@ -157,6 +159,17 @@ def test_qrels_errors_name_the_line(tmp_path):
         data.read_qrels(path)
     path.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
     assert data.read_qrels(path) == {"1": {"a": 2}}
+    path.write_text("video 1\ta\t2\n")                               # no header: this "id" is in a query's
+    assert data.read_qrels(path) == {"video 1": {"a": 2}}
+    path.write_bytes(b"1\ta\xff\t1\n")
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        data.read_qrels(path)
+
+
+def test_a_seed_below_zero_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", "convert", "classification", "in", "out", "--seed", "-1"])
+    with pytest.raises(InputError, match="--seed -1: give 0 or more"):
+        data.main()
 
 
 def test_corpus_has_names_and_texts_once(corpus):
