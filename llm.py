@@ -716,6 +716,8 @@ class Server:
         """One exchange: the decoded reply, or an exception that says what its status means."""
         while (wait := self.resume_at - time.monotonic()) > 0 and not self.halt.wait(wait):
             pass
+        if self.halt.is_set():
+            raise CallFailed("the run was stopped")
         status, headers, data = self.exchange(path, body)
         text = " ".join(data.decode(errors="replace").split())
         if status == 200:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -448,6 +449,25 @@ def test_the_window_is_bounded(monkeypatch):
         e.server.halt.set()
         with pytest.raises(CallFailed, match="was stopped"):
             e.server.call("/v1/models", None, lambda answer: answer)
+
+
+def test_nothing_more_is_sent_once_a_run_has_stopped(monkeypatch):
+    """Neither the prompts of a failed list, one by one, nor a call whose pause has ended."""
+    pairs = [(f"query {i}", passage(i)) for i in range(32)]
+    with FakeServer("vllm") as server:
+        e = endpoint(server, threads=2)
+        e.can = llm.Abilities(ql=ECHO, group=16, evidence={"ql": ""})
+        good, turn = server.answer, itertools.count()
+
+        def answer(path, body):
+            n = next(turn)
+            time.sleep((0.2, 0.5)[n] if n < 2 else 0)      # the second fails when the first has stopped the run
+            return [(401, {"error": "no"}), (500, {})][n] if n < 2 else good(path, body)
+
+        monkeypatch.setattr(server, "answer", answer)
+        with pytest.raises(LLMError, match="HTTP 401"):
+            e.query_likelihood(pairs)
+        assert len(server.bodies) == 2
 
 
 def test_connections_are_kept(monkeypatch):
