@@ -1015,7 +1015,9 @@ class Endpoint:
                     forced_token, forced=forced, wanted=ids[n]))
                 if value is not None:
                     break
-            values.append(log_prob(value))
+            else:
+                raise CallFailed(f"the server does not list token {ids[n]}: does it cap n_probs?")
+            values.append(value)
         return [[math.fsum(values), len(values)]]
 
     def pieces(self, text: str) -> list[tuple[int, bool]]:

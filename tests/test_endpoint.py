@@ -302,6 +302,18 @@ def test_no_likelihood_is_said_with_the_way_out():
             endpoint(server).echo([("a:", " b")])
 
 
+def test_a_server_that_lists_few_tokens_scores_what_it_can(monkeypatch):
+    """Half a character is found in a long list alone: where that is capped, the call failed, not the run."""
+    with FakeServer("llama-server") as server:
+        answer = server.answer
+        monkeypatch.setattr(server, "answer", lambda path, body: answer(
+            path, body | {"n_probs": min(body.get("n_probs", 0), 1000)}))
+        e = endpoint(server)
+        got = e.query_likelihood([(TEXTS["ascii"], passage(1)), (TEXTS["cjk"], passage(1))])
+    assert got == [pytest.approx(by_hand(*ql_prompt(TEXTS["ascii"], passage(1)))), None]
+    assert "does it cap n_probs" in e.spent.last
+
+
 def test_what_was_found_is_said_before_a_run(capsys):
     with FakeServer("vllm") as server:
         endpoint(server).query_likelihood([("q", passage(1))])
