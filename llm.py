@@ -631,6 +631,12 @@ class Spent:
         return "\n".join(lines)
 
 
+def one_line(text: str, most: int) -> str:
+    """A text for a terminal: no line breaks, no control characters, at most so many characters."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
 TRIES, IN_A_ROW, LONGEST_WAIT = 6, 20, 120.0  # times a request, failed calls, seconds
 HOPELESS = 200                                # rows that all failed from the first on
 
@@ -707,10 +713,10 @@ class Server:
             except (OSError, http.client.HTTPException) as error:
                 reason = f"no answer ({type(error).__name__}: {error})"
             except (ValueError, LookupError, TypeError, AttributeError) as error:
-                reason = f"a malformed reply ({type(error).__name__}: {str(error)[:100]})"
+                reason = f"a malformed reply ({type(error).__name__}: {error})"
             if self.halt.wait(pause if attempt + 1 < tries else 0):
                 raise CallFailed("the run was stopped")
-        raise CallFailed(f"{self.hide(reason)}, {tries} times")
+        raise CallFailed(f"{self.quoted(reason)}, {tries} times")
 
     def once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """One exchange: the decoded reply, or an exception that says what its status means."""
@@ -719,7 +725,6 @@ class Server:
         if self.halt.is_set():
             raise CallFailed("the run was stopped")
         status, headers, data = self.exchange(path, body)
-        text = " ".join(data.decode(errors="replace").split())
         if status == 200:
             answer = json.loads(data)
             if not answer.get("error"):
@@ -727,7 +732,8 @@ class Server:
                 return answer
             code = answer["error"].get("code") if isinstance(answer["error"], dict) else None
             status = code if isinstance(code, int) and code >= 400 else 500  # an error inside a 200
-        said = f"HTTP {status}: {self.hide(headers.get('location') or text)[:200]}"
+        text = data.decode(errors="replace")
+        said = f"HTTP {status}: {self.quoted(headers.get('location') or text)}"
         # a redirection is not followed: the key is for the host that was named
         if status in (401, 402, 403, 404) or 300 <= status < 400 or "insufficient_quota" in text:
             raise LLMError(f"{said}; mend the URL, the model's name, the key or the account")
@@ -735,9 +741,10 @@ class Server:
             raise Again(said, retry_after(headers))
         raise CallFailed(said)
 
-    def hide(self, text: str) -> str:
-        """A server's words may quote the key back."""
-        return text.replace(self.key, "[key]") if self.key else text
+    def quoted(self, text: str) -> str:
+        """A server's words for the screen; they may hold the key, terminal controls, and have no end."""
+        # subtle: the key goes before the cut, which could leave a part of it
+        return one_line(text.replace(self.key, "[key]") if self.key else text, 200)
 
     def exchange(self, path: str, body: dict[str, Any] | None) -> tuple[int, Any, bytes]:
         """Status, headers and body of one request on this thread's connection."""
@@ -1295,10 +1302,7 @@ def passages_of(rows: Sequence[Record], corpus: Sequence[Passage]) -> dict[str, 
     return found
 
 
-def one_line(text: str, most: int) -> str:
-    """A text for a terminal: no line breaks, no control characters, at most so many characters."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-    return text if len(text) <= most else text[:most - 3] + "..."
+
 
 
 def as_lines(row: Record, passages: dict[str, Passage]) -> Iterator[str]:

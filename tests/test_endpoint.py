@@ -736,6 +736,23 @@ def test_the_key_goes_to_the_server_and_nowhere_else(work, tmp_path, monkeypatch
     assert "sk-do" not in str(error.value)
 
 
+def test_a_servers_words_are_cut_without_the_key_or_terminal_controls(monkeypatch):
+    """The key is hidden before the cut, which would else leave a part of it, wherever it stands."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
+    monkeypatch.setattr(llm, "TRIES", 1)
+    with FakeServer("vllm") as server:
+        e = endpoint(server)
+        for n in range(40, 220):
+            words = "x" * n + "\x1b[2Jsk-do-not-show-me"
+            quoting = echoed(["<s>", "a", ":", " b", "!"], [None, -1.0, -2.0, words, -0.5], "a: b")
+            for reply in ((200, quoting), (400, words.encode())):
+                monkeypatch.setattr(server, "answer", lambda *_, reply=reply: reply)
+                with pytest.raises(CallFailed) as error:
+                    e.echo([("a:", " b")])
+                shown = str(error.value)
+                assert "sk" not in shown and "\x1b" not in shown and len(shown) < 250
+
+
 def test_a_redirection_is_not_followed(monkeypatch):
     """The key goes to the host that was named and to no other, whatever a server says."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
