@@ -638,6 +638,7 @@ def one_line(text: str, most: int) -> str:
 
 
 TRIES, IN_A_ROW, LONGEST_WAIT = 6, 20, 120.0  # times a request, failed calls, seconds
+LARGEST = 1 << 26                             # bytes of a reply: all tokens of a vocabulary take a third
 HOPELESS = 200                                # rows that all failed from the first on
 
 
@@ -765,11 +766,13 @@ class Server:
                 except ConnectionError:
                     if connection is not kept or self.halt.is_set():  # a kept one may have been closed
                         raise
-            parts = []
+            answer = bytearray()
             while part := reply.read1(65536):
-                parts.append(part)
+                answer += part
                 if time.monotonic() > deadline:
                     raise TimeoutError("the reply came too slowly")
+                if len(answer) > LARGEST:
+                    raise LLMError(f"the reply has no end: more than {LARGEST:,} bytes")
             if reply.length:
                 raise http.client.IncompleteRead(b"", reply.length)
             closing = reply.will_close
@@ -779,7 +782,7 @@ class Server:
             raise
         if closing:
             self.drop()
-        return reply.status, reply.headers, b"".join(parts)
+        return reply.status, reply.headers, bytes(answer)
 
     def connect(self) -> http.client.HTTPConnection:
         self.drop()

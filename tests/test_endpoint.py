@@ -428,6 +428,18 @@ def test_a_body_that_drips_meets_the_timeout(monkeypatch):
     assert got == pytest.approx([by_hand(*ql_prompt("first", passage(0)))])
 
 
+def test_a_reply_without_end_stops_the_run(monkeypatch):
+    """Time alone would let a server fill the memory; it is not asked for the same again."""
+    monkeypatch.setattr(llm, "LARGEST", 100_000)
+    with FakeServer("vllm") as server:
+        e = endpoint(server)
+        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        monkeypatch.setattr(server, "answer", lambda path, body: (200, b" " * 10 ** 7))
+        with pytest.raises(LLMError, match="no end: more than 100,000 bytes"):
+            e.query_likelihood([("first", passage(0))])
+        assert len(server.bodies) == 1
+
+
 def test_each_request_that_is_sent_is_counted():
     """The free second try on a connection that was closed is a request too: it may be paid for."""
     with FakeServer("vllm") as server:
