@@ -713,7 +713,7 @@ class Server:
                     pause = 0.0
             except (OSError, http.client.HTTPException) as error:
                 reason = f"no answer ({type(error).__name__}: {error})"
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {error})"
             if self.halt.wait(pause if attempt + 1 < tries else 0):
                 raise CallFailed("the run was stopped")

@@ -428,6 +428,14 @@ def test_a_body_that_drips_meets_the_timeout(monkeypatch):
     assert got == pytest.approx([by_hand(*ql_prompt("first", passage(0)))])
 
 
+@pytest.mark.parametrize("reply", [b"[" * 200_000, b'{"choices": [], "usage": {"prompt_tokens": 1e999}}'], ids=len)
+def test_a_reply_that_no_reader_can_hold_is_malformed(reply, monkeypatch):
+    with FakeServer("vllm") as server:
+        monkeypatch.setattr(server, "answer", lambda path, body: (200, reply))
+        with pytest.raises(CallFailed, match="a malformed reply"):
+            endpoint(server).echo([("a:", " b")])
+
+
 def test_a_reply_without_end_stops_the_run(monkeypatch):
     """Time alone would let a server fill the memory; it is not asked for the same again."""
     monkeypatch.setattr(llm, "LARGEST", 100_000)
