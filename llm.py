@@ -1394,6 +1394,16 @@ class Options:
     price: float = flag(0.0, "of a million tokens, to show costs")
 
 
+def options(args: argparse.Namespace) -> Options:
+    """The flags; one below what makes sense is an error."""
+    o: Options = from_flags(Options, args)
+    least_of = {"threads": 1, "timeout": 0.001, "seed": 0, "max_requests": 0, "max_tokens_total": 0}
+    for name, least in least_of.items():
+        if not getattr(o, name) >= least:                            # nan neither
+            raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: give {least} or more")
+    return o
+
+
 def endpoint(o: Options, output: str, score: str = "label", scorer_llm: str = "",
              scorer_model: str = "") -> Endpoint:
     """The endpoint that the flags describe, with one cache and one account for it and its scorer."""
@@ -1523,8 +1533,10 @@ def write_kept(path: str | Path, rows: Iterator[Record], total: int, what: str) 
 
 
 def generate_command(args: argparse.Namespace) -> None:
-    o, corpus = from_flags(Options, args), read_passages(args.corpus)
+    o, corpus = options(args), read_passages(args.corpus)
     limit = args.limit or len(corpus)
+    if limit < 1:
+        raise InputError(f"--limit {limit}: give 1 or more")
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
     if args.dry_run:
         return estimate_generate(corpus, limit, o)
@@ -1539,7 +1551,7 @@ def generate_command(args: argparse.Namespace) -> None:
 
 
 def mine_command(args: argparse.Namespace) -> None:
-    o, corpus = from_flags(Options, args), read_passages(args.corpus)
+    o, corpus = options(args), read_passages(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")

@@ -708,6 +708,15 @@ def test_dry_run_counts_what_a_run_sends(score, undisturbed, work, tmp_path, mon
         assert saved == pytest.approx(calls * np.mean([len(p.encode()) / 4 for p in begun]), rel=0.03), name
 
 
+@pytest.mark.parametrize("flag", ["--threads 0", "--threads -1", "--timeout 0", "--timeout nan", "--seed -1",
+                                  "--limit -1", "--max-requests -1"])
+def test_a_flag_out_of_its_range_is_one_line(flag, work, tmp_path, monkeypatch):
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(gecko.InputError, match=f"{flag}.*: give .* or more"):
+            main(monkeypatch, ["generate", f"{work}/corpus.jsonl", f"{tmp_path}/q.jsonl", "--llm", "http://h/v1",
+                               *flag.split(), *dry])
+
+
 def test_scores_all_equal_write_nothing(undisturbed, work, tmp_path, monkeypatch):
     (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
     with FakeServer("constant") as server:
