@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from gecko import run  # first: it says in one line what is missing here
 
@@ -647,15 +647,7 @@ class Server:
 
     def __init__(self, url: str, threads: int, timeout: float, backoff: float, spent: Spent,
                  send_key: bool) -> None:
-        try:
-            parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-        except ValueError:                                           # a port that is no number
-            good = False
-        if not good or parts.query or "@" in url:
-            raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in "
-                             "OPENAI_API_KEY and nowhere else")
-        self.parts = parts
+        self.parts = address(url)
         self.root = self.parts.path.rstrip("/").removesuffix("/v1")
         self.threads, self.timeout, self.backoff, self.spent = threads, timeout, backoff, spent
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() if send_key else ""
@@ -798,6 +790,19 @@ class Server:
     def drop(self) -> None:
         if connection := self.connections.pop(threading.get_ident(), None):
             connection.close()
+
+
+def address(url: str) -> SplitResult:
+    """The parts of an endpoint's URL; InputError, without the URL, which may hold a key."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:                                               # a port that is no number
+        good = False
+    if not good or parts.query or "@" in url:
+        raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in "
+                         "OPENAI_API_KEY and nowhere else")
+    return parts
 
 
 def retry_after(headers: Any) -> float | None:
@@ -1410,9 +1415,9 @@ def endpoint(o: Options, output: str, score: str = "label", scorer_llm: str = ""
     name = Path(output.removesuffix(".gz"))
     cache = o.cache or name.with_name(f"{name.stem}.cache.jsonl")
     spent = Spent(o.max_requests, o.max_tokens_total)
-    # the key is for the host of --llm, not for another's
+    # the key is for the host of --llm, not for another's, and not over http where that is https
     scorer = Endpoint(scorer_llm, scorer_model, o.threads, o.timeout, cache=cache, spent=spent, send_key=
-                      urlsplit(scorer_llm).netloc == urlsplit(o.llm).netloc) if scorer_llm else None
+                      address(scorer_llm)[:2] == address(o.llm)[:2]) if scorer_llm else None
     return Endpoint(o.llm, o.model, o.threads, o.timeout, cache=cache, spent=spent, seed=o.seed,
                     score=score, scorer=scorer)
 

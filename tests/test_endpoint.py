@@ -805,6 +805,12 @@ def test_the_key_is_not_for_a_scorer_elsewhere(monkeypatch, tmp_path):
             assert e.query_likelihood([("q", passage(1)), ("r", passage(2))])
             assert e.relevance([("q", passage(3))])
         assert other.keys == {""} and server.keys == {"Bearer sk-do-not-show-me"}
+        # over http the key of a host that is named with https would be read by all between
+        e = llm.endpoint(llm.Options(llm=server.url.replace("http:", "https:"), cache=str(tmp_path / "d.jsonl")),
+                         "f.jsonl", scorer_llm=server.url)
+        assert e.query_likelihood([("s", passage(4)), ("t", passage(5))]) and "" in server.keys
+    with pytest.raises(gecko.InputError, match="give http://HOST:PORT"):
+        llm.endpoint(llm.Options(llm="http://h/v1"), "f.jsonl", scorer_llm="http://[::1/v1")
 
 
 @pytest.mark.skipif(not shutil.which("openssl"), reason="no openssl to make a certificate with")
