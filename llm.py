@@ -240,11 +240,13 @@ def parse_generation(answer: str) -> tuple[str, str]:
     >>> parse_generation("Task: find an answer\\nQuery: what is tea")
     ('find an answer', 'what is tea')
     """
-    line = r"((?!Task:|Query:)\S[^\n]*)\s*"
-    match = re.fullmatch(rf"\s*(?:Task:[ \t]*)?{line}\nQuery:[ \t]*{line}", answer)
-    if not match:
-        raise ValueError("not a Task line and a Query line")
-    return match[1].strip(), match[2].strip()
+    lines = [line for line in answer.split("\n") if line.strip()]
+    if len(lines) == 2 and lines[1].startswith("Query:"):
+        task = lines[0].strip().removeprefix("Task:").strip()        # the prompt ends with "Task:"
+        query = lines[1].removeprefix("Query:").strip()
+        if task and query and not any(text.startswith(("Task:", "Query:")) for text in (task, query)):
+            return task, query
+    raise ValueError("not a Task line and a Query line")
 
 
 # --------------------------------------------------------------------------------------------------

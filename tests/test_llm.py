@@ -7,6 +7,7 @@ the candidates; a failed call is never a score; a passage changes nothing but it
 import json
 import math
 import random
+import time
 import tracemalloc
 from collections import Counter
 
@@ -127,6 +128,20 @@ def test_generate_counts_what_cannot_be_parsed_and_draws_every_passage():
 def test_parse_generation_refuses(answer):
     with pytest.raises(ValueError):
         llm.parse_generation(answer)
+
+
+@pytest.mark.parametrize("answer", [" t\nQuery: q", "Task:t \n\nQuery:q\n\n", "Task: t\r\nQuery: q\r\n"])
+def test_parse_generation_takes(answer):
+    """The prompt has begun the first line; blanks and the ends of lines are no matter."""
+    assert llm.parse_generation(answer) == ("t", "q")
+
+
+def test_parse_generation_takes_no_time_over_blanks():
+    """A model that is caught in blanks does not catch the run: the time grows with the answer, not its square."""
+    start = time.process_time()
+    with pytest.raises(ValueError):
+        llm.parse_generation("Task: t" + " " * 200_000 + "t")
+    assert time.process_time() - start < 1
 
 
 def test_prompts_are_fixed_but_for_the_passage():
