@@ -59,6 +59,7 @@ from gecko import (
 )
 
 Record = dict[str, Any]  # the row described at `record`
+# A passage is {"_id", "title", "text"}; B rows in a batch.
 
 # --------------------------------------------------------------------------------------------------
 # The record (section 3.3)
@@ -66,9 +67,18 @@ Record = dict[str, Any]  # the row described at `record`
 
 def record(task: str, query: str, positive: dict[str, str], negative: dict[str, str] | None = None,
            symmetric: bool = False, **more: Any) -> Record:
-    """One training row; positive and negative are {"title", "text"}, the negative may be None."""
+    """One training row; positive and negative are {"title", "text"}, the negative may be None.
+
+    symmetric: the targets are texts of the query's kind (similarity, classification). more: what a
+    file keeps beside it, such as the candidates of a FRet row.
+    """
     return {"task": task, "query": query, "positive": positive, "negative": negative,
             "symmetric": symmetric, **more}
+
+
+def side(passage: dict[str, str]) -> dict[str, str]:
+    """A passage as a record's positive or negative."""
+    return {"title": passage["title"], "text": passage["text"]}
 
 
 def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str, str | None]:
@@ -76,10 +86,10 @@ def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str,
 
     Symmetric rows give their targets the input's format, task and all (appendix B).
     """
-    def target(side: dict[str, str]) -> str:
+    def target(p: dict[str, str]) -> str:
         if row["symmetric"]:
-            return format_query(side["text"], row["task"], formats)
-        return format_passage(side["text"], side.get("title", ""), formats)
+            return format_query(p["text"], row["task"], formats)
+        return format_passage(p["text"], p.get("title", ""), formats)
 
     negative = target(row["negative"]) if row["negative"] else None
     return format_query(row["query"], row["task"], formats), target(row["positive"]), negative
@@ -94,7 +104,8 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
     """For each x: x+ with x's label, x- with any other, one id of the triple's own on all three.
 
     Without ids, other rows of the same label stand in the batch as false negatives; with them every
-    other row is told apart by its id, and what is left to learn from is x-.
+    other row is told apart by its id, and what is left to learn from is x-. Rows are symmetric; an x
+    of which no triple can be made is left out. InputError where there is one label alone.
     """
     # EXERCISE 3 (about 18 lines)
     groups: dict[Any, list[int]] = {}
@@ -132,60 +143,68 @@ def drawn(rng: np.random.Generator, pool: Sequence[int], good: Callable[[int], b
 
 def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, steps: int,
              seed: int) -> list[tuple[int, np.ndarray]]:
-    """For every step: which set, and the indices of its rows, (batch_size,).
+    """For every step: which set, and the numbers of B of its rows (all of them, of a smaller set).
 
     A batch comes from one set, drawn by weight: its other rows are then negatives of the row's own
     kind, and symmetric and asymmetric targets, which their format alone tells apart, never meet.
     Each set is gone through in a new order each time; rows left over at its end are passed over.
     The whole schedule follows from the seed, so a resumed run continues it at any step.
     """
-    p = np.asarray(weights, float) / np.sum(weights)
-    which = np.random.default_rng([seed, 0]).choice(len(sizes), size=steps, p=p)
-    plan: list[tuple[int, int, np.ndarray]] = []                     # step, set, rows
+    which = draw_by_weight(weights, steps, seed)                     # (steps)
+    plan: dict[int, tuple[int, np.ndarray]] = {}                     # step -> set, rows
     for s, size in enumerate(sizes):
-        B, count = min(batch_size, size), int((which == s).sum())
-        rounds = -(-count // (size // B))
-        order = [np.random.default_rng([seed, 1 + s, r]).permutation(size)[:size // B * B]
-                 for r in range(rounds)]
-        batches = np.concatenate(order).reshape(-1, B) if order else np.empty((0, B), int)
-        plan += zip(np.flatnonzero(which == s).tolist(), [s] * count, batches[:count], strict=True)
-    return [(s, rows) for _, s, rows in sorted(plan, key=lambda step: step[0])]
+        B, turns = min(batch_size, size), np.flatnonzero(which == s)
+        rows = in_rounds(size, size // B * B, len(turns) * B, [seed, 1 + s]).reshape(-1, B)  # (turns, B)
+        plan |= {step: (s, batch) for step, batch in zip(turns.tolist(), rows, strict=True)}
+    return [plan[step] for step in range(steps)]
 
 
 def mixed_schedule(groups: Sequence[np.ndarray], weights: Sequence[float], batch_size: int, steps: int,
                    seed: int) -> list[np.ndarray]:
-    """For every step the row numbers of a batch whose rows come from all groups, by weight.
+    """For every step the row numbers, (B), of a batch whose rows come from all groups, by weight.
 
-    Symmetric and asymmetric rows may meet in a batch. Each group is gone through in a new order each time.
+    groups: the row numbers of each. Symmetric and asymmetric rows may meet in a batch. Each group is gone
+    through in a new order each time.
     """
-    p = np.asarray(weights, float) / np.sum(weights)
-    which = np.random.default_rng([seed, 0]).choice(len(groups), size=steps * batch_size, p=p)
-    plan = np.empty(steps * batch_size, int)
+    which = draw_by_weight(weights, steps * batch_size, seed)        # (steps * B)
+    plan = np.empty_like(which)                                      # (steps * B)
     for g, rows in enumerate(groups):
-        at = np.flatnonzero(which == g)
-        rounds = [np.random.default_rng([seed, 1 + g, r]).permutation(rows)
-                  for r in range(-(-len(at) // len(rows)))]
-        plan[at] = np.concatenate([*rounds, np.empty(0, int)])[:len(at)]
+        turns = np.flatnonzero(which == g)
+        plan[turns] = rows[in_rounds(len(rows), len(rows), len(turns), [seed, 1 + g])]
     return list(plan.reshape(steps, batch_size))
+
+
+def draw_by_weight(weights: Sequence[float], count: int, seed: int) -> np.ndarray:
+    """(count) numbers of sets, each drawn with its share of the weights."""
+    p = np.asarray(weights, float) / np.sum(weights)
+    return np.random.default_rng([seed, 0]).choice(len(weights), size=count, p=p)
+
+
+def in_rounds(size: int, kept: int, count: int, seed: list[int]) -> np.ndarray:
+    """(count) row numbers below `size`: one permutation after another, of each the first `kept`."""
+    rounds = [np.random.default_rng([*seed, r]).permutation(size)[:kept] for r in range(-(-count // kept))]
+    return np.concatenate([np.empty(0, int), *rounds])[:count]
 
 
 def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str, batch_size: int,
             steps: int, seed: int) -> list[np.ndarray]:
-    """For every step the numbers of its rows, counted through all sets.
+    """For every step the numbers of its rows, (B), counted through all sets.
 
-    mix: "sets" is `schedule`; "mixed" draws each row of a batch from a set by weight; "tasks" from a
-    task, each of all tasks alike (the paper's uniform sampling in its diversity table). A row of FRet
-    has the `kind` of its task too, and is sampled by it: its task is free text, seldom twice the same.
+    weights: one a set; None weighs them alike. mix: "sets" is `schedule`; "mixed" draws each row of a
+    batch from a set by weight; "tasks" from a task, each of all tasks alike (the paper's uniform
+    sampling in its diversity table). A row of FRet has the `kind` of its task too, and is sampled by
+    it: its task is free text, seldom twice the same.
     """
     sizes = [len(rows) for rows in sets]
-    starts, weights = np.cumsum([0, *sizes]), weights or [1.0] * len(sizes)
+    starts = np.cumsum([0, *sizes])[:-1]                             # (sets)
+    weights = weights or [1.0] * len(sizes)
     if mix == "sets":
         return [starts[s] + rows for s, rows in schedule(sizes, weights, batch_size, steps, seed)]
     if mix == "mixed":
-        groups = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=False)]
+        groups = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
         return mixed_schedule(groups, weights, batch_size, steps, seed)
     tasks: dict[str, list[int]] = {}
-    for number, row in enumerate(row for rows in sets for row in rows):
+    for number, row in enumerate(itertools.chain(*sets)):
         tasks.setdefault(row.get("kind") or row["task"], []).append(number)
     groups = [np.array(numbers) for numbers in tasks.values()]
     return mixed_schedule(groups, [1.0] * len(groups), batch_size, steps, seed)
@@ -207,11 +226,11 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
             if not isinstance(row.get(key), str) or not row[key].strip():
                 raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
         for key in ("positive", "negative"):
-            side = row.get(key)
-            if side is None and key == "negative":
+            p = row.get(key)
+            if p is None and key == "negative":
                 continue
-            text, title = (side.get("text"), side.get("title") or "") if isinstance(side, dict) else ("", "")
-            if not (isinstance(text, str) and text.strip() and isinstance(title, str)):
+            if not (isinstance(p, dict) and isinstance(p.get("title") or "", str)
+                    and isinstance(p.get("text"), str) and p["text"].strip()):
                 raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
         if row.get("negative") and row["negative"]["text"] == row["positive"]["text"]:
             raise InputError(f"{where}: positive and negative are the same text; remove the negative")
@@ -243,7 +262,8 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Converters: the files that publishers ship -> records. Each yields records; counts what it leaves out.
+# Converters: the files that publishers ship -> records. Each yields records, and counts in `left_out`
+# what it leaves out, by the reason.
 
 
 def table(path: str) -> Iterator[tuple[str, Any]]:
@@ -274,6 +294,11 @@ def column(where: str, row: dict[str, Any], *names: str) -> Any:
     raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
 
 
+def text_only(text: str) -> dict[str, str]:
+    """A positive or negative without a title."""
+    return {"title": "", "text": text}
+
+
 NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}
 
 
@@ -301,8 +326,8 @@ def convert_nli(paths: Sequence[str], left_out: Counter[str], task: str = "seman
                 left_out["rows that repeat a text"] += 1
                 continue
             left_out["kept without a contradiction of the premise"] += negative is None
-            yield record(task, premise, {"title": "", "text": entailed},
-                         {"title": "", "text": negative} if negative else None, symmetric=True)
+            yield record(task, premise, text_only(entailed), text_only(negative) if negative else None,
+                         symmetric=True)
         left_out["premises that entail nothing"] += "entailment" not in by_label
 
 
@@ -339,8 +364,8 @@ def convert_choice(paths: Sequence[str], left_out: Counter[str], task: str = "qu
             continue
         positive = options[answer - first]
         wrong = [text for text in options if text not in ("", positive)]
-        yield record(task, str(column(where, row, "question")).strip(), {"title": "", "text": positive},
-                     {"title": "", "text": wrong[rng.integers(len(wrong))]} if wrong else None)
+        yield record(task, str(column(where, row, "question")).strip(), text_only(positive),
+                     text_only(wrong[rng.integers(len(wrong))]) if wrong else None)
 
 
 def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "question answering",
@@ -373,9 +398,7 @@ def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "qu
                 yield record(task, queries[query], side(positive), side(negative) if negative else None)
 
 
-def side(row: dict[str, str]) -> dict[str, str]:
-    """A passage as a record's positive or negative."""
-    return {"title": row["title"], "text": row["text"]}
+
 
 
 def mined(model: Gecko, corpus: Sequence[dict[str, str]], queries: dict[str, str], task: str, depth: int,
@@ -394,8 +417,9 @@ def convert_pairs(paths: Sequence[str], left_out: Counter[str], task: str = "sea
     Two sentences are symmetric; of those with a label, 0 for "not the same", only the others are pairs.
     """
     def sides(found: Any) -> list[dict[str, str]]:
+        """One side or a list of them, each a text or {"title", "text"}."""
         return [{"title": str(part.get("title") or ""), "text": str(part.get("text") or "").strip()}
-                if isinstance(part, dict) else {"title": "", "text": str(part).strip()}
+                if isinstance(part, dict) else text_only(str(part).strip())
                 for part in (found if isinstance(found, list) else [found])]
 
     for path in paths:
@@ -408,8 +432,8 @@ def convert_pairs(paths: Sequence[str], left_out: Counter[str], task: str = "sea
                 continue
             for n, positive in enumerate(sides(found)):
                 negative = against[n % len(against)] if against else None
-                if not positive["text"] or query in (positive["text"], negative and negative["text"]) \
-                        or negative and negative["text"] == positive["text"]:
+                texts = [query, positive["text"], *([negative["text"]] if negative else [])]
+                if not positive["text"] or len(set(texts)) < len(texts):
                     left_out["pairs of a text with itself or nothing"] += 1
                 else:
                     yield record(task, query, positive, negative, symmetric="sentence2" in row)
@@ -617,24 +641,25 @@ def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0,
     written = source_texts(sources)
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for kind, name, text in written if kind == "docstring"]
+    bodies = {"own": [c for p in corpus for c in chunks(p)], "library": [c for p in libraries for c in chunks(p)]}
     commented = [(words, code) for kind, words, code in written if kind == "comment"]
-    called = [[(words, names) for kind, words, code in written if kind == wanted
-               and 0 < len(names := of_calls(code)) <= 6] for wanted in ("comment", "function")]
-    often = Counter(i for pairs in called for _, names in pairs for i in names)
-    own = [c for p in corpus for c in chunks(p)]
-    other = [c for p in libraries for c in chunks(p)]
+    calling: dict[str, list[tuple[str, list[int]]]] = {"comment": [], "function": []}  # words, what is called
+    for kind, words, code in written:
+        if kind in calling and 0 < len(names := of_calls(code)) <= 6:
+            calling[kind].append((words, names))
+    often = Counter(i for pairs in calling.values() for _, names in pairs for i in names)
+    shares = [0.4, 0.15, 0.15, 0.3] if all(calling.values()) else [0.5, 0.3, 0.2, 0]
     rows = []
-    for kind in rng.choice(4, size=count, p=[0.4, 0.15, 0.15, 0.3] if all(called) else [0.5, 0.3, 0.2, 0]):
+    for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=shares):
         title = ""
-        if kind < 2:
-            pool = other if kind else own
-            query, text, title = title_body_pair(pool[rng.integers(len(pool))], rng)
-        elif kind == 2:
+        if kind in bodies:
+            query, text, title = title_body_pair(bodies[kind][rng.integers(len(bodies[kind]))], rng)
+        elif kind == "commented":
             query, text = commented[rng.integers(len(commented))]
-        else:                                                        # rather the rare call than len()
-            pairs = called[rng.integers(2)]
+        else:
+            pairs = calling[("comment", "function")[rng.integers(2)]]
             query, names = pairs[rng.integers(len(pairs))]
-            weight = np.array([often[i] ** -0.7 for i in names])
+            weight = np.array([often[i] ** -0.7 for i in names])     # rather the rare call than len()
             found = corpus[names[rng.choice(len(names), p=weight / weight.sum())]]
             text = " ".join(found["text"].split()[:120])
             title = found["title"] if rng.random() < 0.7 else ""
@@ -643,11 +668,11 @@ def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0,
     return rows
 
 
-def chunks(row: dict[str, str], words: int = 60) -> list[dict[str, str]]:
-    """A long passage in pieces of whole paragraphs, about `words` words each, under its title."""
+def chunks(row: dict[str, str]) -> list[dict[str, str]]:
+    """A long passage in pieces of whole paragraphs, as many as a small encoder reads, under its title."""
     pieces: list[list[str]] = [[]]
     for paragraph in filter(str.strip, re.split(r"\n\s*\n", row["text"])):
-        if pieces[-1] and len(" ".join(pieces[-1] + [paragraph]).split()) > words:
+        if pieces[-1] and len(" ".join(pieces[-1] + [paragraph]).split()) > 60:  # words
             pieces.append([])
         pieces[-1].append(paragraph)
     return [passage(row["title"], "\n\n".join(piece)) for piece in pieces]
@@ -698,17 +723,20 @@ def source_texts(sources: Sequence[str]) -> list[tuple[str, str, str]]:
 
     ("comment" or "function", words, code) and ("docstring", name, text), each once.
     """
-    found: dict[tuple[str, str, str], None] = {}
+    found: dict[tuple[str, str, str], None] = {}                     # a set that keeps its order
     for name in sources:
-        spec = importlib.util.find_spec(name) if name != "stdlib" else None
-        root = Path(spec.origin).parent if spec and spec.origin else Path(sysconfig.get_paths()["stdlib"])
-        if spec or name == "stdlib":
-            for path in sorted(root.rglob("*.py")):
-                if "site-packages" not in path.relative_to(root).parts:
-                    with contextlib.suppress(UnicodeDecodeError, OSError):
-                        lines = path.read_text(encoding="utf-8").split("\n")
-                        found.update(dict.fromkeys(("comment", *pair) for pair in comments(lines)))
-                        found.update(dict.fromkeys(functions(lines)))
+        if name == "stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+        elif (spec := importlib.util.find_spec(name)) and spec.origin:
+            root = Path(spec.origin).parent
+        else:
+            continue                                                 # a package that is not here
+        for path in sorted(root.rglob("*.py")):
+            if "site-packages" not in path.relative_to(root).parts:
+                with contextlib.suppress(UnicodeDecodeError, OSError):
+                    lines = path.read_text(encoding="utf-8").split("\n")
+                    found.update(dict.fromkeys(("comment", *pair) for pair in comments(lines)))
+                    found.update(dict.fromkeys(functions(lines)))
     return list(found)
 
 
@@ -723,19 +751,24 @@ def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
         while comment and i < len(lines) and len(code) < 6 and (line := lines[i].strip()) and line[0] != "#":
             code.append(line)
             i += 1
-        if code and 3 <= len(re.findall(r"[a-z]{2,}", words := " ".join(comment))) <= 60:
+        words = " ".join(comment)
+        if code and 3 <= len(re.findall(r"[a-z]{2,}", words)) <= 60:
             yield words, " ".join(code)[:400]
-        i += not comment or not code
+        if not code:                                                 # a line of code, or one after a comment
+            i += 1
 
 
-def functions(lines: list[str], most: int = 30) -> Iterator[tuple[str, str, str]]:
-    """A function's name as words, and its docstring's first sentence, each with its body; docstrings."""
+def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    """A function's name as words, and its docstring's first sentence, each with its body; docstrings.
+
+    No body is read beyond its first lines. The kinds are those of `source_texts`.
+    """
     for i, line in enumerate(lines):
         if not (start := re.match(r"\s*(?:async def|def|class) (\w+)", line)):
             continue
         name, indent = start[1], len(line) - len(line.lstrip())
         text = "\n".join(itertools.takewhile(
-            lambda x: not x.strip() or len(x) - len(x.lstrip()) > indent, lines[i + 1:i + most]))
+            lambda x: not x.strip() or len(x) - len(x.lstrip()) > indent, lines[i + 1:i + 30]))
         before, _, rest = text.partition('"""')
         doc, _, code = rest.partition('"""') if before.strip() in ("", "r") else ("", "", text)
         first = " ".join(re.split(r"\n\s*\n", doc.strip())[0].split())
