@@ -72,7 +72,9 @@ from gecko import (
 )
 
 Passage = dict[str, str]  # {"_id", "title", "text"}
-# N candidates of a query; r ranks from 1; R fused scores, larger is better.
+# C the corpus; p_seed the passage that a query q and its task t were written for; P the N candidates
+# of q; QL and RC their scores, R the fused ones, larger is better; r ranks from 1; p+ and p- (p_pos,
+# p_neg) the new labels; d the embedder's dimension.
 
 # --------------------------------------------------------------------------------------------------
 # Prompts. What every call shares comes first, so that a server's prefix cache holds it.
@@ -221,7 +223,8 @@ def rc_prompt(query: str, passage: Passage) -> str:
 
 
 def graded(log_p: Sequence[float]) -> float:
-    """RC from its labels' log p: of the top label alone that value, of all labels the expected grade.
+    """RC from the labels' log p, best label first: of the top label alone its log p, as in the paper; of
+    all labels the expected grade (Zhuang et al. 2023).
 
     >>> graded([-1.5])
     -1.5
@@ -302,9 +305,9 @@ def generate(llm: LLM, corpus: Sequence[Passage], limit: int, seed: int = 0,
              block: int = 512) -> Iterator[Record]:
     """Step 1: for p_seed drawn at random from C, LLM(P_QG, p_seed) -> (t, q).
 
-    Yields records whose positive is p_seed, what the first embedder trains on, or {"_id", "failed"} for
-    an answer that cannot be parsed. Each round over C is a new permutation; a passage drawn again is a
-    new call.
+    Yields `limit` records whose positive is p_seed, what the first embedder trains on, or {"_id",
+    "failed"} for an answer that cannot be parsed. Each round over C is a new permutation; a passage
+    drawn again is a new call. The LLM is given `block` passages at a time.
     """
     draws = seed_draws(len(corpus), limit, seed)
     for a in range(0, limit, block):
@@ -333,29 +336,29 @@ def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence
          block: int = 256) -> Iterator[Record]:
     """Step 2: the embedder's top N of q from C, ranked twice by the LLM, fused and relabelled.
 
-    Yields FRet records, or {"_id", "failed"} where a score is missing. `rank` "rc" ranks by
-    relevance alone, for an endpoint that cannot score prompts; each record says so.
+    Yields FRet records, or {"_id", "failed"} where a score is missing. `negative` is relabel's. `rank`
+    "rc" ranks by relevance alone, for an endpoint that cannot score prompts; each record says so. The
+    LLM is given `block` queries at a time.
     """
     place = {p["_id"]: i for i, p in enumerate(corpus)}
-    P = embedder.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])
+    C = embedder.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])  # (|C|, d)
     for a in range(0, len(queries), block):
         rows = queries[a:a + block]
         q = embedder.encode([format_query(row["query"], row["task"], embedder.formats)
                              for row in rows])                       # (rows, d)
-        _, nearest = topk(q, P, N)                                   # (rows, N)
-        candidates = [with_seed(list(map(int, near)), place[row["seed_id"]])
+        _, nearest = topk(q, C, N)                                   # (rows, N) places in C
+        candidates = [[corpus[i] for i in with_seed(list(map(int, near)), place[row["seed_id"]])]
                       for row, near in zip(rows, nearest, strict=True)]
-        pairs = [(row["query"], corpus[i]) for row, near in zip(rows, candidates, strict=True)
-                 for i in near]
-        QL = llm.query_likelihood(pairs) if rank == "fused" else [None] * len(pairs)
-        RC = llm.relevance(pairs)
-        for n, (row, near) in enumerate(zip(rows, candidates, strict=True)):
-            ql, rc = QL[n * N:(n + 1) * N], RC[n * N:(n + 1) * N]
-            yield fret_record(row, [corpus[i] for i in near], ql, rc, negative, rank, seed)
+        pairs = [(row["query"], p) for row, P in zip(rows, candidates, strict=True) for p in P]
+        QL = llm.query_likelihood(pairs) if rank == "fused" else [None] * len(pairs)  # (rows * N)
+        RC = llm.relevance(pairs)                                    # (rows * N)
+        for n, (row, P) in enumerate(zip(rows, candidates, strict=True)):
+            own = slice(n * N, (n + 1) * N)
+            yield fret_record(row, P, QL[own], RC[own], negative, rank, seed)
 
 
 def with_seed(nearest: list[int], seed: int) -> list[int]:
-    """The candidates, p_seed among them."""
+    """The candidates by their places in C, p_seed among them."""
     return nearest if seed in nearest else nearest[:-1] + [seed]
 
 
@@ -385,10 +388,10 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
     out = []
     for row in rows:
         P = [by_id[c["id"]] for c in row["candidates"]]
-        at = [c["id"] for c in row["candidates"]].index(row["seed_id"]) if positive == "seed" else None
+        R = [c["R"] for c in row["candidates"]]
+        p_seed = P.index(by_id[row["seed_id"]]) if positive == "seed" else None
         rng = random.Random(f"{seed} {row['_id']}")
-        p_pos, p_neg = relabel([c["R"] for c in row["candidates"]], [p["text"] for p in P],
-                               negative, rng, at)
+        p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, rng, p_seed)
         out.append(record(row["task"], row["query"], side(P[p_pos]),
                           side(P[p_neg]) if p_neg is not None else None))
     return out
@@ -472,14 +475,14 @@ class Offline:
     def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
         if self.embedder is None:
             raise InputError("offline relevance needs the first embedder; give --model-dir")
-        new = list({p["_id"]: p for _, p in pairs if p["_id"] not in self.vectors}.values())
-        vectors = self.embedder.encode_passages([p["text"] for p in new], [p["title"] for p in new])
-        self.vectors.update(zip((p["_id"] for p in new), vectors, strict=True))
+        new = {p["_id"]: p for _, p in pairs if p["_id"] not in self.vectors}
+        self.vectors |= zip(new, self.embedder.encode_passages(
+            [p["text"] for p in new.values()], [p["title"] for p in new.values()]), strict=True)
         queries = list(dict.fromkeys(q for q, _ in pairs))
-        q = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
-        x, y = (torch.from_numpy(np.stack(rows)) for rows in zip(
-            *((q[query], self.vectors[p["_id"]]) for query, p in pairs), strict=True))
-        return inner(x, y).tolist()                                  # (pairs)
+        vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
+        q = torch.from_numpy(np.stack([vectors[query] for query, _ in pairs]))          # (pairs, d)
+        p = torch.from_numpy(np.stack([self.vectors[p["_id"]] for _, p in pairs]))      # (pairs, d)
+        return inner(q, p).tolist()
 
 
 def terms(text: str) -> list[str]:
@@ -493,6 +496,7 @@ def terms(text: str) -> list[str]:
 
 @functools.cache
 def thesaurus_terms() -> re.Pattern[str]:
+    """What matches any term of the thesaurus."""
     longest_first = sorted(map(re.escape, thesaurus()), key=len, reverse=True)
     return re.compile(rf"\b({'|'.join(longest_first)})\b")
 
@@ -536,8 +540,9 @@ STATING = re.compile(r"^.{0,90}?\b(?:suggest|indicat|show|demonstrat|conclud|rev
                      r"establish|hypothesi[sz])(?:e|es|ed|s|ing|n)?\s+that\s+", re.I)  # "Our data show that ..."
 
 
-def prose_query(p: Passage, rng: random.Random, most: int = 18) -> tuple[str, str]:
+def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     """A query for an article: what its title or a sentence, more often a late one, states."""
+    most = 18                                                        # words of a query
     found, pick = sentences(p["text"]) or [p["text"]], rng.random()
     said = rng.choice(found[-3:]) if pick < 0.45 else rng.choice(found)
     if pick > 0.7 and len(p["title"].split()) > 3:
