@@ -576,11 +576,7 @@ class CallFailed(Exception):
 
 
 class Again(Exception):
-    """One exchange failed in a way that may pass; `wait` is the server's own Retry-After, in seconds."""
-
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait = wait
+    """(reason, wait): one exchange failed in a way that may pass; wait: the server's own seconds, or None."""
 
 
 @dataclass
@@ -660,12 +656,16 @@ class Server:
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() if send_key else ""
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
-        self.halt, self.resume_at = threading.Event(), 0.0
-        self.connections: dict[int, http.client.HTTPConnection] = {}  # of each thread
+        self.headers = {"Content-Type": "application/json"}
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
+        self.halt = threading.Event()                                # set: nothing more is sent
+        self.resume_at = 0.0                                         # nor before this time
+        self.connections: dict[int, http.client.HTTPConnection] = {}  # by thread
 
     def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         """work(item) for all items, `threads` at a time; after an exception nothing more is sent."""
-        turn = itertools.count()
+        turn, workers = itertools.count(), max(1, min(self.threads, len(items)))
 
         def worker() -> None:
             try:
@@ -676,8 +676,8 @@ class Server:
                 raise
 
         try:
-            with ThreadPoolExecutor(max(1, min(self.threads, len(items)))) as pool:
-                futures = [pool.submit(worker) for _ in range(min(self.threads, len(items)))]
+            with ThreadPoolExecutor(workers) as pool:
+                futures = [pool.submit(worker) for _ in range(workers)]
                 try:
                     for future in futures:
                         future.result()
@@ -703,12 +703,12 @@ class Server:
             except LLMError:
                 raise
             except Again as error:
-                reason = str(error)
-                if error.wait is not None:                           # all threads heed it
-                    if error.wait > LONGEST_WAIT:
-                        raise LLMError(f"{reason}; it asks to wait {error.wait:.0f} s: run the same "
+                reason, wait = error.args
+                if wait is not None:                                 # all threads heed it
+                    if wait > LONGEST_WAIT:
+                        raise LLMError(f"{reason}; it asks to wait {wait:.0f} s: run the same "
                                        "command again later") from error
-                    self.resume_at = max(self.resume_at, time.monotonic() + error.wait)
+                    self.resume_at = max(self.resume_at, time.monotonic() + wait)
                     pause = 0.0
             except (OSError, http.client.HTTPException) as error:
                 reason = f"no answer ({type(error).__name__}: {error})"
@@ -747,24 +747,10 @@ class Server:
         return one_line(text.replace(self.key, "[key]") if self.key else text, 200)
 
     def exchange(self, path: str, body: dict[str, Any] | None) -> tuple[int, Any, bytes]:
-        """Status, headers and body of one request on this thread's connection."""
-        data = None if body is None else json.dumps(
-            {k: v for k, v in body.items() if v is not None}).encode()
-        headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {self.key}"} if self.key else {})
+        """Status, headers and body of one request; the connection is kept where nothing went wrong."""
         deadline = time.monotonic() + self.timeout
-        kept = self.connections.get(threading.get_ident())
         try:
-            for connection in (kept, None) if kept else (None,):
-                connection = connection or self.connect()
-                self.spent.admit()
-                try:
-                    connection.request("POST" if data else "GET", self.root + path, data, headers)
-                    reply = connection.getresponse()
-                    break
-                except ConnectionError:
-                    if connection is not kept or self.halt.is_set():  # a kept one may have been closed
-                        raise
+            reply = self.send(path, body)
             answer = bytearray()
             while part := reply.read1(65536):
                 answer += part
@@ -783,7 +769,23 @@ class Server:
             self.drop()
         return reply.status, reply.headers, bytes(answer)
 
+    def send(self, path: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
+        """A request on this thread's connection, and again on a new one where that had been closed."""
+        data = json.dumps({k: v for k, v in body.items() if v is not None}).encode() if body else None
+        kept = self.connections.get(threading.get_ident())
+        connection = kept or self.connect()
+        while True:
+            self.spent.admit()
+            try:
+                connection.request("POST" if data else "GET", self.root + path, data, self.headers)
+                return connection.getresponse()
+            except ConnectionError:
+                if connection is not kept or self.halt.is_set():
+                    raise
+            connection = self.connect()
+
     def connect(self) -> http.client.HTTPConnection:
+        """A new connection for this thread, in the old one's place."""
         self.drop()
         kind = http.client.HTTPSConnection if self.parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self.parts.hostname or "", self.parts.port, timeout=min(10.0, self.timeout))
@@ -928,8 +930,7 @@ class Endpoint:
         for p in passages:
             self.drawn[p["_id"]] += 1                                # another draw, another seed
             items.append((fill(P_QG, passage=shown(p)), 1000 * self.seed + self.drawn[p["_id"]]))
-        return self.all(items, lambda item: self.generation(way, *item), lambda chunk: [
-            self.server.call(*self.generation(way, *item), said) for item in chunk])
+        return self.each(items, lambda item: self.generation(way, *item), said)
 
     def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
         if self.scorer:
@@ -944,8 +945,7 @@ class Endpoint:
             scored = iter(self.scores(way, [(prompt, label) for prompt in prompts for label in wanted]))
             rows = [[next(scored) for _ in wanted] for _ in prompts]
             return [None if None in row else graded([s[0] for s in row if s]) for row in rows]
-        tops = self.all(prompts, lambda prompt: self.top(way, prompt), lambda chunk: [
-            self.server.call(*self.top(way, prompt), label_log_probs) for prompt in chunk])
+        tops = self.each(prompts, lambda prompt: self.top(way, prompt), label_log_probs)
         listed = [at for top in tops if top is not None for _, at in top[:len(wanted)]]
         self.spent.labels += len(listed)
         self.spent.bounded += listed.count(False)
@@ -958,9 +958,15 @@ class Endpoint:
         return self.all(prompts, lambda item: (path, self.echo_body("".join(item)), item[1]), call,
                         self.can.group if way[0] == "echo" else 1)
 
+    def each(self, items: Sequence[Any], request: Callable[[Any], tuple[str, Any]],
+             read: Callable[[dict[str, Any]], Any]) -> list[Any]:
+        """read(reply) to each item's request; None for a failed call."""
+        return self.all(items, request, lambda chunk: [self.server.call(*request(item), read) for item in chunk])
+
     def all(self, items: Sequence[Any], request: Callable[[Any], tuple[Any, ...]],
             call: Callable[[list[Any]], list[Any]], group: int = 1) -> list[Any]:
-        """call([item, ...]) for the items whose request is not in the cache; None for a failed call."""
+        """The values of items, from the cache by their requests, or else call([item, ...]), `group` at a
+        time; None for a failed call."""
         keys = [digest(*request(item)) for item in items]
         values = {key: self.cache.get(key) for key in keys}
         todo = [(k, x) for k, x in dict(zip(keys, items, strict=True)).items() if values[k] is None]
@@ -985,12 +991,14 @@ class Endpoint:
         return [values[key] for key in keys]
 
     def generation(self, way: Way, prompt: str, seed: int, **other: Any) -> tuple[str, Any]:
+        """The request, path and body, for the answer to P_QG."""
         body = {"model": self.model, "max_tokens": 256, "temperature": 0.7, "seed": seed, **other, **way[1]}
         if way[0] == "chat":
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]}
         return "/v1/completions", body | {"prompt": prompt, "stop": ["\n\n"]}
 
     def top(self, way: Way, prompt: str) -> tuple[str, Any]:
+        """The request for the likeliest first tokens of the answer to P_RC."""
         body = {"model": self.model, "max_tokens": 1, "temperature": 0}
         if way[0] == "chat":
             return "/v1/chat/completions", body | {"messages": [{"role": "user", "content": prompt}],
@@ -1028,9 +1036,10 @@ class Endpoint:
         ids, values = [id for id, _ in tokens], []
         for n in range(len(head), len(ids)):
             # subtle: it withholds half a character and its log-prob; then the prefix's last token is
-            # forced, and the one that is wanted found in the list beside it
-            beside = head[-1][0]
-            for forced, k in ((ids[n], 1),) if tokens[n][1] else ((beside, 1000), (beside, 10 ** 6)):
+            # forced, and the one that is wanted found in the list beside it, a long one if need be
+            whole = tokens[n][1]
+            forced = ids[n] if whole else head[-1][0]
+            for k in (1,) if whole else (1000, 10 ** 6):
                 body = {"model": self.model, "prompt": ids[:n], "n_predict": 1, "n_probs": k,
                         "temperature": 0, "logit_bias": [[forced, 1000]], "cache_prompt": True}
                 value = self.server.call("/completion", body, functools.partial(
@@ -1137,11 +1146,13 @@ def label_log_probs(answer: dict[str, Any]) -> list[list[Any]]:
     """[log p, True] of each label by its first token, variants added; outside the top k [bound, False]."""
     top, out = top_tokens(answer), []
     for label in LABELS:
-        found = [value for token, value in top
-                 if (t := token.strip(" ▁Ġ\n").lower()) and label.strip().lower().startswith(t)]
-        most = max(found, default=0.0)
-        out.append([most + math.log(sum(math.exp(v - most) for v in found)), True] if found
-                   else [min(value for _, value in top), False])
+        begins = label.strip().lower().startswith
+        found = [value for token, value in top if (t := token.strip(" ▁Ġ\n").lower()) and begins(t)]
+        if found:
+            most = max(found)
+            out.append([most + math.log(sum(math.exp(v - most) for v in found)), True])
+        else:
+            out.append([min(value for _, value in top), False])
     return out
 
 
@@ -1185,9 +1196,10 @@ def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> Abilit
     """Ask for each of `what` once or twice; the evidence is what came back."""
     try:
         served = e.server.call("/v1/models", None, lambda answer: [m["id"] for m in answer["data"]])
-        e.model = e.model or served[0]
-    except (CallFailed, LLMError, IndexError) as error:
-        if not re.match("HTTP 40[045]|a malformed|list index", str(error)):  # nobody, or a bad key
+        e.model = e.model or next(iter(served), "")
+    except (CallFailed, LLMError) as error:
+        # a server may have no such list; one that is not there, or refuses the key, is asked no more
+        if not re.match("HTTP 40[045]|a malformed", str(error)):
             raise LLMError(f"{e.name} does not answer: {error}") from error
     probes: dict[str, Callable[[Endpoint], tuple[Way | None, str]]] = {
         "generate": probe_generate, "rc": probe_relevance,
@@ -1265,7 +1277,7 @@ def probe_relevance(e: Endpoint) -> tuple[Way | None, str]:
         return way, whole
 
     def attempt(way: Way) -> tuple[bool, str]:
-        read = lambda answer: (top_tokens(answer), label_log_probs(answer))  # noqa: E731
+        read = lambda answer: (top_tokens(answer), label_log_probs(answer))
         tops, labels = zip(*(e.server.call(*e.top(way, prompt), read) for prompt in prompts), strict=True)
         first = " and ".join(repr(max(top, key=lambda t: t[1])[0]) for top in tops)
         if not all(any(listed for _, listed in row) for row in labels):
@@ -1286,7 +1298,7 @@ def probe_relevance(e: Endpoint) -> tuple[Way | None, str]:
 def read_fret(path: str | Path) -> Iterator[Record]:
     """The rows that `mine` wrote, with all that `show` needs."""
     def number(x: Any) -> bool:
-        return isinstance(x, (int, float)) and math.isfinite(x)
+        return isinstance(x, (int, float)) and -math.inf < x < math.inf
 
     for where, row in read_jsonl(path):
         cands, sides = row.get("candidates"), [row.get("positive"), row.get("negative") or {"text": ""}]
@@ -1351,8 +1363,9 @@ def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) ->
         "neg": at(row.get("negative_id")),
         "candidates": [[at(c["id"]), rounded(c.get("ql")), r_ql, rounded(c.get("rc")), r_rc, rounded(c["R"])]
                        for r_ql, r_rc, c in in_order(row)]} for row in rows]
-    texts = [[key, p["title"], p["text"][:1000] + "..." * (len(p["text"]) > 1000)] for key in number
-             for p in [passages.get(key, {"title": "", "text": ""})]]
+    found = [passages.get(key, {"title": "", "text": ""}) for key in number]
+    texts = [[key, p["title"], p["text"][:1000] + "..." * (len(p["text"]) > 1000)]
+             for key, p in zip(number, found, strict=True)]
     # subtle: a "<" in the data could end the script element that holds it
     data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
     page = beside("viewer.html").read_text(encoding="utf-8")
@@ -1373,9 +1386,14 @@ def show_command(args: argparse.Namespace) -> None:
         total += 1
         if not args.changed or row.get("positive_id") != row.get("seed_id"):
             matching += 1
-            rows += [row] * (matching <= limit)
-    about = f"{Path(args.fret).name}: {total:,} records" + f", p+ is not p_seed in {matching:,}" * args.changed \
-        + f"; {len(rows):,} shown" + f", {matching - len(rows):,} left out (--limit)" * (matching > len(rows))
+            if matching <= limit:
+                rows.append(row)
+    about = f"{Path(args.fret).name}: {total:,} records"
+    if args.changed:
+        about += f", p+ is not p_seed in {matching:,}"
+    about += f"; {len(rows):,} shown"
+    if matching > len(rows):
+        about += f", {matching - len(rows):,} left out (--limit)"
     passages = passages_of(rows, corpus)
     if args.html:
         with file_beside(args.html) as new:
@@ -1471,14 +1489,13 @@ def estimate_mine(corpus: Sequence[Passage], queries: Sequence[Record], N: int, 
     """Candidates are not known yet: they are taken to be as long as the corpus's mean passage."""
     passages = [tokens_in(shown(p)) for p in corpus]
     asked = [tokens_in(row["query"]) for row in queries]
-    mean, longest, calls = sum(passages) / len(passages), max(passages) + max(asked), len(queries) * N
-    if rank == "fused":
-        head, whole = tokens_in(P_QL.partition("{passage}")[0]), tokens_in(P_QL)
-        estimate("mine, QL", calls, int(calls * (whole + mean) + N * sum(asked)), head * (calls - 1),
-                 whole + longest, o.price)
-    head, whole, calls = tokens_in(P_RC.partition("{query}")[0]), tokens_in(P_RC), calls * labels
-    estimate("mine, RC", calls, int(calls * (whole + mean) + N * labels * sum(asked)),
-             head * (calls - 1) + (N * labels - 1) * sum(asked), whole + longest, o.price)
+    for name, prompt, each in (("QL", P_QL, N), ("RC", P_RC, N * labels)):  # calls a query
+        if name == "RC" or rank == "fused":
+            calls, head, whole = len(queries) * each, tokens_in(prompt.partition("{")[0]), tokens_in(prompt)
+            tokens = calls * (whole + sum(passages) / len(passages)) + each * sum(asked)
+            # P_RC has the query before the passage, so that a query's calls share it too
+            shared = head * (calls - 1) + (each - 1) * sum(asked) * (name == "RC")
+            estimate(f"mine, {name}", calls, int(tokens), shared, whole + max(passages) + max(asked), o.price)
 
 
 def probe_command(args: argparse.Namespace) -> None:
@@ -1521,10 +1538,11 @@ def write_kept(path: str | Path, rows: Iterator[Record], total: int, what: str) 
         nonlocal example
         for row in tqdm(rows, total=total, desc=what, unit="row"):
             if "failed" in row:
-                count["failed"], example = count["failed"] + 1, example or row["failed"]
-                if count["failed"] < HOPELESS or count["kept"]:
-                    continue
-                break
+                count["failed"] += 1
+                example = example or row["failed"]
+                if count["failed"] >= HOPELESS and not count["kept"]:
+                    break
+                continue
             count["kept"] += 1
             count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
             for score, seen in values.items():
