@@ -1347,6 +1347,18 @@ def as_lines(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
         yield f"  {n:2}{scores}  {c['R']:.3f}  {mark:7}  {text}".rstrip()
 
 
+def in_short(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
+    """Task, query, and of the candidates p_seed, p+ and p- alone."""
+    ranked = {c["id"]: (r_ql, r_rc, c["R"]) for r_ql, r_rc, c in in_order(row)}
+    yield f"  task      {row['task']}"
+    yield f"  query     {row['query']}"
+    for name in ("seed", "positive", "negative"):
+        if (key := row[f"{name}_id"]) is not None:
+            r_ql, r_rc, R = ranked[key]
+            yield f"  {name:9} {key}: {' '.join(passages[key]['text'].split())[:70]}"
+            yield f"            rank {r_ql} by QL, {r_rc} by RC, R = {R:.3f}"
+
+
 def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) -> str:
     """One HTML page that needs nothing else: the rows as JSON, drawn on demand by the page's own script."""
     number: dict[str, int] = {}

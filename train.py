@@ -987,14 +987,7 @@ def show_relabelled(rows: Sequence[Record], corpus: Sequence[dict[str, str]]) ->
     if not changed:
         return
     row = max(changed, key=lambda r: max(c["R"] for c in r["candidates"]))
-    text = {p["_id"]: " ".join(p["text"].split())[:70] for p in corpus}
-    ql = fret.ranks([c["ql"] for c in row["candidates"]])
-    rc = fret.ranks([c["rc"] for c in row["candidates"]])
-    print(f"  task      {row['task']}\n  query     {row['query']}")
-    for name in ("seed", "positive", "negative"):
-        i = [c["id"] for c in row["candidates"]].index(row[f"{name}_id"])
-        print(f"  {name:9} {row[f'{name}_id']}: {text[row[f'{name}_id']]}\n"
-              f"            rank {ql[i]} by QL, {rc[i]} by RC, R = {row['candidates'][i]['R']:.3f}")
+    print(*fret.in_short(row, fret.passages_of([row], corpus)), sep="\n")
 
 
 def ladder(out: Path, corpus: list[dict[str, str]], judge: fret.Offline,
