@@ -35,7 +35,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -798,9 +798,18 @@ def encoded(model: Gecko, beir: Beir, task: str, dim: int | None = None, progres
 
 def ranked(beir: Beir, q: np.ndarray, P: np.ndarray) -> dict[str, list[str]]:
     """`rankings` of vectors that are there."""
-    _, nearest = topk(q, P, min(100, len(P)))
-    return {query: [beir.corpus[i]["_id"] for i in near]
-            for query, near in zip(beir.queries, nearest, strict=True)}
+    _, nearest = topk(q, P, min(101, len(P)))                        # (Q, 101) one may be left out
+    return {query: first_100(beir, query, near) for query, near in zip(beir.queries, nearest, strict=True)}
+
+
+def first_100(beir: Beir, query: str, order: Iterable[int]) -> list[str]:
+    """Ids of the first 100 passages of an order, less one that has the query's own id, as BEIR does.
+
+    ArguAna's and Quora's queries stand in their corpus too. Where it is judged relevant, two sets of
+    numbers met by chance, and it stays.
+    """
+    ids = (beir.corpus[i]["_id"] for i in order)
+    return list(itertools.islice((i for i in ids if i != query or i in beir.qrels[query]), 100))
 
 
 def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list[float]]:
@@ -955,7 +964,7 @@ class BM25:
         return out
 
     def rankings(self, beir: Beir) -> dict[str, list[str]]:
-        return {i: [beir.corpus[j]["_id"] for j in np.argsort(-self.scores(text), kind="stable")[:100]]
+        return {i: first_100(beir, i, np.argsort(-self.scores(text), kind="stable"))
                 for i, text in beir.queries.items()}
 
 
@@ -1037,8 +1046,9 @@ def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str) 
     if None in QL or None in RC:
         raise fret.LLMError("a score is missing: a call failed; run again, the others are in the cache")
     scores: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
-    for n, (query, ids) in enumerate(nearest.items()):
-        ql, rc = (list[Any](x[n * len(ids):(n + 1) * len(ids)]) for x in (QL, RC))
+    ends = itertools.accumulate(map(len, nearest.values()))
+    for end, (query, ids) in zip(ends, nearest.items(), strict=True):
+        ql, rc = (list[Any](x[end - len(ids):end]) for x in (QL, RC))
         four: list[list[Any]] = [[-i for i in range(len(ids))], ql, rc, fret.rrf(ql, rc)]
         for name, s in zip(scores, four, strict=True):
             order = sorted(range(len(ids)), key=lambda i: -s[i])

@@ -195,6 +195,19 @@ def test_measures_by_hand():
     assert train.mrr(ranked, relevant) == 0.5 and train.mrr(["x"], relevant) == 0
 
 
+def test_a_query_that_stands_in_the_corpus_does_not_find_itself():
+    """BEIR leaves out the passage of the query's own id (ArguAna), for vectors and for BM25; 100 others stay."""
+    corpus = [{"_id": str(i), "title": "", "text": f"word{i} word{(i + 1) % 150}"} for i in range(150)]
+    x = np.eye(150, dtype=np.float32) + 0.5 * np.eye(150, k=1, dtype=np.float32)   # each nearest to itself
+    beir = train.Beir(corpus, {str(i): corpus[i]["text"] for i in range(150)}, {str(i): {str(i ^ 1): 1}
+                                                                                for i in range(150)})
+    for found in (train.ranked(beir, x, x), train.BM25(corpus).rankings(beir)):
+        assert all(query not in ids and len(ids) == 100 for query, ids in found.items())
+        assert sum(i + 1 == int(ids[0]) or int(ids[0]) == i - 1 for i, ids in enumerate(found.values())) > 140
+    beir.qrels["7"]["7"] = 1                                         # judged: a passage like any other
+    assert train.ranked(beir, x, x)["7"][0] == "7"
+
+
 def test_spearman_shares_ranks_of_equal_values():
     """Against the definition: Pearson's correlation of mean ranks."""
     x, y = [1, 2, 2, 3], [4, 1, 1, 0]

@@ -158,6 +158,11 @@ def test_rerank_rows_by_hand(home, monkeypatch):
     # ranks 1 and 4: R = 1 + 1/4; the next has ranks 2 and 1: R = 1/2 + 1, unless the answer was itself first
     assert np.mean(scores["RC"]) < np.mean(scores["QL + RC"]) < np.mean(scores["QL"])
 
+    few = replace(beir, corpus=[{**p, "_id": "q1" if n == 9 else p["_id"]} for n, p in enumerate(beir.corpus[:12])],
+                  queries={f"q{n}": beir.queries[f"q{n}"] for n in range(4)})
+    # q1 has 11 candidates, the others 12: each is still judged by its own scores
+    assert train.rerank_scores(Knows(), first, few, 12, "question answering")["QL"] == [1.0] * 4
+
     monkeypatch.setattr(Knows, "relevance", lambda self, pairs: [None] * len(pairs))
     with pytest.raises(llm.LLMError, match="call failed"):
         train.rerank_scores(Knows(), first, beir, 4, "question answering")
