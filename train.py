@@ -34,6 +34,7 @@ import re
 import shutil
 import sys
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -228,7 +229,7 @@ def train(model: Gecko, stage: str, sets: Sequence[Sequence[Record]], c: TrainCo
     optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=c.weight_decay, fused=True)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
     model.dims = tuple(dims)
-    log = Log(out, model, optimiser, c, steps, digest(stage, c, sides, plan))
+    log = Log(out, model, optimiser, c, steps, digest(stage, c, tokens, sides, plan))
     losses = log.resume()
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
                total=steps, disable=processes()[0] > 0)
@@ -655,10 +656,13 @@ def read_checkpoint(folder: Path, model: Gecko, optimiser: torch.optim.Optimizer
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
-def digest(stage: str, c: TrainConfig, sides: np.ndarray, plan: Sequence[np.ndarray]) -> str:
-    """What a run is: its flags and data. A checkpoint of another run is not continued."""
+def digest(stage: str, c: TrainConfig, tokens: Sequence[Sequence[int]], sides: np.ndarray,
+           plan: Sequence[np.ndarray]) -> str:
+    """What a run is: its flags and data, as tokens. A checkpoint of another run is not continued."""
     same = replace(c, eval="", save_every=0, resume=False)
     total = hashlib.sha256(f"{stage} {same}".encode() + sides.tobytes())
+    for text in tokens:                                              # `sides` says only which texts are equal
+        total.update(array("q", [len(text), *text]).tobytes())
     for rows in plan:
         total.update(rows.tobytes())
     return total.hexdigest()

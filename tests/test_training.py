@@ -405,8 +405,9 @@ def done_steps(folder):
 def test_a_checkpoint_of_other_flags_or_data_is_refused(tmp_path):
     c = replace(LOOP, steps=4, save_every=2)
     train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
+    words = [{**row, "query": row["query"] + " red"} for row in records(40)]     # as many texts, other ones
     for stage, rows, other in (("finetune", records(40), replace(c, lr=1e-3)), ("finetune", records(39), c),
-                               ("prefinetune", records(40), c)):
+                               ("prefinetune", records(40), c), ("finetune", words, c)):
         with pytest.raises(InputError, match="other data or flags"):
             train.train(small_model(), stage, [rows], replace(other, resume=True), out=tmp_path)
 
