@@ -268,11 +268,11 @@ def train(model: Gecko, stage: str, sets: Sequence[Sequence[Record]], c: TrainCo
 
 
 def read_dims(text: str, d: int) -> list[int]:
-    """"384,128" -> [384, 128]; each at most d, the model's dimension."""
-    dims = [int(part) for part in text.split(",") if part.strip().isdigit()] or [d]
-    if text and (len(dims) != len(text.split(",")) or not all(1 <= x <= d for x in dims)):
+    """"384,128" -> [384, 128]; each at most d, the model's dimension, which alone is what "" gives."""
+    parts = text.split(",") if text else [str(d)]
+    if not all(part.strip().isdecimal() and 1 <= int(part) <= d for part in parts):
         raise InputError(f"--dims {text}: give numbers from 1 to {d} with commas between")
-    return dims
+    return [int(part) for part in parts]
 
 
 def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
@@ -314,7 +314,7 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
            corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
     """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus, with `offline`."""
     start, n = time.time(), sizes or Sizes()
-    c = replace(SMALL, seed=seed, mix="mixed")
+    c = checked(replace(SMALL, seed=seed, mix="mixed"))
 
     print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
     corpus = corpus or builtin_corpus()
@@ -1335,7 +1335,7 @@ def training_cases(args: argparse.Namespace, c: TrainConfig, model: Gecko, mined
 
 def ablate_command(args: argparse.Namespace) -> None:
     """Find or make the files that the rows come from, run the rows, write the table."""
-    c, out, home = from_flags(TrainConfig, args), Path(args.out), Path(args.corpus or "runs/demo")
+    c, out, home = checked(from_flags(TrainConfig, args)), Path(args.out), Path(args.corpus or "runs/demo")
     if args.data and args.table != "mixture":
         raise InputError(f"--data: {args.table} is made from FRet; give --data to mixture")
     if not args.corpus and not (home / "ladder.json").is_file():
@@ -1381,14 +1381,21 @@ def ablate_command(args: argparse.Namespace) -> None:
 CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks"), "negatives": ("own", "all")}
 
 
+def checked(c: TrainConfig) -> TrainConfig:
+    """The same configuration; what cannot be run is one line, before anything is read or written."""
+    for name, value in vars(c).items():
+        given = f"--{name.replace('_', '-')} {value}"
+        if value not in CHOICES.get(name, (value,)):
+            raise InputError(f"{given}: give " + " or ".join(CHOICES[name]))
+        if name in ("tau", "batch_size", "clip", "max_length") and not 0 < value < math.inf:
+            raise InputError(f"{given}: give a number above 0")
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise InputError(f"{given}: give 0 or a number above it")
+    return c
+
+
 def train_command(args: argparse.Namespace) -> None:
-    c, sets, weights = from_flags(TrainConfig, args), [], []
-    for name, allowed in CHOICES.items():
-        if getattr(c, name) not in allowed:
-            raise InputError(f"--{name} {getattr(c, name)}: give " + " or ".join(allowed))
-    for name in ("tau", "batch_size", "clip", "max_length"):
-        if not getattr(c, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(c, name)}: give a number above 0")
+    c, sets, weights = checked(from_flags(TrainConfig, args)), [], []
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                     # started by torchrun
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -164,6 +164,7 @@ def bad(*parts):
     bad("train.py", "finetune", "{tmp}/none.jsonl", "--init", "tiny", "--out", "{tmp}/m"),
     bad("train.py", "finetune", "{demo}/fret.jsonl", "--init", "{tmp}/none", "--out", "{tmp}/m"),
     bad("train.py", "finetune", "{demo}/fret.jsonl", "--init", "{demo}/seed", "--out", "{tmp}/m", "--dims", "9,x"),
+    bad("train.py", "finetune", "{demo}/fret.jsonl", "--init", "{demo}/seed", "--out", "{tmp}/m", "--dims", "x"),
     bad("train.py", "evaluate", "--model", "{demo}/gecko"),
     bad("train.py", "evaluate", "--model", "{demo}/gecko", "--beir", "{tmp}"),
 ])

@@ -219,7 +219,8 @@ def test_a_key_is_of_bytes_and_settings(tmp_path):
 
 @pytest.mark.parametrize("more", [
     ["mixture", "--data", *"abcd"], ["labels", "--data", *"abcd"], ["rerank", "--init", "no"],
-    ["labels", "--init", "no"], ["rerank", "--beir", "no"]])
+    ["labels", "--init", "no"], ["rerank", "--beir", "no"], ["labels", "--mix", "set"], ["labels", "--tau", "0"],
+    ["labels", "--negatives", "each"], ["labels", "--precision", "half"], ["labels", "--seed", "-1"]])
 def test_a_mistake_is_one_line(home, tmp_path, more, capsys):
     with pytest.raises(gecko.InputError, match=".{25}"):
         ablate(home, tmp_path, *more)
