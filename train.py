@@ -822,19 +822,28 @@ def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list
             for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr))}
 
 
-def sts_terms(model: Gecko, path: str | Path, dim: int | None = None,
-              task: str = "semantic similarity") -> np.ndarray:
-    """Terms whose mean is Spearman's between cosine and human score; rows sentence1, sentence2, score."""
-    a, b, gold = [], [], []
+def read_sts(path: str | Path) -> tuple[list[str], list[str], list[float]]:
+    """First sentences, second sentences and human scores of JSONL rows sentence1, sentence2, score."""
+    rows: list[tuple[str, str, float]] = []
     for where, row in read_jsonl(path):
         try:
-            a.append(str(row["sentence1"]))
-            b.append(str(row["sentence2"]))
-            gold.append(float(row["score"]))
+            rows.append((str(row["sentence1"]), str(row["sentence2"]), float(row["score"])))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: want sentence1, sentence2 and a number score") from error
-    x, y = (model.encode_queries(s, task, dim=dim) for s in (a, b))
-    return spearman_terms((x * y).sum(1), gold)
+        if not all(text.strip() for text in rows[-1][:2]) or not math.isfinite(rows[-1][2]):
+            raise InputError(f"{where}: want two sentences that are not empty and a finite score")
+    a, b, scores = map(list, zip(*rows, strict=True))
+    if min(scores) == max(scores):
+        raise InputError(f"{path}: all scores are {scores[0]}; a rank correlation needs two that differ")
+    return a, b, scores
+
+
+def sts_terms(model: Gecko, path: str | Path, dim: int | None = None,
+              task: str = "semantic similarity") -> np.ndarray:
+    """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
+    a, b, scores = read_sts(path)
+    x, y = (model.encode_queries(s, task, dim=dim) for s in (a, b))  # (pairs, dim) twice
+    return spearman_terms((x * y).sum(1), scores)
 
 
 # Table 9: the task of each set of MTEB, and whether its targets have the format of inputs.
@@ -1186,12 +1195,22 @@ def folder_name(path: str) -> str:
     return Path(path).resolve().parent.name
 
 
+def read_labelled(path: str) -> tuple[list[str], list[str]]:
+    """Texts and labels of JSONL rows text, label."""
+    texts, labels = [], []
+    for where, row in read_jsonl(path):
+        if not str(row.get("text") or "").strip() or row.get("label") is None:
+            raise InputError(f"{where}: want a text and its label")
+        texts.append(str(row["text"]))
+        labels.append(str(row["label"]))
+    return texts, labels
+
+
 def class_hits(model: Gecko, known: str, unknown: str, k: int = 5) -> np.ndarray:
     """1 for each text of `unknown` whose label most of its k nearest texts of `known` have, else 0."""
-    (x, labels), (y, want) = (zip(*((str(r["text"]), str(r["label"])) for _, r in read_jsonl(path)), strict=True)
-                              for path in (known, unknown))
+    (x, labels), (y, want) = read_labelled(known), read_labelled(unknown)
     q, P = (model.encode_queries(texts, "classification") for texts in (y, x))
-    _, near = topk(q, P, k)
+    _, near = topk(q, P, min(k, len(P)))                             # (texts of unknown, k)
     return np.array([Counter(labels[i] for i in row).most_common(1)[0][0] == label
                      for row, label in zip(near, want, strict=True)], float)
 
@@ -1338,10 +1357,16 @@ def ablate_command(args: argparse.Namespace) -> None:
     c, out, home = checked(from_flags(TrainConfig, args)), Path(args.out), Path(args.corpus or "runs/demo")
     if args.data and args.table != "mixture":
         raise InputError(f"--data: {args.table} is made from FRet; give --data to mixture")
+    for path in args.sts:                                            # a mistake shows before the LLM is paid
+        read_sts(path)
+    for path in itertools.chain(*args.classes):
+        read_labelled(path)
     if not args.corpus and not (home / "ladder.json").is_file():
         recipe(home)
     if not args.init and not (home / "pre").is_dir():
         raise InputError(f"{home}/pre: not there; --corpus needs --init, the model that each row starts from")
+    folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
+    beir = {Path(folder).resolve().name: read_beir(folder, args.split) for folder in folders}
     init, o = fetch(args.init or home / "pre"), fret.Options(llm=args.llm, model=args.model)
 
     def llm(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> fret.LLM:
@@ -1355,8 +1380,6 @@ def ablate_command(args: argparse.Namespace) -> None:
     if own and not args.data and args.table != "rerank":
         mined = out / f"fret-{files_key([home / 'corpus.jsonl', init], o, c, args.queries)[:8]}"
         fret_of(mined, home / "corpus.jsonl", init, llm, c, args.queries)
-    folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
-    beir = {Path(folder).resolve().name: read_beir(folder, args.split) for folder in folders}
     key = files_key([mined / "fret.jsonl", mined / "seed", init, *folders, *args.sts, *args.data,
                      *itertools.chain(*args.classes)], args.table, args.split, args.task, o, replace(c, seed=0))
     say(table=args.table, fret=mined, init=init, sets=", ".join(beir), llm=o.llm, key=key[:8], **vars(c))

@@ -220,11 +220,22 @@ def test_a_key_is_of_bytes_and_settings(tmp_path):
 @pytest.mark.parametrize("more", [
     ["mixture", "--data", *"abcd"], ["labels", "--data", *"abcd"], ["rerank", "--init", "no"],
     ["labels", "--init", "no"], ["rerank", "--beir", "no"], ["labels", "--mix", "set"], ["labels", "--tau", "0"],
-    ["labels", "--negatives", "each"], ["labels", "--precision", "half"], ["labels", "--seed", "-1"]])
-def test_a_mistake_is_one_line(home, tmp_path, more, capsys):
+    ["labels", "--negatives", "each"], ["labels", "--precision", "half"], ["labels", "--seed", "-1"],
+    ["labels", "--sts", "no"], ["labels", "--sts", "IN/sts.jsonl"], ["labels", "--sts", "IN/empty.jsonl"],
+    ["labels", "--sts", "IN/alike.jsonl"], ["labels", "--classes", "no", "no"],
+    ["labels", "--classes", "IN/text.jsonl", "IN/text.jsonl"], ["labels", "--beir", "no"]])
+def test_a_mistake_is_one_line(home, tmp_path, more, capsys, monkeypatch):
+    """And it shows before anything is generated or trained."""
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(llm, "generate", None)
+    two = {"sentence1": "a", "sentence2": "b", "score": 1}
+    wrong = {"sts": {**two, "score": "high"}, "empty": {**two, "sentence1": ""}, "alike": two, "text": {"text": "a"}}
+    for name, row in wrong.items():
+        gecko.write_jsonl(tmp_path / f"in/{name}.jsonl", [row, row])
+    more = [x.replace("IN", str(tmp_path / "in")) for x in more]
     with pytest.raises(gecko.InputError, match=".{25}"):
         ablate(home, tmp_path, *more)
-    assert list(tmp_path.iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
 # --------------------------------------------------------------------------------------------------
