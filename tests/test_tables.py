@@ -229,7 +229,8 @@ def test_a_mistake_is_one_line(home, tmp_path, more, capsys, monkeypatch):
     monkeypatch.setattr(train, "train", None)
     monkeypatch.setattr(llm, "generate", None)
     two = {"sentence1": "a", "sentence2": "b", "score": 1}
-    wrong = {"sts": {**two, "score": "high"}, "empty": {**two, "sentence1": ""}, "alike": two, "text": {"text": "a"}}
+    wrong = {"sts": {**two, "score": "high"}, "empty": {**two, "sentence1": ""}, "alike": two,
+             "text": {"text": "a"}}
     for name, row in wrong.items():
         gecko.write_jsonl(tmp_path / f"in/{name}.jsonl", [row, row])
     more = [x.replace("IN", str(tmp_path / "in")) for x in more]
