@@ -822,6 +822,17 @@ def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list
             for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr))}
 
 
+def names(paths: Sequence[str | Path], folder: bool = False) -> list[str]:
+    """Short names, or those of their folders; the path where two would have one name, and one figure hide another.
+
+    >>> names(["a/test", "b/test", "b/dev"]), names(["a/test", "b/test"], folder=True)
+    (['a/test', 'b/test', 'dev'], ['a', 'b'])
+    """
+    full = [Path(path).resolve() for path in paths]
+    short = [path.parent.name if folder else path.name for path in full]
+    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
+
+
 def read_sts(path: str | Path) -> tuple[list[str], list[str], list[float]]:
     """First sentences, second sentences and human scores of JSONL rows sentence1, sentence2, score."""
     rows: list[tuple[str, str, float]] = []
@@ -1184,15 +1195,12 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
             column = f"nDCG@10 {name}" + f" at {dim}" * (dim < vectors[0].shape[1])
             found = ranked(beir, *(normalise(x, dim).numpy() for x in vectors))
             out[column] = retrieval_scores(found, beir)["ndcg@10"]
-    for path in lab.sts:
-        out[f"Spearman {folder_name(path)}"] = sts_terms(model, path)
-    for known, unknown in lab.classes:
-        out[f"accuracy {folder_name(unknown)}"] = class_hits(model, known, unknown)
+    for name, path in zip(names(lab.sts, folder=True), lab.sts, strict=True):
+        out[f"Spearman {name}"] = sts_terms(model, path)
+    tests = names([unknown for _, unknown in lab.classes], folder=True)
+    for name, files in zip(tests, lab.classes, strict=True):
+        out[f"accuracy {name}"] = class_hits(model, *files)
     return out
-
-
-def folder_name(path: str) -> str:
-    return Path(path).resolve().parent.name
 
 
 def read_labelled(path: str) -> tuple[list[str], list[str]]:
@@ -1366,7 +1374,7 @@ def ablate_command(args: argparse.Namespace) -> None:
     if not args.init and not (home / "pre").is_dir():
         raise InputError(f"{home}/pre: not there; --corpus needs --init, the model that each row starts from")
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
-    beir = {Path(folder).resolve().name: read_beir(folder, args.split) for folder in folders}
+    beir = {name: read_beir(folder, args.split) for name, folder in zip(names(folders), folders, strict=True)}
     init, o = fetch(args.init or home / "pre"), fret.Options(llm=args.llm, model=args.model)
 
     def llm(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> fret.LLM:
@@ -1488,14 +1496,13 @@ def evaluate_command(args: argparse.Namespace) -> None:
     say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
         task=args.task or "by Table 9")
     results: dict[str, dict[str, float]] = {}
-    for folder in args.beir:
-        beir, name = read_beir(folder, args.split), Path(folder).resolve().name
-        task, symmetric = table_9(name)
+    for name, folder in zip(names(args.beir), args.beir, strict=True):
+        beir, (task, symmetric) = read_beir(folder, args.split), table_9(Path(folder).resolve().name)
         nearest = rankings(model, beir, args.task or task, args.dim, "passages", symmetric)
         results[name] = {k: float(np.mean(v)) for k, v in retrieval_scores(nearest, beir).items()}
-    for path in args.sts:
+    for name, path in zip(names(args.sts), args.sts, strict=True):
         terms = sts_terms(model, path, args.dim, args.task or table_9(Path(path).stem, "STS")[0])
-        results[Path(path).name] = {"spearman": float(terms.mean())}
+        results[name] = {"spearman": float(terms.mean())}
     if tasks:
         name = Path(args.model).resolve().name
         results |= mteb_scores(ForMteb(model, name, args.dim, args.task), tasks, args.out)

@@ -7,6 +7,7 @@ bytes; a user's mistake is one line and exit code 2, with nothing half-written.
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,26 @@ def test_search_and_evaluate_run_on_what_was_written(demo):
     assert code == 0, err
     scores = json.loads((out.parent / "scores.json").read_text())["questions"]
     assert round(scores["ndcg@10"], 4) == table["+ FRet (p_1, p_20)"]["384"]["ndcg@10"]
+
+
+def test_sets_of_one_name_have_a_figure_each(demo, tmp_path, monkeypatch, capsys):
+    """Two files test.jsonl, two folders `questions`: neither figure takes the other's place."""
+    for name, scores in (("a", (1, 2, 3)), ("b", (3, 2, 1))):
+        gecko.write_jsonl(tmp_path / name / "test.jsonl", [
+            {"sentence1": "round a number", "sentence2": text, "score": score}
+            for text, score in zip(("open a file", "the ceiling", "round up a number"), scores, strict=True)])
+        shutil.copytree(demo[0] / "questions", tmp_path / name / "questions")
+    (tmp_path / "b/questions/qrels/test.tsv").write_bytes((demo[0] / "questions/qrels/dev.tsv").read_bytes())
+    paths = {flag: [str(tmp_path / n / file) for n in "ab"] for flag, file in (("--sts", "test.jsonl"),
+                                                                                 ("--beir", "questions"))}
+    more = [word for flag, of in paths.items() for path in of for word in (flag, path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", "evaluate", "--model", str(demo[0] / "gecko"), "--out",
+                                      str(tmp_path / "scores.json"), *more])
+    train.main()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores) == {*paths["--sts"], *paths["--beir"]}
+    a, b = (scores[path]["spearman"] for path in paths["--sts"])
+    assert a == -b != 0 and scores[paths["--beir"][0]] != scores[paths["--beir"][1]]
 
 
 def command(script, *arguments):
