@@ -283,12 +283,15 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
     what the losses mask duplicates by.
     """
     ids: dict[str, int] = {}
-    sides = np.array([[-1 if text is None else ids.setdefault(text, len(ids))
-                       for text in formatted(row, model.formats)] for rows in sets for row in rows])
+    sides = []
+    for row in itertools.chain(*sets):
+        query, positive, negative = formatted(row, model.formats)
+        own = None if negative in (query, positive) else negative    # a text is not its own negative
+        sides.append([-1 if text is None else ids.setdefault(text, len(ids)) for text in (query, positive, own)])
     tokens = model.tokens(list(ids), max_length)
     if model.cut and processes()[0] == 0:
         tqdm.write(f"{model.cut} of {len(tokens)} texts are cut at {max_length} tokens", file=sys.stderr)
-    return tokens, sides
+    return tokens, np.array(sides)
 
 
 # --------------------------------------------------------------------------------------------------

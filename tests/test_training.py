@@ -317,6 +317,16 @@ def test_micro_batches_train_the_same_model_without_dropout():
     assert np.allclose(*losses, rtol=1e-4)
 
 
+def test_a_text_is_not_its_own_hard_negative():
+    """A symmetric row whose negative is its input has none, as the same text elsewhere in the batch is masked."""
+    rows = [record("semantic similarity", "a man eats", {"text": "he eats"}, {"text": text}, symmetric=True)
+            for text in ("a man eats", "he sleeps")]
+    _, sides = train.tokenised(small_model(), [rows], 32)
+    assert sides.tolist() == [[0, 1, -1], [0, 1, 2]]
+    rows[0]["symmetric"] = False                                     # as a passage it has another format
+    assert train.tokenised(small_model(), [rows[:1]], 32)[1].tolist() == [[0, 1, 2]]
+
+
 def test_micro_batches_hold_like_lengths_and_like_many_tokens():
     lengths = [random.Random(i).randint(3, 60) for i in range(200)]
     parts = micro_batches(lengths, 16)
