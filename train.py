@@ -1201,8 +1201,8 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
     for name, path in zip(names(lab.sts, folder=True), lab.sts, strict=True):
         out[f"Spearman {name}"] = sts_terms(model, path)
     tests = names([unknown for _, unknown in lab.classes], folder=True)
-    for name, files in zip(tests, lab.classes, strict=True):
-        out[f"accuracy {name}"] = class_hits(model, *files)
+    for name, (known, unknown) in zip(tests, lab.classes, strict=True):
+        out[f"accuracy {name}"] = class_hits(model, known, unknown)
     return out
 
 
@@ -1351,11 +1351,13 @@ def training_cases(args: argparse.Namespace, c: TrainConfig, model: Gecko, mined
     if not args.data:
         lab.corpus, lab.rows = read_passages(mined / "corpus.jsonl"), read_records(mined / "fret.jsonl")
     if args.table == "mixture" and not args.data:                    # no NLI without files of it
-        lab.classes = [own_modules(Path(args.out), lab.corpus)]
-        lab.data = [lab.rows, list(convert_classification(lab.classes[0][:1], Counter())),
+        modules = own_modules(Path(args.out), lab.corpus)
+        lab.classes = [modules, *args.classes]
+        lab.data = [lab.rows, list(convert_classification(modules[:1], Counter())),
                     builtin_pairs(lab.corpus, 50_000)]
     if args.table in ("dims", "formats") and not own:                # their change concerns eq. 2 too
-        lab.pairs = builtin_pairs(lab.corpus, Sizes().pairs)
+        # a query of no letters is a text of no tokens where the format adds none
+        lab.pairs = [r for r in builtin_pairs(lab.corpus, Sizes().pairs) if r["query"].strip()]
         lab.init = untrained(lab.corpus, lab.pairs)
     d = model.encoder.config.hidden_size
     dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,))]

@@ -121,6 +121,32 @@ def test_mixture_adds_a_set_a_row(lab):
     assert [[rows[0]["n"] for rows in sets] for sets in made.values()] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
+def made_cases(home, out, lab, table, *more):
+    """What the command makes of the recipe's own files: `training_cases` without a run."""
+    args = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ablate_command", args.append)
+        patch.setattr(sys, "argv", ["train.py", "ablate", table, "--out", str(out), *map(str, more)])
+        train.main()
+    mined = next(out.glob("fret-*"))
+    return train.training_cases(args[0], lab.c, gecko.load(home / "model"), mined, False, lab.beir)
+
+
+def test_pairs_without_words_are_left_to_no_format(home, lab, monkeypatch):
+    """Of the built-in pairs some have a query without a letter, which PLAIN would make a text of no tokens."""
+    blank = data.record("search result", " ", {"title": "math.ceil", "text": "the ceiling of x"})
+    monkeypatch.setattr(train, "builtin_pairs", lambda *a: [blank, {**blank, "query": "round up"}] * 8)
+    for run in made_cases(home, lab[1], lab[0], "formats").values():
+        assert run(0)
+
+
+def test_classes_of_ones_own_stand_beside_the_modules(home, lab, tmp_path):
+    path = tmp_path / "mine/a.jsonl"
+    gecko.write_jsonl(path, [{"text": "the sine of x", "label": "sine"}, {"text": "the mean", "label": "mean"}])
+    run = next(iter(made_cases(home, lab[1], lab[0], "mixture", "--classes", path, path).values()))
+    assert {"accuracy modules", "accuracy mine"} <= set(run(0))
+
+
 def test_dims_are_cut_and_normalised_again(lab, monkeypatch):
     """With MRL the loss has two dimensions, without one; both are measured at all cuts of unit vectors."""
     trained, lengths = [], []
