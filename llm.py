@@ -585,14 +585,14 @@ class Spent:
 
     max_requests: int = 0                                            # 0: no limit
     max_tokens: int = 0
-    requests: int = 0
+    requests: int = 0                                                # sent, whatever came of them
     tokens: list[int] = field(default_factory=lambda: [0, 0])        # prompt, completion; from `usage`
     cached: int = 0                                                  # answers that cost nothing again
-    failed: int = 0
-    in_a_row: int = 0
+    failed: int = 0                                                  # calls, after all their tries
+    in_a_row: int = 0                                                # of them since the last good one
     last: str = ""                                                   # why the last failed call failed
-    labels: int = 0
-    bounded: int = 0                                                 # labels outside the top k
+    labels: int = 0                                                  # taken from top tokens
+    bounded: int = 0                                                 # of them outside the top k
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def admit(self) -> None:
@@ -606,6 +606,7 @@ class Spent:
             self.requests += 1
 
     def charge(self, answer: dict[str, Any]) -> None:
+        """Add what a reply says that it cost; LLMError where a limit needs that and it says nothing."""
         usage = answer.get("usage") or {"prompt_tokens": answer.get("tokens_evaluated"),
                                         "completion_tokens": answer.get("tokens_predicted")}
         if self.max_tokens and "choices" in answer and not usage.get("prompt_tokens"):
@@ -617,12 +618,15 @@ class Spent:
     def settle(self, failure: str = "") -> None:
         """One call has ended; LLMError when too many in a row have failed."""
         with self.lock:
-            self.in_a_row = self.in_a_row + 1 if failure else 0
-            self.failed, self.last = self.failed + bool(failure), failure or self.last
+            if not failure:
+                self.in_a_row = 0
+                return
+            self.in_a_row, self.failed, self.last = self.in_a_row + 1, self.failed + 1, failure
             if self.in_a_row >= IN_A_ROW:
                 raise LLMError(f"{IN_A_ROW} calls in a row failed; the last: {failure}")
 
     def report(self, price: float = 0.0) -> str:
+        """Lines for the end of a run; `price` of a million tokens."""
         cost = f", {sum(self.tokens) / 1e6 * price:,.2f} at {price} a million" if price else ""
         lines = [f"sent {self.requests:,} requests: {self.tokens[0]:,} prompt and {self.tokens[1]:,} "
                  f"completion tokens{cost}; {self.cached:,} answers from the cache"]
