@@ -91,11 +91,26 @@ from gecko import (
     write_jsonl,
 )
 
-# B rows in a batch, d the model's dimension, D the Matryoshka dimensions, tau the temperature.
-# q, p_pos, p_neg: (B, d), rows of length 1; sim is then the inner product.
+# B rows in a batch, d the model's dimension, tau the temperature, s = cos / tau. The vectors of a loss,
+# q, p_pos and p_neg, are (B, d) with rows of length 1, so that the cosine is their inner product.
 
 # --------------------------------------------------------------------------------------------------
-# Pre-finetuning (eq. 2)
+# Equal texts are no negatives of each other (gap 2)
+
+
+def duplicate(
+    q_id: Tensor,     # (B) integer ids of the rows' query texts
+    p_id: Tensor,     # (B) integer ids of the rows' positive texts
+    text: Tensor,     # (C) integer ids of candidate negatives
+    answers: Tensor,  # (C) integer ids of the queries that they came with; `text` again if with none
+) -> Tensor:          # (B, C)
+    """True where candidate j is row i's own query or positive, or the positive of the same query."""
+    return (text[None] == p_id[:, None]) | (text[None] == q_id[:, None]) \
+        | (answers[None] == q_id[:, None])                           # (B, C)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pre-finetuning (section 3.1, eq. 2)
 
 
 def pre_loss(
@@ -107,8 +122,7 @@ def pre_loss(
 ) -> Tensor:        # scalar
     """Eq. 2: L_pre = mean_i -log  e^{s(q_i, p_i)} / sum_j e^{s(q_i, p_j)},  s = cos / tau.
 
-    The other rows' passages are the negatives; there are no hard ones. A passage whose text is
-    row i's own, or that answers the same query text, is masked out of row i.
+    The other rows' passages are the negatives, less the duplicates; there are no hard ones.
     """
     # EXERCISE 2 (about 4 lines)
     s = q @ p.T / tau                                                # (B, B)
@@ -118,17 +132,8 @@ def pre_loss(
     # END EXERCISE
 
 
-def duplicate(q_id: Tensor, p_id: Tensor, text: Tensor, text_q: Tensor) -> Tensor:
-    """(B, C) true where text j is row i's query or positive, or came with the same query.
-
-    q_id, p_id: (B) of the rows; text, text_q: (C) of the candidates and the queries they came with.
-    """
-    return (text[None] == p_id[:, None]) | (text[None] == q_id[:, None]) \
-        | (text_q[None] == q_id[:, None])                            # (B, C)
-
-
 # --------------------------------------------------------------------------------------------------
-# Fine-tuning (eq. 3)
+# Fine-tuning (section 3.3, eq. 3)
 
 
 def main_loss(
@@ -145,6 +150,9 @@ def main_loss(
 
     L_main = mean_i -log e^{s(q_i,p_i+)} / ( sum_j [e^{s(q_i,p_j+)} + 1[j!=i] e^{s(q_i,q_j)}]
                                              + e^{s(q_i,p_i-)} )
+
+    The other rows' positives and queries (same-tower negatives) count, less the duplicates, and the
+    row's own hard negative, if it has one (gap 3). With q_i itself, s = 1 / tau, nothing could be learned.
     """
     # EXERCISE 7 (about 13 lines)
     B, _ = q.shape
@@ -167,11 +175,12 @@ def main_loss(
 # Matryoshka (section 3.3, MRL)
 
 
-def mrl_loss(loss: Callable[..., Tensor], dims: Sequence[int], *vectors: Tensor) -> Tensor:
-    """sum over dims of the loss on the first dim dimensions, normalised again after the cut.
-
-    loss takes as many tensors as there are `vectors`, each (B, d) and not yet of length 1.
-    """
+def mrl_loss(
+    loss: Callable[..., Tensor],  # of as many tensors as there are `vectors`, unit rows
+    dims: Sequence[int],          # such as 768, 256
+    *vectors: Tensor,             # each (B, d), not yet of length 1
+) -> Tensor:                      # scalar
+    """The sum over dims of the loss on the first dim dimensions, normalised again after the cut."""
     # EXERCISE 8 (about 2 lines)
     terms = [loss(*(normalise(x, dim) for x in vectors)) for dim in dims]
     return torch.stack(terms).sum()
@@ -209,17 +218,21 @@ class TrainConfig:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warm-up over warmup * steps, then linear decay to 0."""
+    """Linear warm-up to `peak` over the share `warmup` of the steps, then linear decay to 0."""
     rise = max(1.0, warmup * steps)
     return peak * min((step + 1) / rise, (steps - step) / max(1.0, steps - rise), 1.0)
 
 
-def train(model: Gecko, stage: str, sets: Sequence[Sequence[Record]], c: TrainConfig,
-          weights: Sequence[float] | None = None, title: str = "", out: Path | None = None) -> list[float]:
-    """Train in place; stage "prefinetune" (eq. 2) or "finetune" (eq. 3). Returns each step's loss.
-
-    With `out`, the folder gets metrics.jsonl and checkpoints.
-    """
+def train(
+    model: Gecko,                            # changed in place
+    stage: str,                              # "prefinetune" (eq. 2) or "finetune" (eq. 3)
+    sets: Sequence[Sequence[Record]],        # the mixture of section 3.3
+    c: TrainConfig,
+    weights: Sequence[float] | None = None,  # of the sets; None: all alike
+    title: str = "",                         # of the progress bar
+    out: Path | None = None,                 # the folder for metrics.jsonl and checkpoints
+) -> list[float]:                            # the loss of each step
+    """Train on batches of the mixture. A loss or gradient that is not finite is an InputError."""
     dims = read_dims(c.dims, model.encoder.config.hidden_size)
     tokens, sides = tokenised(model, sets, c.max_length)
     steps = c.steps or max(1, int(c.epochs * sum(len(rows) for rows in sets) / c.batch_size))
@@ -230,30 +243,34 @@ def train(model: Gecko, stage: str, sets: Sequence[Sequence[Record]], c: TrainCo
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
     model.dims = tuple(dims)
     log = Log(out, model, optimiser, c, steps, digest(stage, c, tokens, sides, plan))
-    losses = log.resume()
+    losses = log.resume()                                            # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
                total=steps, disable=processes()[0] > 0)
+
+    def embed(text_ids: Tensor) -> Tensor:                           # (texts) -> (texts, d)
+        return model.embed([tokens[i] for i in text_ids.tolist()])
+
     for step in bar:
         model.encoder.train()
         torch.manual_seed(seed_of(c.seed, step))                     # so a step depends on no other's dropout
         ids = torch.from_numpy(sides[plan[step]]).T.to(model.device)   # (3, B)
         q_id, p_id, n_id = ids                                       # 3 of (B); n_id -1: none
         optimiser.zero_grad(set_to_none=True)
-        if c.micro_batch or processes()[1] > 1:                      # any batch size, any number of processes
-            loss = backward(model, stage, c, dims, autocast, tokens, ids, step)
-        else:
+        if c.micro_batch == 0 and processes()[1] == 1:               # all in memory at a time, on one device
             with autocast:
-                q = model.embed([tokens[i] for i in q_id.tolist()])      # (B, d)
-                p_pos = model.embed([tokens[i] for i in p_id.tolist()])  # (B, d)
-                p_neg = torch.zeros_like(q)                              # (B, d)
-                if stage == "finetune" and (n_id >= 0).any():
-                    p_neg[n_id >= 0] = model.embed([tokens[i] for i in n_id[n_id >= 0].tolist()]).to(q.dtype)
+                q, p_pos = embed(q_id), embed(p_id)                  # (B, d) twice
+                p_neg = torch.zeros_like(q)                          # (B, d)
+                hard = n_id >= 0                                     # (B)
+                if stage == "finetune" and hard.any():
+                    p_neg[hard] = embed(n_id[hard]).to(q.dtype)
             if stage == "prefinetune":
                 loss = mrl_loss(lambda q, p: pre_loss(q, p, c.tau, q_id, p_id), dims, q, p_pos)
             else:
                 loss = mrl_loss(lambda q, p, n: main_loss(q, p, n, c.tau, q_id, p_id, n_id,
                                                           c.negatives == "all"), dims, q, p_pos, p_neg)
             loss.backward()
+        else:                                                        # any batch size, any number of processes
+            loss = backward(model, stage, c, dims, autocast, tokens, ids, step)
         losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(trained, c.clip)
         log.stop_unless_finite(step, losses[-1], norm.item(), plan[step], sets)
@@ -277,10 +294,10 @@ def read_dims(text: str, d: int) -> list[int]:
 
 def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
               ) -> tuple[list[list[int]], np.ndarray]:
-    """Every distinct text tokenised once, and the ids of the texts of all sets' rows, (rows, 3).
+    """Every distinct text's tokens, and the ids of the texts of all sets' rows, (rows, 3).
 
-    A row of ids is input, positive, hard negative (-1: none). Equal texts have equal ids, which is
-    what the losses mask duplicates by.
+    A row of ids is input, positive, hard negative (-1: none). Equal texts have equal ids, the places of
+    their tokens, which is what the losses mask duplicates by.
     """
     ids: dict[str, int] = {}
     sides = []
@@ -315,16 +332,19 @@ class Sizes:
 
 def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
            corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
-    """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus, with `offline`."""
-    start, n = time.time(), sizes or Sizes()
+    """Pre-finetune, generate, mine, fine-tune, evaluate, with `offline`: what ladder.json then holds.
+
+    The corpus is the built-in one, if none is given; `out` gets every stage's file.
+    """
+    began, n = time.time(), sizes or Sizes()
     c = checked(replace(SMALL, seed=seed, mix="mixed"))
 
     print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
     corpus = corpus or builtin_corpus()
     write_jsonl(out / "corpus.jsonl", corpus)
     pairs = builtin_pairs(corpus, n.pairs, seed)
-    start_model = untrained(corpus, pairs, seed)
-    pre = copy.deepcopy(start_model)
+    blank = untrained(corpus, pairs, seed)
+    pre = copy.deepcopy(blank)
     train(pre, "prefinetune", [pairs], replace(c, steps=n.pre_steps), title="pre-finetune")
 
     print("3.2  FRet, step 1: a task and a query for passages, then the first embedder on (q, p_seed)")
@@ -333,13 +353,13 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
         fret.Offline(corpus, seed=seed), corpus, drawn, seed), drawn, "generate")
     queries = fret.read_queries(out / "queries.jsonl", corpus)
     first = copy.deepcopy(pre)
-    mixture = [1.0, n.pair_weight]
+    mixture = [1.0, n.pair_weight]                                   # generated queries, pairs
     train(first, "prefinetune", [queries, pairs], replace(c, steps=n.steps, lr=n.lr), mixture, "first embedder")
     save(first, out / "seed")
     save(pre, out / "pre")                                           # where the rows of `ablate` start
 
     print("3.2  FRet, step 2: the top 20, ranked twice, fused, relabelled")
-    judge = fret.Offline(corpus, first, seed)
+    judge = fret.Offline(corpus, first, seed)                        # the same "LLM" ranks, by QL and by RC
     fret.write_kept(out / "fret.jsonl", fret.mine(judge, first, corpus, queries, seed=seed),
                     len(queries), "mine")
     rows = [row for _, row in read_jsonl(out / "fret.jsonl")]
@@ -350,9 +370,9 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     save(gecko, out / "gecko")
 
     show_relabelled(rows, corpus)
-    table = ladder(out, corpus, judge, {"untrained": start_model, "pre-finetuned": pre,
-                                "+ (q, p_seed)": first, "+ FRet (p_1, p_20)": gecko})
-    print(f"{time.time() - start:.0f} s in all; {out}/ holds corpus, queries, fret, seed, gecko, ladder")
+    table = ladder(out, corpus, judge, {"untrained": blank, "pre-finetuned": pre,
+                                        "+ (q, p_seed)": first, "+ FRet (p_1, p_20)": gecko})
+    print(f"{time.time() - began:.0f} s in all; {out}/ holds corpus, queries, fret, seed, gecko, ladder")
     print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko')
     return table
 
