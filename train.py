@@ -151,8 +151,8 @@ def main_loss(
     L_main = mean_i -log e^{s(q_i,p_i+)} / ( sum_j [e^{s(q_i,p_j+)} + 1[j!=i] e^{s(q_i,q_j)}]
                                              + e^{s(q_i,p_i-)} )
 
-    The other rows' positives and queries (same-tower negatives) count, less the duplicates, and the
-    row's own hard negative, if it has one (gap 3). With q_i itself, s = 1 / tau, nothing could be learned.
+    The negatives: other rows' positives and queries (same-tower), less the duplicates, and the row's own
+    hard negative, if it has one (gap 3). s(q_i, q_i) is left out: it is 1 / tau whatever is learned.
     """
     # EXERCISE 7 (about 13 lines)
     B, _ = q.shape
@@ -385,7 +385,7 @@ def untrained(corpus: Sequence[dict[str, str]], pairs: Sequence[Record], seed: i
 
 # ==================================================================================================
 # In practice: batches larger than memory, several processes, checkpoints, evaluation, what the recipe
-# prints, the command line.
+# prints, the paper's tables in small, the command line.
 # ==================================================================================================
 
 # --------------------------------------------------------------------------------------------------
@@ -408,11 +408,12 @@ def backward(
     the vectors, embed each micro-batch again, with the same dropout, and hand it its part of that
     gradient. Of several processes each embeds and scores its own rows, against everybody's vectors.
     """
-    (rank, size), (_, B) = processes(), ids.shape
-    mine = slice(B * rank // size, B * (rank + 1) // size)
-    wanted = ids[:2 if stage == "prefinetune" else 3]                # (S, B) S sides
+    B = ids.shape[1]
+    rank, size = processes()
+    mine = slice(B * rank // size, B * (rank + 1) // size)           # this process's rows
+    wanted = ids[:2 if stage == "prefinetune" else 3]                # (S, B) S sides: eq. 2 has no hard negatives
     place = torch.arange(wanted.numel(), device=ids.device).view_as(wanted)[:, mine].flatten()
-    place = place[wanted.flatten()[place] >= 0]                      # (texts) where a vector goes in x
+    place = place[wanted.flatten()[place] >= 0]                      # (texts) the rows of x that are mine to fill
     texts = [tokens[i] for i in wanted.flatten()[place].tolist()]
     parts = micro_batches([len(t) for t in texts], c.micro_batch)
 
@@ -448,8 +449,10 @@ def backward(
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Numbers of texts in groups of like length, each about `size` texts of mean length in tokens."""
-    if not size or not lengths:
-        return [list(range(len(lengths)))] * bool(lengths)
+    if not lengths:
+        return []
+    if not size:
+        return [list(range(len(lengths)))]
     return list(length_batches(lengths, max(1, size * sum(lengths) // len(lengths))))
 
 
@@ -463,16 +466,16 @@ def streamed_loss(
     ids: Tensor,     # (3, B) their text ids
     mine: slice,     # the rows whose loss is taken, against all B rows' texts
     main: bool,      # eq. 3, else eq. 2
-    every: bool = False,
-    block: int = BLOCK,
-) -> tuple[Tensor, Tensor]:
+    every: bool = False,  # as in main_loss
+    block: int = BLOCK,   # bytes
+) -> tuple[Tensor, Tensor]:  # the rows' share of the loss, scalar; its gradient on x, (2 or 3, B, d)
     """Replaces mrl_loss of pre_loss or main_loss, and its backward to x: no B x B matrix.
 
-    A block of rows is scored against all texts, its softmax taken and its gradient added up, then
-    forgotten. Returns the rows' share of the loss and the gradient of that share, x's shape. The
-    derivative of u = a/|a| leaves out what points along u; `along` adds up that part as a number a text.
+    A block of rows is scored against all texts, its softmax taken, its gradient added up, then forgotten.
+    Of u = a / |a|, with g' the gradient on u, the gradient on a is (g' - (g' . u) u) / |a|. Scores are
+    s = u_q . u_p / tau, so that g' . u is a sum of softmax times score: `along`, one number a text.
     """
-    B, tiny = x.shape[1], torch.finfo(x.dtype).min
+    B, lowest = x.shape[1], torch.finfo(x.dtype).min                 # finite: 0 * lowest is 0, 0 * inf is not
     keys = [1] + [0] * main + [2] * (main and every)                 # sides that are scored against all rows
     hide = duplicates_of(ids, keys)
     loss, g = x.new_zeros(()), torch.zeros_like(x)                   # (S, B, d)
@@ -484,18 +487,18 @@ def streamed_loss(
         for start in range(mine.start, mine.stop, rows):
             i = torch.arange(start, min(start + rows, mine.stop), device=x.device)  # (r)
             u = a[0, i] * scale[0, i, None]                          # (r, dim)
-            scores = [hide(k, i, (u @ a[k].T).mul_(scale[k] / tau), tiny) for k in keys]  # each (r, B)
+            scores = [hide(k, i, (u @ a[k].T).mul_(scale[k] / tau), lowest) for k in keys]  # each (r, B)
             target = scores[0].gather(1, i[:, None])[:, 0]           # (r) s(q_i, p_i+)
             parts = [s.logsumexp(1) for s in scores]                 # each (r)
             if main:
-                own = ((u * a[2, i]).sum(1) * scale[2, i] / tau).masked_fill(ids[2, i] < 0, tiny)  # (r)
+                own = ((u * a[2, i]).sum(1) * scale[2, i] / tau).masked_fill(ids[2, i] < 0, lowest)  # (r)
                 parts.append(own)
-            lse = torch.stack(parts).logsumexp(0)                    # (r)
+            lse = torch.stack(parts).logsumexp(0)                    # (r) log of the sum below
             loss += (lse - target).sum() / B
-            for n, (k, s) in enumerate(zip(keys, scores, strict=True)):
+            for k, s in zip(keys, scores, strict=True):
                 w = (s - lse[:, None]).exp_()                        # (r, B) the softmax
-                if n == 0:
-                    w[torch.arange(len(i), device=i.device), i] -= 1  # the gradient of -log softmax[i]
+                if k == 1:
+                    w[torch.arange(len(i), device=i.device), i] -= 1  # the gradient of -s(q_i, p_i+)
                 w /= B
                 s *= w
                 along[0, i] += s.sum(1)
@@ -503,7 +506,7 @@ def streamed_loss(
                 w *= scale[k] / tau
                 g[0, i, :dim] += (w @ a[k]) * scale[0, i, None]
                 g[k, :, :dim].addmm_(w.T, u)
-            if main:
+            if main:                                                 # the same of the row's own hard negative
                 w = (own - lse).exp() / B                            # (r)
                 along[0, i] += w * own
                 along[2, i] += w * own
@@ -516,7 +519,10 @@ def streamed_loss(
 
 
 def duplicates_of(ids: Tensor, keys: Sequence[int]) -> Callable[[int, Tensor, Tensor, float], Tensor]:
-    """Replaces masked_fill(duplicate(...)) for a block: looks only at columns that can be duplicates."""
+    """Replaces masked_fill(duplicate(...)) for a block: looks only at columns that can be duplicates.
+
+    keys: sides, 0 inputs, 1 positives, 2 hard negatives. Few texts of a batch stand in it twice.
+    """
     q_id, p_id, n_id = ids                                           # 3 of (B)
     _, number, count = torch.unique(ids[:2], return_inverse=True, return_counts=True)
     often = count[number] > 1                                        # (2, B) the text stands elsewhere too
@@ -526,8 +532,8 @@ def duplicates_of(ids: Tensor, keys: Sequence[int]) -> Callable[[int, Tensor, Te
     def hide(k: int, i: Tensor, s: Tensor, value: float) -> Tensor:
         """s (r, B), the scores of rows i against side k, with what is no negative at `value`."""
         j, r = where[k], torch.arange(len(i), device=i.device)       # (C), (r)
-        came_with = n_id if k == 2 else q_id
-        same = duplicate(q_id[i], p_id[i], ids[k, j], came_with[j])  # (r, C)
+        answers = n_id if k == 2 else q_id                           # a hard negative came with no query
+        same = duplicate(q_id[i], p_id[i], ids[k, j], answers[j])    # (r, C)
         s[:, j] = s[:, j].masked_fill(same & (j != i[:, None]), value)
         if k != 1:
             s[r, i] = value                                          # 1[j != i]; p_i- has its own term
@@ -588,36 +594,37 @@ class Log:
 
     def resume(self) -> list[float]:
         """Load the last checkpoint if asked to; the losses of the steps that it holds."""
-        last = self.last()
-        state = read_json(last / "state.json") if last else {"step": 0, "best": -1.0}
-        if last and not self.c.resume and state["step"] < state["steps"]:
-            raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
-        if last and self.c.resume:
-            if state["key"] != self.key:
+        last, done = self.last(), 0
+        if last:
+            state = read_json(last / "state.json", dict)
+            if not self.c.resume and state["step"] < state["steps"]:
+                raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
+            if self.c.resume and state["key"] != self.key:
                 raise InputError(f"{last} is of other data or flags; give the same ones, or another --out")
-            read_checkpoint(last, self.model, self.optimiser)
-            self.best = state["best"]
+            if self.c.resume:
+                read_checkpoint(last, self.model, self.optimiser)
+                done, self.best = state["step"], state["best"]
         wait()                                                       # all have read what the first now removes
-        if self.out and self.first:
-            old = () if self.c.resume else ("checkpoint-*", "best")
-            for path in (path for name in (*old, *HALF_WRITTEN) for path in self.out.glob(name)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        done = int(state["step"]) if self.c.resume else 0
         if not (self.out and self.first):
             return [math.nan] * done
+        for name in HALF_WRITTEN if self.c.resume else ("checkpoint-*", "best", *HALF_WRITTEN):
+            for path in self.out.glob(name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         rows = [r for r in read_metrics(self.out) if r["step"] <= done] if done else []
         write_jsonl(self.out / "metrics.jsonl", rows)
         losses = [r["loss"] for r in rows if "loss" in r]
-        return losses + [math.nan] * (done - len(losses))
+        return losses + [math.nan] * (done - len(losses))            # a log may have been removed
 
     def row(self, **values: Any) -> None:
+        """One more line of metrics.jsonl."""
         if self.out and self.first:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
     def step(self, bar: Any, losses: Sequence[float], examples: int) -> None:
-        """One line of metrics.jsonl, and the numbers beside the bar."""
-        rate, lr = examples / max(1e-9, time.time() - self.clock), self.optimiser.param_groups[0]["lr"]
+        """The row of a step, and the numbers beside the bar."""
+        lr = self.optimiser.param_groups[0]["lr"]
+        rate = examples / max(1e-9, time.time() - self.clock)
         self.clock = time.time()
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", lr=f"{lr:.1e}", examples_s=f"{rate:.0f}",
                         refresh=False)
@@ -626,22 +633,19 @@ class Log:
     def stop_unless_finite(self, step: int, loss: float, norm: float, rows: np.ndarray,
                            sets: Sequence[Sequence[Record]]) -> None:
         """Before the optimiser takes the gradient, so the weights are still good."""
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            ends = np.cumsum([len(s) for s in sets])
-            found = np.searchsorted(ends, rows[:5], side="right")
-            names = ", ".join(f"{s + 1}:{i - (ends[s] - len(sets[s])) + 1}"
-                              for s, i in zip(found, rows[:5], strict=True))
-            raise InputError(
-                f"the loss is {loss}, its gradient's norm {norm} at step {step + 1}, rows {names}"
-                f"{' ...' * (len(rows) > 5)} (set:row); lower --lr or raise --tau; "
-                f"last good checkpoint: {self.last() or 'none'}")
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        places = [f"{s}:{i}" for s, of in enumerate(sets, 1) for i in range(1, len(of) + 1)]
+        raise InputError(
+            f"the loss is {loss}, its gradient's norm {norm} at step {step + 1}, rows "
+            f"{', '.join(places[i] for i in rows[:5])}{' ...' * (len(rows) > 5)} (set:row); "
+            f"lower --lr or raise --tau; last good checkpoint: {self.last() or 'none'}")
 
     def save(self, step: int) -> None:
         """Measure, keep the best, write the checkpoint, then drop those before it."""
-        if self.first and self.out:
+        if self.out and self.first:
             if self.beir:
-                scores = retrieval_scores(rankings(self.model, self.beir, "question answering"), self.beir)
-                dev = {name: round(float(np.mean(v)), 4) for name, v in scores.items()}
+                dev = mean_scores(rankings(self.model, self.beir, "question answering"), self.beir)
                 self.row(step=step, dev=dev)
                 tqdm.write(f"step {step}: dev {dev}", file=sys.stderr)
                 if dev["ndcg@10"] > self.best:
@@ -692,6 +696,7 @@ def digest(stage: str, c: TrainConfig, tokens: Sequence[Sequence[int]], sides: n
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows {step, loss, lr, examples_s} and {step, dev} of a run."""
     return whole_rows(folder / "metrics.jsonl")
 
 
@@ -837,6 +842,11 @@ def first_100(beir: Beir, query: str, order: Iterable[int]) -> list[str]:
     """
     ids = (beir.corpus[i]["_id"] for i in order)
     return list(itertools.islice((i for i in ids if i != query or i in beir.qrels[query]), 100))
+
+
+def mean_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, float]:
+    """The mean of each measure over the queries, with four digits."""
+    return {name: round(float(np.mean(v)), 4) for name, v in retrieval_scores(ranked, beir).items()}
 
 
 def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list[float]]:
