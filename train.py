@@ -645,7 +645,8 @@ class Log:
         """Measure, keep the best, write the checkpoint, then drop those before it."""
         if self.out and self.first:
             if self.beir:
-                dev = mean_scores(rankings(self.model, self.beir, "question answering"), self.beir)
+                found = rankings(self.model, self.beir, "question answering")
+                dev = means(retrieval_scores(found, self.beir))
                 self.row(step=step, dev=dev)
                 tqdm.write(f"step {step}: dev {dev}", file=sys.stderr)
                 if dev["ndcg@10"] > self.best:
@@ -735,7 +736,7 @@ def ndcg(ranked: Sequence[Any], relevant: dict[Any, int], k: int = 10) -> float:
 
 
 def recall(ranked: Sequence[Any], relevant: dict[Any, int], k: int = 100) -> float:
-    """Share of the relevant ones among the first k."""
+    """Share of the relevant ones that are among the first k."""
     return len(set(ranked[:k]) & set(relevant)) / len(relevant)
 
 
@@ -764,6 +765,7 @@ def interval(gains: Sequence[np.ndarray], seed: int = 0, draws: int = 4000) -> t
     gains: for each set (seeds, queries), paired differences; a set counts as much as another.
     """
     rng, S = np.random.default_rng(seed), len(gains[0])
+    # how often each seed and each query was drawn, as a share: a mean's weights
     by_seed = rng.multinomial(S, np.full(S, 1 / S), draws) / S       # (draws, S) shares
     means = np.zeros(draws)
     for g in gains:
@@ -780,7 +782,7 @@ def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation
+# Evaluation: retrieval, similarity
 
 
 @dataclass
@@ -813,7 +815,7 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
 def rankings(model: Gecko, beir: Beir, task: str, dim: int | None = None,
              progress: str = "", symmetric: bool = False) -> dict[str, list[str]]:
     """The first 100 passages of each query, by id, best first."""
-    return ranked(beir, *encoded(model, beir, task, dim, progress, symmetric))
+    return nearest_ids(beir, *encoded(model, beir, task, dim, progress, symmetric))
 
 
 def encoded(model: Gecko, beir: Beir, task: str, dim: int | None = None, progress: str = "",
@@ -828,8 +830,8 @@ def encoded(model: Gecko, beir: Beir, task: str, dim: int | None = None, progres
     return model.encode_queries(list(beir.queries.values()), task, dim=dim), P
 
 
-def ranked(beir: Beir, q: np.ndarray, P: np.ndarray) -> dict[str, list[str]]:
-    """`rankings` of vectors that are there."""
+def nearest_ids(beir: Beir, q: np.ndarray, P: np.ndarray) -> dict[str, list[str]]:
+    """`rankings` by vectors, (Q, dim) and (P, dim)."""
     _, nearest = topk(q, P, min(101, len(P)))                        # (Q, 101) one may be left out
     return {query: first_100(beir, query, near) for query, near in zip(beir.queries, nearest, strict=True)}
 
@@ -844,15 +846,15 @@ def first_100(beir: Beir, query: str, order: Iterable[int]) -> list[str]:
     return list(itertools.islice((i for i in ids if i != query or i in beir.qrels[query]), 100))
 
 
-def mean_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, float]:
-    """The mean of each measure over the queries, with four digits."""
-    return {name: round(float(np.mean(v)), 4) for name, v in retrieval_scores(ranked, beir).items()}
-
-
 def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list[float]]:
     """Each measure for each query, in the order of beir.queries."""
     return {name: [measure(ranked[query], beir.qrels[query]) for query in beir.queries]
             for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr))}
+
+
+def means(scores: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of each measure over the queries, with four digits."""
+    return {name: round(float(np.mean(values)), 4) for name, values in scores.items()}
 
 
 def names(paths: Sequence[str | Path], folder: bool = False) -> list[str]:
@@ -888,6 +890,10 @@ def sts_terms(model: Gecko, path: str | Path, dim: int | None = None,
     a, b, scores = read_sts(path)
     x, y = (model.encode_queries(s, task, dim=dim) for s in (a, b))  # (pairs, dim) twice
     return spearman_terms((x * y).sum(1), scores)
+
+
+# --------------------------------------------------------------------------------------------------
+# MTEB (the paper's Table 9, by mteb's own protocol)
 
 
 # Table 9: the task of each set of MTEB, and whether its targets have the format of inputs.
@@ -926,7 +932,7 @@ def table_9(name: str, kind: str = "Retrieval") -> tuple[str, bool]:
         return re.sub(r"\.v\d+$|HardNegatives|Retrieval|[\W\d_]", "", name, flags=re.IGNORECASE).lower()
 
     found = {bare(n): kind for n, kind in TABLE_9.items()}
-    return found.get(bare(name), KINDS.get(kind, ("question answering", False)))
+    return found.get(bare(name)) or KINDS.get(kind, ("question answering", False))
 
 
 class ForMteb:
@@ -947,8 +953,8 @@ class ForMteb:
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
         """inputs: batches {"text": [...]}, passages with "title" and "body" too -> (texts, dim)."""
         task, symmetric = table_9(task_metadata.name, task_metadata.type)
-        batches = list(inputs)
-        columns = {key: [x for batch in batches for x in batch[key]] for key in batches[0]}
+        all_inputs = list(inputs)
+        columns = {key: [x for batch in all_inputs for x in batch[key]] for key in all_inputs[0]}
         if prompt_type is not None and prompt_type.value == "document" and not symmetric:
             return self.model.encode_passages(columns["body"], columns.get("title"), dim=self.dim)
         # as encode_queries, but some of mteb's sets have empty texts
@@ -972,8 +978,10 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
     benchmarks, tasks = {b.name for b in mteb.get_benchmarks()}, []
     for name in names:
         try:
-            tasks += [standard[name]] if name in standard else list(mteb.get_benchmark(name).tasks) \
-                if name in benchmarks else [mteb.get_task(name)]
+            if name in standard:
+                tasks.append(standard[name])
+            else:
+                tasks += mteb.get_benchmark(name).tasks if name in benchmarks else [mteb.get_task(name)]
         except KeyError as error:
             raise InputError("--mteb: " + str(error.args[0]).removeprefix("KeyError: ")) from error
     return tasks
@@ -1000,29 +1008,31 @@ class BM25:
 
     def __init__(self, corpus: Sequence[dict[str, str]], k1: float = 1.2, b: float = 0.75) -> None:
         counts = [Counter(fret.terms(f"{p['title']} {p['text']}")) for p in corpus]
-        length = np.array([sum(c.values()) for c in counts])
-        self.rows: dict[str, list[int]] = {}
-        values: dict[str, list[float]] = {}
-        norm = k1 * (1 - b + b * length / length.mean())
+        length = np.array([sum(c.values()) for c in counts])         # (P)
+        norm = k1 * (1 - b + b * length / length.mean())             # (P)
+        found: dict[str, list[tuple[int, float]]] = {}               # passages of a term, with its weight
         for i, c in enumerate(counts):
-            for w, tf in c.items():
-                self.rows.setdefault(w, []).append(i)
-                values.setdefault(w, []).append(tf * (k1 + 1) / (tf + norm[i]))
-        P = self.size = len(corpus)
-        self.values = {w: np.array(v) * math.log(1 + (P - len(v) + 0.5) / (len(v) + 0.5))
-                       for w, v in values.items()}
+            for term, tf in c.items():
+                found.setdefault(term, []).append((i, tf * (k1 + 1) / (tf + norm[i])))
+        self.size, self.postings = len(corpus), {}
+        for term, pairs in found.items():
+            rows, weights = map(np.array, zip(*pairs, strict=True))
+            idf = math.log(1 + (self.size - len(rows) + 0.5) / (len(rows) + 0.5))
+            self.postings[term] = rows, weights * idf
 
     def scores(self, query: str) -> np.ndarray:
         """One score a passage, (P)."""
         out = np.zeros(self.size)
-        for w in fret.terms(query):
-            if w in self.rows:
-                out[self.rows[w]] += self.values[w]
+        for term in fret.terms(query):
+            if term in self.postings:
+                rows, weights = self.postings[term]
+                out[rows] += weights
         return out
 
     def rankings(self, beir: Beir) -> dict[str, list[str]]:
-        return {i: first_100(beir, i, np.argsort(-self.scores(text), kind="stable"))
-                for i, text in beir.queries.items()}
+        """The first 100 passages of each query, by id, best first; equal scores in the corpus's order."""
+        return {query: first_100(beir, query, np.argsort(-self.scores(text), kind="stable"))
+                for query, text in beir.queries.items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1063,28 +1073,23 @@ def ladder(out: Path, corpus: list[dict[str, str]], judge: fret.Offline,
     test, dev = read_beir(folder, "test"), read_beir(folder, "dev")
     d, short = read_dims(SMALL.dims, models["untrained"].encoder.config.hidden_size)
     rungs = {"untrained": models["untrained"], "BM25": None, **models}
-    full: dict[str, list[float]] = {}
     table: dict[str, dict[str, Any]] = {}
+    above: list[float] = []
     print(f"\nTest questions ({len(test.queries)}), nDCG@10 and recall@100 at d = {d} and d = {short}; "
           "[95 % interval of the gain over the rung above, paired bootstrap]")
     for name, model in rungs.items():
-        shown = []
-        for dim in (d, short):
-            ranked = rankings(model, test, "question answering", dim) if model else BM25(corpus).rankings(test)
-            scores = retrieval_scores(ranked, test)
-            table.setdefault(name, {})[str(dim)] = {k: round(float(np.mean(v)), 4) for k, v in scores.items()}
-            shown.append(f"{np.mean(scores['ndcg@10']):.3f} {np.mean(scores['recall@100']):.3f}")
-            full.setdefault(name, scores["ndcg@10"])
-            if model is None:
-                break
-        above = list(full)[-2:]
-        low, high = paired_bootstrap(full[above[0]], full[name])
-        table[name]["gain"] = [round(low, 4), round(high, 4)]
-        print(f"  {name:20} {shown[0]}   {shown[1] if model else '-':11}   "
-              + (f"[{low:+.3f}, {high:+.3f}]" if len(full) > 1 else ""))
+        found = {str(dim): rankings(model, test, "question answering", dim) for dim in (d, short)} if model \
+            else {str(d): BM25(corpus).rankings(test)}               # BM25 has no dimensions
+        scores = {dim: retrieval_scores(ids, test) for dim, ids in found.items()}
+        here = scores[str(d)]["ndcg@10"]
+        low, high = paired_bootstrap(above or here, here)
+        table[name] = {**{dim: means(of) for dim, of in scores.items()}, "gain": [round(low, 4), round(high, 4)]}
+        shown = [f"{np.mean(of['ndcg@10']):.3f} {np.mean(of['recall@100']):.3f}" for of in scores.values()] + ["-"]
+        print(f"  {name:20} {shown[0]}   {shown[1]:11}   " + f"[{low:+.3f}, {high:+.3f}]" * bool(above))
+        above = here
     print("The judge on the dev questions, nDCG@10 of the first embedder's top 20, ranked again by")
     judged = rerank_scores(judge, models["+ (q, p_seed)"], dev, 20, "question answering")
-    table["judge (dev)"] = {name: round(float(np.mean(v)), 4) for name, v in judged.items()}
+    table["judge (dev)"] = means(judged)
     print("  " + "   ".join(f"{k} {v:.3f}" for k, v in table["judge (dev)"].items()))
     with file_beside(out / "ladder.json") as new:
         new.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
@@ -1097,7 +1102,7 @@ def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str) 
     q, P = encoded(first, beir, task)
     if isinstance(judge, fret.Offline):
         judge.vectors = dict(zip(by_id, P, strict=True))             # the same, so not made again
-    nearest = {query: ids[:N] for query, ids in ranked(beir, q, P).items()}
+    nearest = {query: ids[:N] for query, ids in nearest_ids(beir, q, P).items()}
     pairs = [(beir.queries[query], by_id[i]) for query, ids in nearest.items() for i in ids]
     QL, RC = judge.query_likelihood(pairs), judge.relevance(pairs)
     if None in QL or None in RC:
@@ -1226,7 +1231,7 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
         vectors = [torch.from_numpy(x) for x in encoded(model, beir, lab.task)]  # (Q, d) and (P, d)
         for dim in dims:
             column = f"nDCG@10 {name}" + f" at {dim}" * (dim < vectors[0].shape[1])
-            found = ranked(beir, *(normalise(x, dim).numpy() for x in vectors))
+            found = nearest_ids(beir, *(normalise(x, dim).numpy() for x in vectors))
             out[column] = retrieval_scores(found, beir)["ndcg@10"]
     for name, path in zip(names(lab.sts, folder=True), lab.sts, strict=True):
         out[f"Spearman {name}"] = sts_terms(model, path)

@@ -223,11 +223,11 @@ def test_a_query_that_stands_in_the_corpus_does_not_find_itself():
     x = np.eye(150, dtype=np.float32) + 0.5 * np.eye(150, k=1, dtype=np.float32)   # each nearest to itself
     beir = train.Beir(corpus, {str(i): corpus[i]["text"] for i in range(150)}, {str(i): {str(i ^ 1): 1}
                                                                                 for i in range(150)})
-    for found in (train.ranked(beir, x, x), train.BM25(corpus).rankings(beir)):
+    for found in (train.nearest_ids(beir, x, x), train.BM25(corpus).rankings(beir)):
         assert all(query not in ids and len(ids) == 100 for query, ids in found.items())
         assert sum(i + 1 == int(ids[0]) or int(ids[0]) == i - 1 for i, ids in enumerate(found.values())) > 140
     beir.qrels["7"]["7"] = 1                                         # judged: a passage like any other
-    assert train.ranked(beir, x, x)["7"][0] == "7"
+    assert train.nearest_ids(beir, x, x)["7"][0] == "7"
 
 
 def test_spearman_shares_ranks_of_equal_values():
