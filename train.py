@@ -1196,9 +1196,9 @@ def cases(name: str, lab: Lab) -> dict[str, Case]:
         return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:n]]
 
     if name == "labels":                                             # all from one mined file
-        pairs = itertools.product(("seed", "p1"), ("none", "sampled", "last"))
+        choices = itertools.product(("seed", "p1"), ("none", "sampled", "last"))
         return {row: (lambda seed, how=how: [fret.labelled(lab.rows, lab.corpus, how[0], how[1], seed)], {})
-                for row, how in zip(LABELS, pairs, strict=True)}
+                for row, how in zip(LABELS, choices, strict=True)}
     if name == "tasks":                                              # as many rows of each
         kinds = {kind: [r for r in lab.rows if r["kind"] == kind] for kind in fret.TASKS}
         n = min(map(len, kinds.values()))
@@ -1206,14 +1206,15 @@ def cases(name: str, lab: Lab) -> dict[str, Case]:
             raise InputError(f"FRet has no rows of some task: {({k: len(v) for k, v in kinds.items()})}")
         return {**{kind: (lambda seed, own=own: [some(own, n, seed)], {}) for kind, own in kinds.items()},
                 "all": (lambda seed: [some(lab.rows, n, seed)], {}),
-                "all, uniformly": (lambda seed: [[r for own in kinds.values() for r in
-                                                  some(own, n // len(kinds), seed)]], {})}
+                "all, uniformly": (lambda seed: [[r for own in kinds.values()
+                                                  for r in some(own, n // len(kinds), seed)]], {})}
     if name == "mixture":                                            # each set beside those before it
         names = list(TABLES[name].paper) if len(lab.data) == 4 else ["FRet", "+ classification", "full"]
         return {row: (lambda seed, n=n: lab.data[:n], {}) for n, row in enumerate(names, 1)}
     d = lab.init.encoder.config.hidden_size
-    changes: dict[str, dict[str, Any]] = {"without MRL": {"dims": ""}, "with MRL": {"dims": f"{d},{d // 3}"}} \
-        if name == "dims" else {row: {"formats": form} for row, form in FORMS.items()}
+    changes: dict[str, dict[str, Any]] = {row: {"formats": form} for row, form in FORMS.items()}
+    if name == "dims":
+        changes = {"without MRL": {"dims": ""}, "with MRL": {"dims": f"{d},{d // 3}"}}
     return {row: (lambda seed: [lab.rows], change) for row, change in changes.items()}
 
 
@@ -1227,11 +1228,11 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
         train(model, "prefinetune", [lab.pairs], replace(c, lr=0.0), title=f"{title}: pre-finetune")
     train(model, "finetune", make(seed), c, title=title)
     out: dict[str, Any] = {}
-    for name, beir in lab.beir.items():
+    for name, beir in lab.beir.items():                              # encoded once, cut to each of dims
         vectors = [torch.from_numpy(x) for x in encoded(model, beir, lab.task)]  # (Q, d) and (P, d)
         for dim in dims:
-            column = f"nDCG@10 {name}" + f" at {dim}" * (dim < vectors[0].shape[1])
             found = nearest_ids(beir, *(normalise(x, dim).numpy() for x in vectors))
+            column = f"nDCG@10 {name}" + f" at {dim}" * (dim < vectors[0].shape[1])
             out[column] = retrieval_scores(found, beir)["ndcg@10"]
     for name, path in zip(names(lab.sts, folder=True), lab.sts, strict=True):
         out[f"Spearman {name}"] = sts_terms(model, path)
@@ -1303,29 +1304,31 @@ def table_text(name: str, rows: Sequence[dict[str, Any]]) -> str:
                    dict.fromkeys(c.split()[0] for c in columns)}
     names = [row for row in table.paper if any(r["row"] == row for r in rows)]
     seeds = len({r["seed"] for r in rows})
-    lines = [" | ".join(["| row", *(f"paper: {c}" for c in table.columns), *columns,
-                         f"mean points over {names[0]} |"]), "|---" * (len(table.columns) + len(columns) + 2) + "|"]
+    head = ["row", *(f"paper: {c}" for c in table.columns), *columns, f"mean points over {names[0]}"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in names:
-        paper = [*table.paper[row], *[math.nan] * len(table.columns)][:len(table.columns)]
-        means = [[100 * np.mean([np.mean(r["scores"][c]) for c in own]) for r in rows if r["row"] == row]
-                 for own in columns.values()]                        # (columns, seeds)
-        ours = [f"{np.mean(m):.1f}" + (f" ± {np.std(m, ddof=1):.1f}" if len(m) > 1 else "") for m in means]
-        lines.append(" | ".join([f"| {row}", *("" if math.isnan(p) else f"{p:.2f}" for p in paper), *ours,
-                                 shown(gain(rows, row, names[0], "")) + " |"]))
+        paper = table.paper[row] or (math.nan,) * len(table.columns)
+        cells = [row, *("" if math.isnan(p) else f"{p:.2f}" for p in paper)]
+        for own in columns.values():
+            points = [100 * np.mean([np.mean(r["scores"][c]) for c in own]) for r in rows if r["row"] == row]
+            cells.append(f"{np.mean(points):.1f}" + (f" ± {np.std(points, ddof=1):.1f}" if len(points) > 1 else ""))
+        lines.append("| " + " | ".join([*cells, points_text(gain(rows, row, names[0], ""))]) + " |")
     lines += ["", f"The paper: {table.claim}. Here:", ""]
     for row, other, where in table.above:
         found = gain(rows, row, other, where)
-        says = "not measured" if found is None else "yes" if found[1] > 0 else "no, the reverse" \
-            if found[2] < 0 else "not decided"
-        lines.append(f"- {row} over {other}" + f" ({where.strip()})" * bool(where)
-                     + f": {says} {shown(found)}".rstrip())
+        if found is None:
+            says = "not measured"
+        else:                                                        # an interval with 0 in it decides nothing
+            says = "yes" if found[1] > 0 else "no, the reverse" if found[2] < 0 else "not decided"
+        column = f" ({where.strip()})" if where else ""
+        lines.append(f"- {row} over {other}{column}: {says} {points_text(found)}".rstrip())
     lines += ["", f"{sum(r['seconds'] for r in rows):.0f} s on {rows[0]['cores']} cores, {seeds} seed"
               + "s; ± is their standard deviation" * (seeds > 1) + "; [95 % interval: "
               + "seeds and " * (seeds > 1) + f"queries drawn again]; {rows[0]['by']}."]
     return "\n".join(lines) + "\n"
 
 
-def shown(found: tuple[float, float, float] | None) -> str:
+def points_text(found: tuple[float, float, float] | None) -> str:
     return f"{found[0]:+.1f} [{found[1]:+.1f}, {found[2]:+.1f}]" if found else ""
 
 
@@ -1380,11 +1383,14 @@ def files_key(paths: Sequence[str | Path], *settings: Any) -> str:
 
 def training_cases(args: argparse.Namespace, c: TrainConfig, model: Gecko, mined: Path, own: bool,
                    beir: dict[str, Beir]) -> dict[str, Callable[[int], dict[str, Any]]]:
-    """The rows of a table that trains, from the FRet file in `mined` or the files of --data."""
-    lab = Lab(c, [], [], model, [], [read_records(path) for path in args.data], beir, args.task, args.sts,
-              args.classes)
-    if not args.data:
-        lab.corpus, lab.rows = read_passages(mined / "corpus.jsonl"), read_records(mined / "fret.jsonl")
+    """The rows of a table that trains, from the FRet file in `mined` or the files of --data.
+
+    `own`: the model, the corpus or the LLM is the user's, not the recipe's.
+    """
+    corpus, rows = ([], []) if args.data else (
+        read_passages(mined / "corpus.jsonl"), read_records(mined / "fret.jsonl"))
+    lab = Lab(c, corpus, rows, init=model, pairs=[], data=[read_records(path) for path in args.data], beir=beir,
+              task=args.task, sts=args.sts, classes=args.classes)
     if args.table == "mixture" and not args.data:                    # no NLI without files of it
         modules = own_modules(Path(args.out), lab.corpus)
         lab.classes = [modules, *args.classes]
@@ -1416,14 +1422,14 @@ def ablate_command(args: argparse.Namespace) -> None:
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
     beir = {name: read_beir(folder, args.split) for name, folder in zip(names(folders), folders, strict=True)}
     init, o = fetch(args.init or home / "pre"), fret.Options(llm=args.llm, model=args.model)
+    model, mined = load(init), home
+    c = replace(c, lr=c.lr or Sizes().lr * is_bag(model.encoder))
 
     def llm(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> fret.LLM:
-        return fret.Offline(corpus, embedder, c.seed) if o.llm == "offline" else fret.endpoint(
-            o, str(out / "llm.jsonl"))
+        if o.llm == "offline":
+            return fret.Offline(corpus, embedder, c.seed)
+        return fret.endpoint(o, str(out / "llm.jsonl"))
 
-    model, mined = load(init), home
-    model.formats = dict(FORMATS) if c.unified else model.formats
-    c = replace(c, lr=c.lr or Sizes().lr * is_bag(model.encoder))
     own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
     if own and not args.data and args.table != "rerank":
         mined = out / f"fret-{files_key([home / 'corpus.jsonl', init], o, c, args.queries)[:8]}"
@@ -1431,11 +1437,14 @@ def ablate_command(args: argparse.Namespace) -> None:
     key = files_key([mined / "fret.jsonl", mined / "seed", init, *folders, *args.sts, *args.data,
                      *itertools.chain(*args.classes)], args.table, args.split, args.task, o, replace(c, seed=0))
     say(table=args.table, fret=mined, init=init, sets=", ".join(beir), llm=o.llm, key=key[:8], **vars(c))
-    by = f"{'judged' if args.table == 'rerank' else 'generated and judged'} by {o.model or o.llm}"
+    by = f"generated and judged by {o.model or o.llm}"
+    if args.table == "rerank":
+        by = by.removeprefix("generated and ")
+        run_case = rerank_cases(llm, model if args.init else load(home / "seed"), beir, args.task)
+    else:
+        run_case = training_cases(args, c, model, mined, own, beir)
     if args.data:
         by = f"records of {', '.join(Path(path).name for path in args.data)}"
-    run_case = rerank_cases(llm, model if args.init else load(home / "seed"), beir, args.task) \
-        if args.table == "rerank" else training_cases(args, c, model, mined, own, beir)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
         done = ablate(args.table, out, key, by, range(c.seed, c.seed + args.seeds), run_case)
     text = table_text(args.table, done)
@@ -1466,6 +1475,7 @@ def checked(c: TrainConfig) -> TrainConfig:
 
 
 def train_command(args: argparse.Namespace) -> None:
+    """prefinetune and finetune: read the sets, train, write the model; under torchrun on several processes."""
     c, sets, weights = checked(from_flags(TrainConfig, args)), [], []
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:                     # started by torchrun
         if torch.cuda.is_available():
@@ -1474,7 +1484,7 @@ def train_command(args: argparse.Namespace) -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6))
     first = processes()[0] == 0
     for item in args.data:
-        path, _, weight = item.rpartition(":") if not Path(item).exists() else (item, "", "1")
+        path, _, weight = (item, "", "1") if Path(item).exists() else item.rpartition(":")
         try:
             weights.append(float(weight))
         except ValueError as error:
@@ -1487,7 +1497,7 @@ def train_command(args: argparse.Namespace) -> None:
             processes=processes()[1], **vars(c))
     if args.init == "tiny":
         model = tiny([f"{r['query']} {r['positive'].get('title', '')} {r['positive']['text']}"
-                      for rows in sets for r in rows], c.seed)
+                      for r in itertools.chain(*sets)], c.seed)
         model.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
         model = load(args.init)
@@ -1497,14 +1507,13 @@ def train_command(args: argparse.Namespace) -> None:
     losses = train(model, args.command, sets, c, weights, out=out)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if not first:
-        return
-    save_final(model, out)
-    print(f"wrote {args.out}: {len(losses)} steps, loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}")
-    print(f"next: python train.py evaluate --model {args.out} --beir DIR")
+    if first:
+        save_final(model, out)
+        print(f"wrote {args.out}: {len(losses)} steps, loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}")
+        print(f"next: python train.py evaluate --model {args.out} --beir DIR")
 
 
-def plot_command(folders: Sequence[str], output: str) -> None:
+def plot_command(args: argparse.Namespace) -> None:
     """Loss and dev curves of runs, by their metrics.jsonl."""
     try:
         import matplotlib
@@ -1514,9 +1523,9 @@ def plot_command(folders: Sequence[str], output: str) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    runs = {folder: rows for folder in folders if (rows := read_metrics(Path(folder)))}
+    runs = {folder: rows for folder in args.runs if (rows := read_metrics(Path(folder)))}
     if not runs:
-        raise InputError(f"{folders[0]}: no metrics.jsonl there; give the --out folders of training runs")
+        raise InputError(f"{args.runs[0]}: no metrics.jsonl there; give the --out folders of training runs")
     for folder, rows in runs.items():
         losses, dev = [r for r in rows if "loss" in r], [r for r in rows if "dev" in r]
         left.plot([r["step"] for r in losses], [r["loss"] for r in losses], label=folder, linewidth=1)
@@ -1524,9 +1533,9 @@ def plot_command(folders: Sequence[str], output: str) -> None:
     left.set(xlabel="step", ylabel="loss")
     right.set(xlabel="step", ylabel="nDCG@10 on dev")
     left.legend()
-    with file_beside(output) as new:
+    with file_beside(args.out) as new:
         figure.savefig(new, dpi=120, format="png")
-    print(f"wrote {output}: {len(runs)} runs")
+    print(f"wrote {args.out}: {len(runs)} runs")
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
@@ -1602,14 +1611,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.command is None:
         recipe(Path(args.out), args.seed)
-    elif args.command == "evaluate":
-        evaluate_command(args)
-    elif args.command == "plot":
-        plot_command(args.runs, args.out)
-    elif args.command == "ablate":
-        ablate_command(args)
     else:
-        train_command(args)
+        {"evaluate": evaluate_command, "plot": plot_command, "ablate": ablate_command}.get(
+            args.command, train_command)(args)
 
 
 if __name__ == "__main__":
