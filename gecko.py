@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -1208,7 +1209,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not isinstance(row, dict):
                     raise InputError(f"{where}: not a JSON object; one JSON object a line")
                 yield where, row
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
     if not n:
         raise InputError(f"{path}: no rows; one JSON object a line is needed")

@@ -239,3 +239,13 @@ def test_attention_with_dropout_is_the_usual_one_with_the_weights_masked():
         torch.testing.assert_close(a, b)
     assert not torch.allclose(ours, gecko.attend(q, k, v, keep | True, 1e-9))
     assert not torch.allclose(ours, gecko.attend(q, k, v, keep, 0.3))
+
+
+def test_a_damaged_gz_is_one_line(tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    gecko.write_jsonl(path, [{"text": f"{i} {i * i}"} for i in range(2000)])
+    raw = bytearray(path.read_bytes())
+    raw[200:240] = bytes(40)                                         # not a deflate stream any more
+    path.write_bytes(bytes(raw))
+    with pytest.raises(gecko.InputError, match="in.jsonl.gz: unreadable|in.jsonl.gz:[0-9]+: not JSON"):
+        list(gecko.read_jsonl(path))
