@@ -475,9 +475,8 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
     scale = (d // H) ** -0.5                                         # of attention's scores; goes into q
     keep_memory()
 
-    def together(linears: Iterable[nn.Linear], scale: float = 1) -> tuple[Tensor, Tensor]:
-        w, b = (torch.cat(x) for x in zip(*((x.weight, x.bias) for x in linears), strict=True))   # (out, in), (out)
-        w, b = (torch.cat([x[:d] * scale, x[d:]]).to(dtype) for x in (w, b))
+    def ready(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        w, b = w.to(dtype), b.to(dtype)                              # (out, in), (out)
         if ONEDNN and (dtype == torch.float32 or has_bfloat16(w.device)):
             w = torch.ops.mkldnn._reorder_linear_weight(w, None)     # once, not in every product
         return w, b
@@ -485,9 +484,12 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
     layers = []
     for layer in encoder.encoder["layer"]:
         project, out = layer.attention["self"], layer.attention["output"]
+        query, key, value = (project[name] for name in ("query", "key", "value"))
+        qkv = ready(torch.cat([query.weight * scale, key.weight, value.weight]),     # (3d, d)
+                    torch.cat([query.bias * scale, key.bias, value.bias]))           # (3d)
+        dense = [ready(x["dense"].weight, x["dense"].bias) for x in (out, layer.intermediate, layer.output)]
         norms = [(x.weight.to(dtype), x.bias.to(dtype)) for x in (out["LayerNorm"], layer.output["LayerNorm"])]
-        layers.append((together((project[name] for name in ("query", "key", "value")), scale),
-                       *(together([x["dense"]]) for x in (out, layer.intermediate, layer.output)), *norms))
+        layers.append((qkv, *dense, *norms))
 
     def attend_run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Texts of one length, so many at a time as SCORES holds: 3 of (texts, H, n, d/H) -> (texts, n, H, d/H)."""
