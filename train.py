@@ -635,10 +635,17 @@ class Log:
         """Before the optimiser takes the gradient, so the weights are still good."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        places = [f"{s}:{i}" for s, of in enumerate(sets, 1) for i in range(1, len(of) + 1)]
+
+        def place(row: int) -> str:                                  # of a row that is counted through all sets
+            for s, of in enumerate(sets, 1):
+                if row < len(of):
+                    return f"{s}:{row + 1}"
+                row -= len(of)
+            raise AssertionError(f"row {row} stands behind the last set")
+
         raise InputError(
             f"the loss is {loss}, its gradient's norm {norm} at step {step + 1}, rows "
-            f"{', '.join(places[i] for i in rows[:5])}{' ...' * (len(rows) > 5)} (set:row); "
+            f"{', '.join(map(place, rows[:5]))}{' ...' * (len(rows) > 5)} (set:row); "
             f"lower --lr or raise --tau; last good checkpoint: {self.last() or 'none'}")
 
     def save(self, step: int) -> None:
@@ -857,10 +864,10 @@ def means(scores: dict[str, list[float]]) -> dict[str, float]:
     return {name: round(float(np.mean(values)), 4) for name, values in scores.items()}
 
 
-def names(paths: Sequence[str | Path], folder: bool = False) -> list[str]:
+def short_names(paths: Sequence[str | Path], folder: bool = False) -> list[str]:
     """Short names, or those of their folders; the path where two would have one name, and one figure hide another.
 
-    >>> names(["a/test", "b/test", "b/dev"]), names(["a/test", "b/test"], folder=True)
+    >>> short_names(["a/test", "b/test", "b/dev"]), short_names(["a/test", "b/test"], folder=True)
     (['a/test', 'b/test', 'dev'], ['a', 'b'])
     """
     full = [Path(path).resolve() for path in paths]
@@ -1234,9 +1241,9 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
             found = nearest_ids(beir, *(normalise(x, dim).numpy() for x in vectors))
             column = f"nDCG@10 {name}" + f" at {dim}" * (dim < vectors[0].shape[1])
             out[column] = retrieval_scores(found, beir)["ndcg@10"]
-    for name, path in zip(names(lab.sts, folder=True), lab.sts, strict=True):
+    for name, path in zip(short_names(lab.sts, folder=True), lab.sts, strict=True):
         out[f"Spearman {name}"] = sts_terms(model, path)
-    tests = names([unknown for _, unknown in lab.classes], folder=True)
+    tests = short_names([unknown for _, unknown in lab.classes], folder=True)
     for name, (known, unknown) in zip(tests, lab.classes, strict=True):
         out[f"accuracy {name}"] = class_hits(model, known, unknown)
     return out
@@ -1420,7 +1427,7 @@ def ablate_command(args: argparse.Namespace) -> None:
     if not args.init and not (home / "pre").is_dir():
         raise InputError(f"{home}/pre: not there; --corpus needs --init, the model that each row starts from")
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
-    beir = {name: read_beir(folder, args.split) for name, folder in zip(names(folders), folders, strict=True)}
+    beir = {name: read_beir(folder, args.split) for name, folder in zip(short_names(folders), folders, strict=True)}
     init, o = fetch(args.init or home / "pre"), fret.Options(llm=args.llm, model=args.model)
     model, mined = load(init), home
     c = replace(c, lr=c.lr or Sizes().lr * is_bag(model.encoder))
@@ -1545,11 +1552,11 @@ def evaluate_command(args: argparse.Namespace) -> None:
     say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
         task=args.task or "by Table 9")
     results: dict[str, dict[str, float]] = {}
-    for name, folder in zip(names(args.beir), args.beir, strict=True):
+    for name, folder in zip(short_names(args.beir), args.beir, strict=True):
         beir, (task, symmetric) = read_beir(folder, args.split), table_9(Path(folder).resolve().name)
         nearest = rankings(model, beir, args.task or task, args.dim, "passages", symmetric)
         results[name] = {k: float(np.mean(v)) for k, v in retrieval_scores(nearest, beir).items()}
-    for name, path in zip(names(args.sts), args.sts, strict=True):
+    for name, path in zip(short_names(args.sts), args.sts, strict=True):
         terms = sts_terms(model, path, args.dim, args.task or table_9(Path(path).stem, "STS")[0])
         results[name] = {"spearman": float(terms.mean())}
     if tasks:
