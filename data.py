@@ -398,9 +398,6 @@ def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "qu
                 yield record(task, queries[query], side(positive), side(negative) if negative else None)
 
 
-
-
-
 def mined(model: Gecko, corpus: Sequence[dict[str, str]], queries: dict[str, str], task: str, depth: int,
           ) -> dict[str, list[str]]:
     """The model's first `depth` passages of each query, by id."""

@@ -1333,9 +1333,6 @@ def passages_of(rows: Sequence[Record], corpus: Sequence[Passage]) -> dict[str, 
     return found
 
 
-
-
-
 def as_lines(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
     """Task, query, and the candidates in the order of R."""
     marks = {name: row.get(f"{key}_id") for name, key in (("p+", "positive"), ("p-", "negative"), ("seed", "seed"))}
