@@ -364,9 +364,10 @@ def product(x: Tensor, w: Tensor, b: Tensor | None = None, then: str = "none", p
             ) -> Tensor:
     """x w^T + b, then gelu or plus a tensor: (n, d), (c, d), (c), and (n, c) -> (n, c).
 
-    On a CPU by oneDNN, because MKL's float32 is less than half as fast on some, and what follows costs a pass.
+    On a CPU by oneDNN, because MKL's float32 is less than half as fast on some, and what follows costs a pass;
+    bfloat16 alone is faster as torch calls oneDNN.
     """
-    if x.device.type == "cpu" and ONEDNN and (x.dtype == torch.float32 or has_bfloat16(x.device)):
+    if x.device.type == "cpu" and ONEDNN and (x.dtype == torch.float32 or b is not None and has_bfloat16(x.device)):
         if plus is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, plus, w, b, "add")
         return torch.ops.mkldnn._linear_pointwise(x, w, b, then, [], "none")
@@ -586,56 +587,66 @@ def candidates(q: Tensor, passages: Tensor, m: int, dtype: torch.dtype, budget: 
 
     Of a block only what beats the m-th best so far is kept, in a table with room for a few times m.
     """
-    (n, d), P, room = q.shape, len(passages), 4 * m
+    (n, d), P, room = q.shape, len(passages), 3 * m
     q, q_norm, q_off = lowered(q, dtype, "query")                    # (rows, d), (rows), (rows)
     p_norm = p_off = q.new_zeros((), dtype=torch.float32)
     values = q.new_full((n, room), -torch.inf)                       # (rows, room)
     which = torch.zeros(n, room, dtype=torch.long, device=q.device)  # (rows, room)
     filled, floor = torch.full((n,), m, device=q.device), values[:, 0]    # (rows), (rows)
     columns = max(GROUP, min(16384, budget // (n * q.element_size())) // GROUP * GROUP)
+    tiles = F.pad(q, (0, 0, 0, -n % 16))                             # (rows + pad, d): whole tiles multiply faster
     for b in range(0, P, columns):
         p, norm, off = lowered(block(passages, b, b + columns, q.device), dtype, "passage", b)   # (columns, d)
         p_norm, p_off = torch.maximum(p_norm, norm.max()), torch.maximum(p_off, off.max())
-        s = product(q, p)                                            # (rows, columns)
+        s = product(p, tiles)[:, :n]                                 # (columns, rows)
         row, column = above(s, floor) if b else (filled[:0], filled[:0])
         count = torch.bincount(row, minlength=n)                     # (rows)
-        if not b or int((filled + count).max()) > room:              # keep the best m, and raise the floor
-            if not b or int(count.max()) > room - m:                 # most of the block: sort it whole
-                v, i = s.topk(min(m, s.shape[1]), dim=1)             # (rows, <= m)
-                values = torch.cat([values, v], 1)
-                which, row, column = torch.cat([which, i + b], 1), row[:0], column[:0]
-                count = torch.zeros_like(count)
+        whole = not b or int((filled + count).max()) > room          # more than there is room for: sort the block
+        if whole:
+            v, i = s.T.topk(min(m, len(s)), dim=1)                   # (rows, <= m)
+            values, which = torch.cat([values, v], 1), torch.cat([which, i + b], 1)
+        else:
+            at = filled[row] + torch.arange(len(row), device=q.device) - (count.cumsum(0) - count)[row]
+            values[row, at], which[row, at] = s[column, row], column + b
+            filled = filled + count
+        if whole or int(filled.sum()) > 3 * m * n // 2:              # keep the best m, and raise the floor
             values[:, :m], order = values.topk(m, dim=1)             # (rows, m)
             which[:, :m] = which.gather(1, order)                    # (rows, m)
             values, which = values[:, :room].contiguous(), which[:, :room].contiguous()
             values[:, m:] = -torch.inf
             filled, floor = torch.full_like(filled, m), values[:, m - 1].clone()
-        at = filled[row] + torch.arange(len(row), device=q.device) - (count.cumsum(0) - count)[row]
-        values[row, at], which[row, at] = s[row, column], column + b
-        filled = filled + count
     best, order = values.topk(m, dim=1)                              # (rows, m)
     highest = best[:, -1].float() if m < P else values.new_full((n,), -torch.inf, dtype=torch.float32)
     return which.gather(1, order), highest + error_bound(q_norm, q_off, p_norm, p_off, highest, d, dtype)
 
 
 def above(s: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns, rows ascending, of all s > floor: (rows, columns), (rows) -> 2 of (found).
+    """Rows and columns, rows ascending, of all s > floor: (columns, rows), (rows) -> 2 of (found).
 
-    One maximum a group of columns is compared first: few groups hold anything.
+    The maxima of groups of columns are compared first, then those of a group's quarters: few hold anything.
     """
     if s.dtype == torch.bfloat16 and bool((floor >= 0).all()):
         # subtle: the bits of numbers from 0 on ascend as they do, those below 0 are negative integers, and
         # integers are compared faster; + 0 makes 0 of -0
         s, floor = s.view(torch.int16), (floor + 0).view(torch.int16)
-    if s.shape[1] % GROUP:
-        return (s > floor[:, None]).nonzero(as_tuple=True)           # type: ignore[return-value]
-    s = s.view(len(s), GROUP, -1)                                    # (rows, GROUP, groups)
-    g = s
-    while g.shape[1] > 1:                                            # on a CPU faster than amax
-        g = torch.maximum(g[:, :g.shape[1] // 2], g[:, g.shape[1] // 2:])
-    row, group = (g[:, 0] > floor[:, None]).nonzero(as_tuple=True)   # (groups found)
-    hit, j = (s[row, :, group] > floor[row, None]).nonzero(as_tuple=True)   # (found)
-    return row[hit], j * s.shape[2] + group[hit]
+    floor = floor[:, None]                                           # (rows, 1)
+    if len(s) % GROUP:
+        return (s.T > floor).nonzero(as_tuple=True)                  # type: ignore[return-value]
+    groups = len(s) // GROUP
+    s = s.view(GROUP // 4, 4, groups, -1)                            # (eighths, quarters, groups, rows)
+    quarters = largest(s)                                            # (quarters, groups, rows)
+    row, group = (largest(quarters).T > floor).nonzero(as_tuple=True)                             # (groups found)
+    hit, i = (quarters.permute(2, 1, 0)[row, group] > floor[row]).nonzero(as_tuple=True)          # (quarters found)
+    row, group = row[hit], group[hit]
+    hit, j = (s.permute(3, 2, 1, 0)[row, group, i] > floor[row]).nonzero(as_tuple=True)           # (found)
+    return row[hit], (4 * j + i[hit]) * groups + group[hit]
+
+
+def largest(x: Tensor) -> Tensor:
+    """The maximum over the first dimension, whose length is a power of 2: on a CPU faster than amax."""
+    while len(x) > 1:
+        x = torch.maximum(x[:len(x) // 2], x[len(x) // 2:])
+    return x[0]
 
 
 def ranked(q: Tensor, passages: Tensor, which: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -651,11 +662,11 @@ def ranked(q: Tensor, passages: Tensor, which: Tensor, k: int) -> tuple[Tensor, 
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
-    """x . y over the last dimension, summed in float64, rounded to float32.
+    """x . y over the last dimension, summed in float64, rounded to float32; y has the product's shape.
 
     subtle: no BLAS, whose last bits change with blocks and alignment; here each sum is taken alone.
     """
-    return (x.double() * y.double()).sum(-1).float()
+    return y.to(torch.float64, copy=True).mul_(x.double()).sum(-1).float()
 
 
 def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int,
@@ -672,7 +683,7 @@ def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int
     for b in range(0, len(passages), columns):
         p, p_norm, p_off = lowered(block(passages, b, b + columns, q.device), torch.float32, "passage", b)
         error = error_bound(q_norm, q_off, p_norm.max(), p_off.max(), floor, d, torch.float32)   # (rows)
-        r, c = above(product(q, p), floor - 2 * error)               # (found)
+        r, c = above(product(p, q), floor - 2 * error)               # (found)
         s = torch.cat([score] + [inner(q[i], p[j]) for i, j in zip(r.split(4096), c.split(4096), strict=True)])
         row, index = torch.cat([row, r]), torch.cat([index, c + b])
         order = index.argsort(stable=True)                           # by row, then score, then index
@@ -703,11 +714,12 @@ def lowered(x: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> tuple[T
     low = x if dtype == x.dtype else torch.empty_like(x, dtype=dtype)          # (n, d)
     norm, off = x.new_empty(len(x)), x.new_zeros(len(x))             # (n) twice
     rows = 512 if x.device.type == "cpu" else 65536                  # on a CPU they stay in the cache
+    room = torch.empty_like(x[:rows])                                # (rows, d)
     for a in range(0, len(x), rows):
         part = x[a:a + rows]                                         # (rows, d)
         torch.linalg.vector_norm(part, dim=1, out=norm[a:a + rows])
         if dtype != x.dtype:
-            lost = low[a:a + rows].copy_(part).float().sub_(part)    # (rows, d)
+            lost = room[:len(part)].copy_(low[a:a + rows].copy_(part)).sub_(part)   # (rows, d)
             torch.linalg.vector_norm(lost, dim=1, out=off[a:a + rows])
     if not bool((norm < 2.0 ** 60).all()):
         i = int((~(norm < 2.0 ** 60)).nonzero()[0])

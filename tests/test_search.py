@@ -182,8 +182,8 @@ def test_above_finds_all_above_a_floor_of_any_sign(dtype, lowest):
     s = torch.randn(5, 3 * gecko.GROUP + 7, generator=torch.Generator().manual_seed(1)).to(dtype)
     s[0, :4] = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
     floor = torch.tensor([lowest, 0.0, 1.0, 2.0, 0.25], dtype=dtype)
-    for part in (s[:, :3 * gecko.GROUP].contiguous(), s):
-        row, column = gecko.above(part, floor)
+    for part in (s[:, :3 * gecko.GROUP], s):
+        row, column = gecko.above(part.T.contiguous(), floor)
         assert row.tolist() == sorted(row.tolist())
         want = [(i, j) for i in range(5) for j in range(part.shape[1]) if part[i, j] > floor[i]]
         assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == want
