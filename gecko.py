@@ -233,14 +233,18 @@ class Gecko:
 
     def tokens(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
         """Token ids of each text, cut at max_length; `self.cut` counts the texts that were."""
+        tokens, self.cut = self.tokenise(texts, max_length)
+        return tokens
+
+    def tokenise(self, texts: Sequence[str], max_length: int | None = None) -> tuple[list[list[int]], int]:
+        """The same and that count, for a thread that must not touch `self.cut`."""
         self.tokenizer.enable_truncation(min(max_length or self.max_length, self.max_length))
         encodings = self.tokenizer.encode_batch_fast(list(texts))
-        self.cut = sum(bool(e.overflowing) for e in encodings)
         tokens = [e.ids for e in encodings]
         for text, ids in zip(texts, tokens, strict=True):
             if not ids:
                 raise InputError(f"a text of no tokens has no embedding: {text!r}; remove it")
-        return tokens
+        return tokens, sum(bool(e.overflowing) for e in encodings)
 
     def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Token ids of B texts -> (B, d) with gradient: `embed` above, or its twin for a bag of words."""
@@ -395,36 +399,39 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
 def encode_blocks(model: Gecko, texts: Iterable[str], dim: int | None = None, batch_tokens: int = 0,
                   progress: str = "", precision: str = "float32", total: int | None = None,
                   ) -> Iterator[np.ndarray]:
-    """Formatted texts, a stream -> float32 unit vectors (TEXTS_AHEAD or fewer, dim), block after block."""
+    """Formatted texts, a stream -> float32 unit vectors (TEXTS_AHEAD or fewer, dim), block after block.
+
+    `model.cut` counts the texts that were cut, of the blocks so far.
+    """
     encoder, dim = model.encoder, check_dim(model, dim)
     if precision not in ("float32", "bf16"):
         raise InputError(f"--precision {precision}: give float32 or bf16")
-    stream, cut, training = iter(texts), 0, encoder.training
+    stream, training, model.cut = iter(texts), encoder.training, 0
 
     def tokenise() -> tuple[list[list[int]], int]:
-        return model.tokens(list(itertools.islice(stream, TEXTS_AHEAD))), model.cut
+        return model.tokenise(list(itertools.islice(stream, TEXTS_AHEAD)))
 
     total = len(texts) if isinstance(texts, Sized) else total
     bar = tqdm(total=total, desc=progress, unit="text", disable=not progress)
     encoder.eval()
     try:
         with ThreadPoolExecutor(1) as ahead:
-            tokens, found = tokenise()
+            tokens, cut = tokenise()
             embed_batch = fastest_embed(model, precision, sum(map(len, tokens)))
             while tokens:
-                cut, coming = cut + found, ahead.submit(tokenise)
+                coming = ahead.submit(tokenise)
                 out = np.empty((len(tokens), dim), np.float32)
                 for batch in length_batches([len(t) for t in tokens],
                                             batch_tokens or BATCH_TOKENS[model.device.type]):
                     x = embed_batch([tokens[i] for i in batch])      # (B, d)
                     out[batch] = normalise(x, dim).cpu().numpy()
                     bar.update(len(batch))
+                model.cut += cut
                 yield out                                            # (len(tokens), dim)
-                tokens, found = coming.result()
+                tokens, cut = coming.result()
     finally:
         bar.close()
         encoder.train(training)
-        model.cut = cut
 
 
 def check_dim(model: Gecko, dim: int | None) -> int:
@@ -1350,15 +1357,15 @@ def encode_command(args: argparse.Namespace) -> None:
     say(model=args.model, kind="passages" if args.passages else f"queries of task {args.task!r}", dim=dim,
         precision=args.precision, rows=f"{first}-{last} of {rows}", resumed_at=first + state["done"])
     texts = itertools.islice(encode_texts(args, model.formats), first + state["done"], last)
-    start, before = time.perf_counter(), state["done"]
-    if todo := last - first - before:
+    start, before = time.perf_counter(), state
+    if todo := last - first - before["done"]:
         with npy_part(part, (rows, dim), alone=world == 1) as write:
             for x in encode_blocks(model, texts, dim, progress="texts", precision=args.precision, total=todo):
                 write(first + state["done"], x)
-                state = {"done": state["done"] + len(x), "cut": state["cut"] + model.cut}
+                state = {"done": state["done"] + len(x), "cut": before["cut"] + model.cut}
                 with file_beside(states[rank]) as new:
                     new.write_text(json.dumps(state))
-    rate = (state["done"] - before) / (time.perf_counter() - start)
+    rate = (state["done"] - before["done"]) / (time.perf_counter() - start)
     done = []
     for path in states:
         with contextlib.suppress(InputError):                        # the last process has cleared them away

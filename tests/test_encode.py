@@ -76,6 +76,8 @@ def test_texts_cut_are_counted_over_the_blocks(model, monkeypatch):
     monkeypatch.setattr(gecko, "TEXTS_AHEAD", 50)
     model.encode([*TEXTS, "word1 " * 1000, *TEXTS, "word1 " * 1000])
     assert model.cut == 2
+    so_far = [model.cut for _ in gecko.encode_blocks(model, ["word1 " * 1000, *TEXTS, "word1 " * 1000])]
+    assert so_far == [1, 1, 2]                                       # while the next block's are counted ahead
 
 
 def test_precision_and_training_mode(model):
@@ -150,6 +152,17 @@ def test_stopped_after_a_block_it_keeps_that_and_says_so_in_a_line(files, stop, 
     assert "resumed_at=16\n" in run(files, name).result()[2]
     assert (files / name).read_bytes() == (files / "whole.npy").read_bytes()
     assert [p.name for p in files.iterdir() if name in p.name] == [name]
+
+
+def test_command_counts_the_texts_cut_also_over_a_stop(files):
+    """Three, one of them before the stop."""
+    texts = [*TEXTS, *["word1 " * 1000] * 2]
+    texts[3] = texts[-1]
+    gecko.write_jsonl(files / "long.jsonl", [{"text": t} for t in texts])
+    long = [files / "long.jsonl", files / "long.npy", "--model", files / "model"]
+    Command(gecko.main, "encode", *long, before=functools.partial(in_blocks, 0, KeyboardInterrupt())).result()
+    out = Command(gecko.main, "encode", *long, before=functools.partial(in_blocks, 0, None)).result()[1]
+    assert "; 3 texts were cut at " in out
 
 
 def test_two_processes_write_one_file(files):
