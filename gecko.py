@@ -1225,7 +1225,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 where, n = f"{path}:{number}", n + 1
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                    if "\\ud" in line.lower():                       # an escape may be half a surrogate pair
+                        json.dumps(row, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
                 if not isinstance(row, dict):
                     raise InputError(f"{where}: not a JSON object; one JSON object a line")
@@ -1422,11 +1424,17 @@ def npy_part(path: Path, shape: tuple[int, int], alone: bool) -> Iterator[Callab
             raise
 
 
+def utf8(text: str) -> str:
+    """A text of the command line, where Python lets any bytes pass; argparse makes the ValueError a line."""
+    text.encode()
+    return text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     search = commands.add_parser("search", help="the passages nearest to one query")
-    search.add_argument("query")
+    search.add_argument("query", type=utf8)
     search.add_argument("--corpus", help="corpus.jsonl (default: the one beside the model's folder)")
     search.add_argument("-k", type=int, default=10, help="how many (%(default)s)")
     encode = commands.add_parser("encode", help="a file of texts -> a .npy file of unit vectors")
@@ -1436,7 +1444,7 @@ def main() -> None:
     encode.add_argument("--precision", default="float32", help="float32 or bf16 (%(default)s)")
     for command in (search, encode):
         command.add_argument("--model", required=True, help="a model folder")
-        command.add_argument("--task", default="question answering", help="queries' task (%(default)s)")
+        command.add_argument("--task", type=utf8, default="question answering", help="queries' task (%(default)s)")
         command.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
     args = parser.parse_args()
     if args.command == "search" and args.k < 1:

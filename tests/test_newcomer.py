@@ -186,6 +186,13 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
     assert not half_written(tmp_path)
 
 
+@pytest.mark.parametrize("words", ["search \udcff --model IN/seed", "search red --model IN/seed --task \udcff"])
+def test_bytes_that_are_no_text_are_refused(words, project, tmp_path, monkeypatch, capsys):
+    """As Python gives them to a program whose caller typed another encoding."""
+    code, said = run(f"gecko.py {words}", project, tmp_path, monkeypatch, capsys)
+    assert code == 2 and "invalid utf8 value" in said
+
+
 def test_ctrl_c_in_a_process_of_its_own(project, tmp_path):
     """The bar's line ends, then one line; exit code 1."""
     rows = [json.dumps({"_id": str(i), "text": "stone river " * 50}) for i in range(30_000)]
