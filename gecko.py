@@ -21,6 +21,7 @@ import copy
 import functools
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -1272,13 +1273,20 @@ def from_flags(config: type, args: argparse.Namespace) -> Any:
 
 def run(main: Any) -> None:
     """Call main(); a user's mistake or Ctrl-C becomes one line and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):                     # its encoding may lack a passage's letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout.flush()                                           # here, where it can still fail in a line
     except KeyboardInterrupt:
         sys.exit(end_of_bar() + "interrupted; run the same command again")
     except (InputError, OSError, SafetensorError) as error:
+        try:
+            sys.stdout.flush()
+        except OSError:                                              # as it would again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):                       # who reads has enough, as in `| head`
+            return
         # what a full disk says, to Python, to numpy and to safetensors
         full = re.search("No space left|File too large|requested and .* written", str(error))
         print(f"{end_of_bar()}error: {first_line(error)}"

@@ -6,6 +6,7 @@ says what to do, with no traceback; what stood there before still stands, and no
 
 import ast
 import json
+import os
 import random
 import resource
 import runpy
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import Command
 
 import data
 import gecko
@@ -191,6 +193,32 @@ def test_bytes_that_are_no_text_are_refused(words, project, tmp_path, monkeypatc
     """As Python gives them to a program whose caller typed another encoding."""
     code, said = run(f"gecko.py {words}", project, tmp_path, monkeypatch, capsys)
     assert code == 2 and "invalid utf8 value" in said
+
+
+@pytest.mark.parametrize("output, code, last", [
+    ("closed", 0, "passages: 100%"),
+    ("full", 2, "error: [Errno 28] No space left on device; free some space, then run the same command again")])
+def test_output_that_nobody_takes(output, code, last, project):
+    """A reader that has gone is no error, a full disk is one line; Python adds no word at its exit."""
+    read, closed = os.pipe()
+    os.close(read)
+    with open(closed if output == "closed" else "/dev/full", "w") as stdout:
+        child = subprocess.run([sys.executable, ROOT / "gecko.py", "search", "red", "--model", project / "seed"],
+                               stdout=stdout, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONUNBUFFERED": ""})
+    assert child.returncode == code and child.stderr.splitlines()[-1].startswith(last), child.stderr
+
+
+def test_a_letter_that_the_terminal_lacks_is_escaped(project, tmp_path):
+    corpus = tmp_path / "c.jsonl"
+    gecko.write_jsonl(corpus, [{"_id": "1", "text": "a café"}])
+    code, out, _ = Command(gecko.main, "search", "red", "--corpus", corpus, "--model", project / "seed",
+                           before=ascii_terminal).result()
+    assert code == 0 and out.endswith("a caf\\xe9\n")
+
+
+def ascii_terminal():
+    sys.stdout.reconfigure(encoding="ascii")
 
 
 def test_ctrl_c_in_a_process_of_its_own(project, tmp_path):
