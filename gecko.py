@@ -394,6 +394,7 @@ def keep_memory() -> None:
 
 TEXTS_AHEAD = 8192           # texts sorted by length at a time; the next so many are tokenised meanwhile
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
+PACKED = 2048                # tokens of a block from which packing is repaid
 
 
 @torch.no_grad()
@@ -413,14 +414,16 @@ def encode_blocks(model: Gecko, texts: Iterable[str], dim: int | None = None, ba
         return model.tokenise(list(itertools.islice(stream, TEXTS_AHEAD)))
 
     total = len(texts) if isinstance(texts, Sized) else total
+    # subtle: chosen block by block, so that a run taken up at one writes the bytes of a whole run
+    fastest = functools.cache(functools.partial(fastest_embed, model, precision))
     bar = tqdm(total=total, desc=progress, unit="text", disable=not progress)
     encoder.eval()
     try:
         with ThreadPoolExecutor(1) as ahead:
             tokens, cut = tokenise()
-            embed_batch = fastest_embed(model, precision, sum(map(len, tokens)))
             while tokens:
                 coming = ahead.submit(tokenise)
+                embed_batch = fastest(precision == "bf16" or sum(map(len, tokens)) > PACKED)
                 out = np.empty((len(tokens), dim), np.float32)
                 for batch in length_batches([len(t) for t in tokens],
                                             batch_tokens or BATCH_TOKENS[model.device.type]):
@@ -443,12 +446,12 @@ def check_dim(model: Gecko, dim: int | None) -> int:
     return dim or d
 
 
-def fastest_embed(model: Gecko, precision: str, tokens: int) -> Callable[[list[list[int]]], Tensor]:
-    """`Gecko.embed` in that precision; packed on a CPU when there are tokens enough to repay packing."""
+def fastest_embed(model: Gecko, precision: str, many: bool) -> Callable[[list[list[int]]], Tensor]:
+    """`Gecko.embed` in that precision; packed on a CPU when there are `many` tokens, which repay packing."""
     encoder, dtype = model.encoder, torch.bfloat16 if precision == "bf16" else torch.float32
     if is_bag(encoder) or next(encoder.parameters()).dtype != torch.float32:
         return model.embed
-    if model.device.type == "cpu" and (tokens > 2048 or dtype == torch.bfloat16):
+    if model.device.type == "cpu" and many:
         return packed(encoder, dtype)
     if dtype == torch.float32:
         return model.embed

@@ -80,6 +80,14 @@ def test_texts_cut_are_counted_over_the_blocks(model, monkeypatch):
     assert so_far == [1, 1, 2]                                       # while the next block's are counted ahead
 
 
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_block_is_the_same_bytes_whatever_went_before(model, precision, monkeypatch):
+    """A short one, as the last often is, after one that is long enough to be packed."""
+    monkeypatch.setattr(gecko, "TEXTS_AHEAD", 50)
+    blocks = list(gecko.encode_blocks(model, ["word1 " * 200] * 50 + TEXTS[:50], precision=precision))
+    assert (blocks[1] == model.encode(TEXTS[:50], precision=precision)).all()
+
+
 def test_precision_and_training_mode(model):
     """A wrong name is refused; the encoder goes back to training, also after an error."""
     with pytest.raises(gecko.InputError, match="--precision fp8"):
