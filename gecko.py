@@ -920,7 +920,7 @@ def embed_bag(encoder: Encoder, tokens: Sequence[Sequence[int]]) -> Tensor:
 
 
 def save(model: Gecko, folder: str | Path) -> None:
-    """Write the folder beside its place and rename it: a kill leaves the old one or the new one."""
+    """Write the folder beside its place, then rename it: a kill leaves no half of one there."""
     with folder_beside(folder) as new:
         weights = {k: v.detach().cpu().contiguous() for k, v in model.encoder.state_dict().items()}
         save_file(weights, str(new / "model.safetensors"), metadata={"format": "pt"})
@@ -1192,8 +1192,13 @@ def file_beside(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_beside(path: str | Path) -> Iterator[Path]:
-    """The same for a folder."""
-    path = Path(path)
+    """The same for a folder.
+
+    subtle: no call swaps two folders on every system; a kill between the renames leaves both, whole and hidden.
+    """
+    if Path(path).is_file():
+        raise InputError(f"{path}: a file stands there; name a folder")
+    path = Path(path).resolve()                                      # a link stays, and gets a new folder
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     new.chmod(0o755)

@@ -204,6 +204,19 @@ def test_interrupted_write_leaves_the_old_file(tmp_path):
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
+def test_folder_through_a_link_and_never_over_a_file(tmp_path):
+    """The link's folder is the new one; a file stays what it was, and nothing is left beside either."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "file").write_text("old")
+    with gecko.folder_beside(tmp_path / "link") as new:
+        (new / "f").write_text("new")
+    with pytest.raises(gecko.InputError, match="a file stands there"), gecko.folder_beside(tmp_path / "file"):
+        pass
+    assert (tmp_path / "real/f").read_text() == "new" and (tmp_path / "file").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
+
+
 def test_sentence_of_no_tokens_is_refused(bag):
     with pytest.raises(gecko.InputError, match="no tokens"):
         bag.encode(["  "])
