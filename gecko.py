@@ -87,7 +87,7 @@ def format_passage(text: str, title: str = "", formats: dict[str, str] = FORMATS
     >>> format_passage("Return the ceiling of x.", "math.ceil")
     'title: math.ceil | text: Return the ceiling of x.'
     """
-    return fill(formats["passage"] if title else untitled(formats), title=title, text=text)
+    return fill(formats["passage"] if title.strip() else untitled(formats), title=title, text=text)
 
 
 def untitled(formats: dict[str, str]) -> str:

@@ -119,6 +119,7 @@ def test_formats_are_appendix_b():
     """Braces inside a text stay text, and an untitled passage says so."""
     assert gecko.format_query("a {task} b", "t") == "task: t | query: a {task} b"
     assert gecko.format_passage("text", "") == "title: none | text: text"
+    assert gecko.format_passage("text", " ") == gecko.format_passage("text", "")
     assert gecko.format_passage("{title}", "T") == "title: T | text: {title}"
     assert gecko.format_passage("text", "", gecko.PLAIN) == "text"
     assert gecko.format_query("q", "any task", gecko.PLAIN) == "q"
