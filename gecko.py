@@ -996,6 +996,8 @@ def load(folder: str | Path) -> Gecko:
                          f"{c.vocab_size}; the two files do not belong together")
     with readable(folder):
         formats, dims, length = read_settings(folder, tokenizer)
+        if not all(1 <= d <= c.hidden_size for d in dims):
+            raise InputError(f"{folder}: dims {dims} are not all from 1 to {c.hidden_size}; save the model again")
         length = int(min(length, c.max_position_embeddings - c.first_position))
     if length <= tokenizer.num_special_tokens_to_add(False):
         raise InputError(f"{folder}: a length of {length} tokens leaves none for the text")
@@ -1147,6 +1149,8 @@ def read_settings(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], l
     prompts = {name: text for name, text in (theirs.get("prompts") or {}).items() if text}
     if own:
         formats = {name: str(own["formats"][name]) for name in FORMATS}
+        if not all("{text}" in form for form in formats.values()):
+            raise InputError(f"{folder}/gecko.json: a format without {{text}} makes all texts one; give it a place")
     elif prompts.items() >= task_prompts(FORMATS).items():           # ours, saved by sentence-transformers
         formats = FORMATS
     else:
