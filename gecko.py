@@ -1321,7 +1321,7 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     seen: dict[str, str] = {}
     for where, row in read_jsonl(path):
-        text, key = row.get("text"), str(row.get("_id", ""))
+        text, key = row.get("text"), "" if row.get("_id") is None else str(row["_id"])
         if not isinstance(text, str) or not text.strip():
             raise InputError(f'{where}: no "text"; every passage needs one')
         if not key:
@@ -1340,9 +1340,9 @@ def search_command(args: argparse.Namespace) -> None:
     k = min(args.k, len(passages))
     say(model=args.model, corpus=corpus, passages=len(passages), task=args.task,
         dim=args.dim or model.encoder.config.hidden_size)
+    q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
     P = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
-                              dim=args.dim, progress="passages")
-    q = model.encode_queries([args.query], args.task, dim=args.dim)
+                              dim=args.dim, progress="passages")     # (P, dim)
     for score, i in zip(*(x[0] for x in topk(q, P, k)), strict=True):
         text = " ".join(passages[i]["text"].split())
         print(f"{score:.3f}  {passages[i]['title'] or passages[i]['_id']}  {text[:80]}")
@@ -1369,6 +1369,8 @@ def encode_command(args: argparse.Namespace) -> None:
     model, output = load(args.model), Path(args.output)
     if output.is_dir():
         raise InputError(f"{output}: a folder stands there; name a .npy file")
+    if output.resolve() == Path(args.input).resolve():
+        raise InputError(f"{output}: the input stands there; name a .npy file")
     dim = check_dim(model, args.dim)
     rows = sum(1 for _ in encode_texts(args, model.formats))         # a first pass: every row is checked
     key = encode_key(args, model, rows, dim)

@@ -195,6 +195,20 @@ def test_bytes_that_are_no_text_are_refused(words, project, tmp_path, monkeypatc
     assert code == 2 and "invalid utf8 value" in said
 
 
+@pytest.mark.parametrize("words, message", [
+    ("encode OUT/c.jsonl OUT/c.jsonl", "c.jsonl: the input stands there; name a .npy file"),
+    ("encode OUT/c.jsonl OUT", ": a folder stands there; name a .npy file"),
+    ("search red --corpus OUT/c.jsonl", 'c.jsonl:2: no "_id"; every passage needs one of its own')])
+def test_a_wrong_file_is_refused_and_stays(words, message, project, tmp_path, monkeypatch, capsys):
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"_id": 0, "text": "red"}\n{"_id": null, "text": "green"}\n')
+    before = corpus.read_bytes()
+    code, said = run(f"gecko.py {words} --model IN/seed".replace("OUT ", f"{tmp_path} "), project, tmp_path,
+                     monkeypatch, capsys)
+    assert code == 2 and said.endswith(message)
+    assert corpus.read_bytes() == before and list(tmp_path.iterdir()) == [corpus]
+
+
 @pytest.mark.parametrize("output, code, last", [
     ("closed", 0, "passages: 100%"),
     ("full", 2, "error: [Errno 28] No space left on device; free some space, then run the same command again")])
