@@ -834,6 +834,7 @@ def group_topk(q: Tensor, p: Tensor, m: int) -> tuple[Tensor, Tensor]:
     They lie in the m groups of columns whose maxima are the m largest; only those are scored again.
     """
     (n, d), P, groups = q.shape, len(p), -(-len(p) // GROUP)
+    q, p = q.contiguous(), p.contiguous()                            # a kernel takes row i to begin at i d
     maxima, inside = group_kernels()
     g = torch.empty(n, groups, device=q.device)                      # (n, groups)
     grid = (-(-n // 128), -(-P // 128))

@@ -170,6 +170,8 @@ def test_group_kernels_find_what_the_product_finds(name, monkeypatch):
     want = (q @ p.T).topk(7, dim=1).values
     torch.testing.assert_close(values, want, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close((q @ p.T).gather(1, columns), values, atol=1e-5, rtol=1e-5)
+    by_column = gecko.group_topk(q.T.contiguous().T, p.T.contiguous().T, 7)   # as a .npy in Fortran's order
+    assert torch.equal(by_column[0], values) and torch.equal(by_column[1], columns)
     scores, indices, _ = gecko.certified_topk(q, p, 5, 4 * 24 * 320, torch.float32)   # two blocks
     for x, y in zip((scores, indices), gecko.nearest(q, p, 5), strict=True):
         np.testing.assert_array_equal(x, y.numpy())
