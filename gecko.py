@@ -506,7 +506,7 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
     def attend_run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Texts of one length, so many at a time as SCORES holds: 3 of (texts, H, n, d/H) -> (texts, n, H, d/H)."""
         n = q.shape[2]
-        if dtype == torch.float32 or n >= FLASH and torch.cpu._is_amx_tile_supported():
+        if dtype == torch.float32 or n >= FLASH and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
             out.copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2))
             return
         most = max(1, SCORES // (2 * H * n * n))                     # texts at a time

@@ -221,3 +221,9 @@ def test_softmax_times_is_the_softmax_at_any_size_of_its_scores(scale):
     s = (q @ k.transpose(1, 2)).double()
     got = gecko.softmax_times(q, k, v, torch.empty(6, 5, 5, dtype=torch.bfloat16))
     torch.testing.assert_close(got.double(), s.softmax(-1) @ v.double(), atol=0.02, rtol=0.02)
+
+
+def test_a_torch_that_knows_no_amx_still_encodes(model, monkeypatch):
+    """As has_bfloat16 does with an instruction that an older torch cannot ask for."""
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert np.isfinite(model.encode(["word1 " * 100], precision="bf16")).all()
