@@ -338,8 +338,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Replaces F.dropout: 16 random bits an element, of 64 drawn at a time (p to 2^-16)."""
     if not training or p == 0 or x.device.type != "cpu":
         return F.dropout(x, p, training)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
-    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # (x.numel() / 4)
+    keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15  # x's shape
     return x * keep.to(x.dtype).mul_(1 / (1 - p))                    # x's shape
 
 
@@ -456,8 +456,12 @@ def fastest_embed(model: Gecko, precision: str, many: bool) -> Callable[[list[li
     if dtype == torch.float32:
         return model.embed
     low = copy.deepcopy(encoder).to(dtype)
-    pad_id = encoder.config.pad_token_id
-    return lambda tokens: mean_pool(low(*(x := pad(tokens, pad_id, model.device))).float(), x[1])
+
+    def embed_low(tokens: list[list[int]]) -> Tensor:
+        ids, mask = pad(tokens, encoder.config.pad_token_id, model.device)       # (B, T) twice
+        return mean_pool(low(ids, mask).float(), mask)               # (B, d)
+
+    return embed_low
 
 
 SCORES = 4 << 20             # bytes of attention's scores at a time, which stay in a CPU's cache
@@ -474,7 +478,7 @@ def softmax_times(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     total = e.sum(-1, keepdim=True)                                  # (B, n, 1)
     if bool(((total > 1e-30) & (total < 1e30)).all()):
         return (e @ v).div_(total)                                   # (B, n, d/H)
-    return torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v
+    return torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v           # (B, n, d/H)
 
 
 def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], Tensor]:
@@ -503,24 +507,24 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
         norms = [(x.weight.to(dtype), x.bias.to(dtype)) for x in (out["LayerNorm"], layer.output["LayerNorm"])]
         layers.append((qkv, *dense, *norms))
 
-    def attend_run(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Texts of one length, so many at a time as SCORES holds: 3 of (texts, H, n, d/H) -> (texts, n, H, d/H)."""
+    def attend_run(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> None:
+        """Texts of one length, some at a time: 3 of (texts, H, n, d/H) -> a (texts, n, H, d/H)."""
         n = q.shape[2]
         if dtype == torch.float32 or n >= FLASH and getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-            out.copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2))
+            a.copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2))
             return
-        most = max(1, SCORES // (2 * H * n * n))                     # texts at a time
-        room = q.new_empty(min(most, len(q)) * H, n, n)
-        for a in range(0, len(q), most):
-            some_q, some_k, some_v = (x[a:a + most].reshape(-1, n, d // H) for x in (q, k, v))  # (some, n, d/H)
+        most = max(1, SCORES // (2 * H * n * n))                     # texts whose scores SCORES holds
+        room = q.new_empty(min(most, len(q)) * H, n, n)              # for the scores of so many
+        for at in range(0, len(q), most):
+            some_q, some_k, some_v = (x[at:at + most].reshape(-1, n, d // H) for x in (q, k, v))  # (some, n, d/H)
             x = softmax_times(some_q, some_k, some_v, room[:len(some_q)])      # (some, n, d/H)
-            out[a:a + most] = x.view(-1, H, n, d // H).transpose(1, 2)
+            a[at:at + most] = x.view(-1, H, n, d // H).transpose(1, 2)
 
     def embed_packed(tokens: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
         ids = torch.tensor([i for t in tokens for i in t])           # (N) tokens of the whole batch
         position = torch.cat([torch.arange(first, first + len(t)) for t in tokens])  # (N)
-        x = e["word_embeddings"](ids) + e["position_embeddings"](position)
+        x = e["word_embeddings"](ids) + e["position_embeddings"](position)       # (N, d)
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
         runs = [(n, len(list(run))) for n, run in itertools.groupby(map(len, tokens))]
         for qkv, out, up, down, norm_1, norm_2 in layers:
@@ -530,7 +534,7 @@ def packed(encoder: Encoder, dtype: torch.dtype) -> Callable[[list[list[int]]], 
                 q, k, v = y[here].view(texts, n, 3, H, d // H).permute(2, 0, 3, 1, 4)   # 3 of (texts, H, n, d/H)
                 attend_run(q, k, v, a[here].view(texts, n, H, d // H))
             x = F.layer_norm(product(a, *out, plus=x), (d,), *norm_1, eps)       # (N, d)
-            h = product(x, *up, "gelu")                              # (N, 4d)
+            h = product(x, *up, "gelu")                              # (N, c.intermediate_size)
             x = F.layer_norm(product(h, *down, plus=x), (d,), *norm_2, eps)      # (N, d)
         return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
 
@@ -821,7 +825,7 @@ def grouped_candidates(q: Tensor, passages: Tensor, m: int, dtype: torch.dtype, 
         p, norm, off = lowered(block(passages, b, b + columns, q.device), dtype, "passage", b)   # (columns, d)
         p_norm, p_off = torch.maximum(p_norm, norm.max()), torch.maximum(p_off, off.max())
         v, i = group_topk(q, p, m)                                   # (rows, <= m)
-        v, i = torch.cat([best, v], 1), torch.cat([which, i + b], 1)
+        v, i = torch.cat([best, v], 1), torch.cat([which, i + b], 1)  # (rows, <= 2m)
         best, order = v.topk(min(m, v.shape[1]), dim=1)              # (rows, <= m)
         which = i.gather(1, order)                                   # (rows, <= m)
     highest = best[:, -1] if m < P else torch.full_like(best[:, -1], -torch.inf)
@@ -870,7 +874,7 @@ def tiny(texts: Sequence[str], seed: int = 0, vocabulary: int = TINY_VOCABULARY,
     for name, p in encoder.named_parameters():
         if "position" in name or "token_type" in name or name.endswith("bias"):
             nn.init.zeros_(p)
-        elif ".output.dense" in name or "attention.output" in name and "LayerNorm" not in name:
+        elif ".output.dense" in name:
             nn.init.zeros_(p)                                        # a layer starts as the identity
         elif "LayerNorm" not in name:
             nn.init.normal_(p, 0, 0.02, generator=generator)
@@ -898,7 +902,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
 
 
 def is_bag(encoder: Encoder) -> bool:
-    """True where W's rows depend on their own token alone: no layers, no positions."""
+    """True where W's rows depend on their own token alone: no layers, positions or dropout."""
     return (encoder.config.num_hidden_layers == 0 and encoder.config.hidden_dropout_prob == 0
             and not encoder.embeddings["position_embeddings"].weight.any())
 
@@ -1009,7 +1013,7 @@ def load(folder: str | Path) -> Gecko:
     return model
 
 
-# What a folder may hold of BERT's many variants; the first value is that of a file that is silent.
+# What a folder may hold of BERT's many variants; the first value is a silent file's (model_type must be stated).
 ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(ENCODERS), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
@@ -1102,8 +1106,8 @@ def read_weights(folder: Path, wanted: dict[str, torch.Size]) -> dict[str, Tenso
             found.update(load_file(str(path)))
     # a checkpoint with heads has its encoder under a prefix; the oldest call weight and bias otherwise
     prefix = next((p for p in ("bert.", "roberta.") if any(name.startswith(p) for name in found)), "")
-    found = {re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: "LayerNorm." + {"gamma": "weight", "beta": "bias"}[m[1]],
-                    name.removeprefix(prefix)): x for name, x in found.items()}
+    found = {name.removeprefix(prefix).replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"): x for name, x in found.items()}
     for name, shape in wanted.items():
         if name not in found:
             raise InputError(f"{folder}: the weights lack {name}; the file is not this config.json's")
@@ -1252,7 +1256,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path}: no rows; one JSON object a line is needed")
 
 
-def write_jsonl(path: str | Path, rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]]) -> int:
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows to a plain or .gz file, whole or not at all; the number of rows."""
     n = 0
     with file_beside(path) as new, open_text(new, "wt") as out:
@@ -1284,7 +1288,7 @@ def from_flags(config: type, args: argparse.Namespace) -> Any:
     return config(**{f.name: getattr(args, f.name) for f in fields(config)})
 
 
-def run(main: Any) -> None:
+def run(main: Callable[[], None]) -> None:
     """Call main(); a user's mistake or Ctrl-C becomes one line and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):                     # its encoding may lack a passage's letters
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -1342,9 +1346,9 @@ def search_command(args: argparse.Namespace) -> None:
     say(model=args.model, corpus=corpus, passages=len(passages), task=args.task,
         dim=args.dim or model.encoder.config.hidden_size)
     q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
-    P = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
-                              dim=args.dim, progress="passages")     # (P, dim)
-    for score, i in zip(*(x[0] for x in topk(q, P, k)), strict=True):
+    vectors = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
+                                    dim=args.dim, progress="passages")   # (P, dim)
+    for score, i in zip(*(x[0] for x in topk(q, vectors, k)), strict=True):
         text = " ".join(passages[i]["text"].split())
         print(f"{score:.3f}  {passages[i]['title'] or passages[i]['_id']}  {text[:80]}")
 
