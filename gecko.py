@@ -1395,13 +1395,22 @@ def encode_command(args: argparse.Namespace) -> None:
                 with file_beside(states[rank]) as new:
                     new.write_text(json.dumps(state))
     rate = (state["done"] - before["done"]) / (time.perf_counter() - start)
+    cut = finished(output, part, states, rows)
+    if cut is None:
+        print(f"encoded rows {first} to {last}, {rate:.0f} texts/s; the others are at work")
+    else:
+        print(f"wrote {output}: float32 {(rows, dim)}, {rate:.0f} texts/s; {cut} texts were cut at "
+              f"{model.max_length} tokens")
+
+
+def finished(output: Path, part: Path, states: Sequence[Path], rows: int) -> int | None:
+    """Once the states tell of all rows, the part gets the output's name: the count of texts cut, else None."""
     done = []
     for path in states:
         with contextlib.suppress(InputError):                        # the last process has cleared them away
             done.append(read_json(path))
     if sum(d["done"] for d in done) < rows:
-        print(f"encoded rows {first} to {last}, {rate:.0f} texts/s; the others are at work")
-        return
+        return None
     for path in states:                                              # before the part: no state without one
         path.unlink(missing_ok=True)
     with contextlib.suppress(FileNotFoundError):                     # two may be last at once
@@ -1409,8 +1418,7 @@ def encode_command(args: argparse.Namespace) -> None:
     name = re.compile(rf"\.{re.escape(output.name)}\.[0-9a-f]{{12}}\.(part|\d+-of-\d+\.json)")
     for path in filter(lambda p: name.fullmatch(p.name), output.parent.iterdir()):
         path.unlink(missing_ok=True)                                 # left by another input or model
-    print(f"wrote {output}: float32 {(rows, dim)}, {rate:.0f} texts/s; {sum(d['cut'] for d in done)} texts were "
-          f"cut at {model.max_length} tokens")
+    return sum(d["cut"] for d in done)
 
 
 def encode_key(args: argparse.Namespace, model: Gecko, rows: int, dim: int) -> str:
