@@ -336,7 +336,7 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Replaces F.dropout: 16 random bits an element, of 64 drawn at a time (p to 2^-16)."""
-    if not training or p == 0 or x.device.type != "cpu":
+    if not training or p in (0, 1) or x.device.type != "cpu":
         return F.dropout(x, p, training)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)  # (x.numel() / 4)
     keep = bits.view(torch.int16)[:x.numel()].view(x.shape) >= round(p * 2**16) - 2**15  # x's shape
@@ -410,7 +410,7 @@ def encode_blocks(model: Gecko, texts: Iterable[str], dim: int | None = None, ba
         raise InputError(f"--precision {precision}: give float32 or bf16")
     stream, training, model.cut = iter(texts), encoder.training, 0
 
-    def tokenise() -> tuple[list[list[int]], int]:
+    def next_block() -> tuple[list[list[int]], int]:
         return model.tokenise(list(itertools.islice(stream, TEXTS_AHEAD)))
 
     total = len(texts) if isinstance(texts, Sized) else total
@@ -420,9 +420,9 @@ def encode_blocks(model: Gecko, texts: Iterable[str], dim: int | None = None, ba
     encoder.eval()
     try:
         with ThreadPoolExecutor(1) as ahead:
-            tokens, cut = tokenise()
+            tokens, cut = next_block()
             while tokens:
-                coming = ahead.submit(tokenise)
+                coming = ahead.submit(next_block)
                 embed_batch = fastest(precision == "bf16" or sum(map(len, tokens)) > PACKED)
                 out = np.empty((len(tokens), dim), np.float32)
                 for batch in length_batches([len(t) for t in tokens],
@@ -1343,8 +1343,7 @@ def search_command(args: argparse.Namespace) -> None:
     corpus = args.corpus or Path(args.model).parent / "corpus.jsonl"
     passages = read_passages(corpus)
     k = min(args.k, len(passages))
-    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task,
-        dim=args.dim or model.encoder.config.hidden_size)
+    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=check_dim(model, args.dim))
     q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
     vectors = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
                                     dim=args.dim, progress="passages")   # (P, dim)

@@ -238,6 +238,7 @@ def test_dropout_keeps_the_share_that_it_should_and_scales_the_rest():
     assert torch.equal(gecko.dropout(x, 0.3, training=True), y)
     assert not torch.equal(gecko.dropout(x, 0.3, training=True), y)
     assert torch.equal(gecko.dropout(x, 0.3, training=False), x)
+    assert torch.equal(gecko.dropout(x, 1.0, training=True), 0 * x)
     rows, columns = kept.float().mean(1), kept.float().mean(0)       # no row or column is favoured
     assert rows.std() < 0.03 and columns.std() < 0.1 and abs(np.corrcoef(kept[:, :-1].flatten(),
                                                                         kept[:, 1:].flatten())[0, 1]) < 0.02
