@@ -1224,10 +1224,10 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def open_text(path: str | Path, mode: str = "rt") -> Any:
-    """Open UTF-8 text, plain or .gz."""
+def open_text(path: str | Path) -> Any:
+    """Open UTF-8 text, plain or .gz, to read it."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    return opener(path, mode, encoding="utf-8")
+    return opener(path, "rt", encoding="utf-8")
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -1259,9 +1259,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows to a plain or .gz file, whole or not at all; the number of rows."""
     n = 0
-    with file_beside(path) as new, open_text(new, "wt") as out:
-        for n, row in enumerate(rows, 1):
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with file_beside(path) as new, open(new, "wb") as file:
+        # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
+        stream: Any = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if str(path).endswith(".gz") else file
+        with io.TextIOWrapper(stream, encoding="utf-8") as out:
+            for n, row in enumerate(rows, 1):
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
     return n
 
 

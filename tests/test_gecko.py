@@ -6,6 +6,7 @@ top-k equals a full stable sort whatever the blocks; a saved model gives the sam
 
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -275,3 +276,11 @@ def test_a_row_that_python_alone_can_hold_is_one_line(line, tmp_path):
     assert next(rows)[1] == {"text": "a whole pair: 😀"}
     with pytest.raises(gecko.InputError, match="in.jsonl:2: not JSON .*; one JSON object a line$"):
         next(rows)
+
+
+def test_a_gz_is_the_same_bytes_whenever_written(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        monkeypatch.setattr(time, "time", lambda: 1e9 + ord(name))
+        gecko.write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "x"}])
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+    assert [row for _, row in gecko.read_jsonl(tmp_path / "a.jsonl.gz")] == [{"text": "x"}]
