@@ -1024,7 +1024,7 @@ HEADS = ("pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.", "embedding
          "embeddings.token_type_ids")                    # of a checkpoint, and no part of the encoder
 FILES = ("config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
          "tokenizer.json", "tokenizer_config.json", "modules.json", "*_Pooling/config.json", "gecko.json",
-         "sentence_bert_config.json", "config_sentence_transformers.json")
+         "sentence_*_config.json", "config_sentence_transformers.json")
 
 
 def fetch(name: str | Path) -> Path:
@@ -1144,12 +1144,13 @@ def read_settings(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], l
     def read(name: str) -> dict[str, Any]:
         return read_json(folder / name, dict) if (folder / name).is_file() else {}
 
-    own, theirs, bert = (read(name) for name in (
-        "gecko.json", "config_sentence_transformers.json", "sentence_bert_config.json"))
-    if bert.get("do_lower_case"):
+    own, theirs = read("gecko.json"), read("config_sentence_transformers.json")
+    # named after BERT or, by older versions, after the encoder's family
+    how = next(filter(None, (read(f"sentence_{kind}_config.json") for kind in ENCODERS)), {})
+    if how.get("do_lower_case"):
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Lowercase(), *([tokenizer.normalizer] if tokenizer.normalizer else [])])
-    length = own.get("max_length") or bert.get("max_seq_length") or read("tokenizer_config.json").get(
+    length = own.get("max_length") or how.get("max_seq_length") or read("tokenizer_config.json").get(
         "model_max_length") or math.inf
     prompts = {name: text for name, text in (theirs.get("prompts") or {}).items() if text}
     if own:

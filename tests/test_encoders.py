@@ -184,6 +184,18 @@ def test_makers_prompts_length_and_case_are_kept(bert, tmp_path):
     np.testing.assert_allclose(model.encode_queries(TEXTS), want, atol=1e-5)
 
 
+def test_length_is_kept_under_an_old_name(folder, tmp_path):
+    """sentence-transformers once named the file after the family; it reads it still."""
+    shutil.copytree(folder, tmp_path / "m")
+    modules(tmp_path / "m", "Transformer", "Pooling")
+    kind = gecko.load(folder).encoder.config.model_type
+    write(tmp_path / f"m/sentence_{kind}_config.json", {"max_seq_length": 12, "do_lower_case": False})
+    model = gecko.load(tmp_path / "m")
+    assert model.max_length == 12
+    _, want = by_sentence_transformers(tmp_path / "m", TEXTS, normalize_embeddings=True)
+    np.testing.assert_allclose(model.encode(TEXTS), want, atol=1e-5)
+
+
 # --------------------------------------------------------------------------------------------------
 # Out
 
