@@ -1231,8 +1231,11 @@ def open_text(path: str | Path) -> Any:
     return opener(path, "rt", encoding="utf-8")
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", row) for each non-empty line; an error names file:line and the fix."""
+def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", row) for each non-empty line; an error names file:line and the fix.
+
+    `strict`: half a surrogate pair is an error too; JSON can escape it, but no tokenizer or file takes it.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; check the path")
     n = 0
@@ -1244,7 +1247,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 where, n = f"{path}:{number}", n + 1
                 try:
                     row = json.loads(line)
-                    if "\\ud" in line.lower():                       # an escape may be half a surrogate pair
+                    if strict and "\\ud" in line.lower():            # the escape of a half, or of both
                         json.dumps(row, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as error:
                     raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error

@@ -1304,7 +1304,7 @@ def read_fret(path: str | Path) -> Iterator[Record]:
     def number(x: Any) -> bool:
         return isinstance(x, (int, float)) and -math.inf < x < math.inf
 
-    for where, row in read_jsonl(path):
+    for where, row in read_jsonl(path, strict=False):
         cands, sides = row.get("candidates"), [row.get("positive"), row.get("negative") or {"text": ""}]
         if not (isinstance(cands, list) and cands and all(isinstance(row.get(k), str) for k in ("task", "query"))
                 and all(isinstance(s, dict) and isinstance(s.get("text"), str) for s in sides)
