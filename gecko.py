@@ -28,6 +28,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -44,6 +45,11 @@ if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or later")
 elif missing := [p for p in ("numpy", "torch", "tqdm", "tokenizers", "safetensors") if not find_spec(p)]:
     sys.exit(f"error: no package {missing[0]} here; pip install -r requirements.txt")
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler and Path(sys.argv[0]).resolve() in [
+        Path(__file__).resolve().with_name(name + ".py") for name in ("gecko", "data", "llm", "train")]:
+    # Ctrl-C in an import; then `run` takes over. No exception, because a package may swallow it
+    signal.signal(signal.SIGINT, lambda *_: (
+        os.write(2, b"interrupted; run the same command again\n"), os._exit(1)))
 
 import numpy as np
 import torch
@@ -1300,6 +1306,8 @@ def run(main: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):                     # its encoding may lack a passage's letters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if callable(signal.getsignal(signal.SIGINT)):                # not where the shell has it ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
         sys.stdout.flush()                                           # here, where it can still fail in a line
     except KeyboardInterrupt:

@@ -249,3 +249,23 @@ def test_ctrl_c_in_a_process_of_its_own(project, tmp_path):
     assert child.returncode == 1 and "Traceback" not in said
     assert said.splitlines()[-1] == "interrupted; run the same command again"
     assert {p.name for p in tmp_path.iterdir()} == {"long.jsonl"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_ctrl_c_while_packages_are_imported(module, tmp_path):
+    """Of a torch that takes forever: one line and the exit code of later stages, unless it is ignored."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    words = [sys.executable, ROOT / module, "--help"]
+    for ignored in (False, True):
+        child = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 preexec_fn=lambda: ignored and signal.signal(signal.SIGINT, signal.SIG_IGN))
+        assert child.stdout.readline() == "importing\n"
+        child.send_signal(signal.SIGINT)
+        if ignored:
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.communicate(timeout=0.3)
+            child.kill()
+        said = child.communicate(timeout=60)[1]
+        assert ignored or (child.returncode, said) == (1, "interrupted; run the same command again\n")
