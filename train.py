@@ -242,7 +242,7 @@ def train(
     optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=c.weight_decay, fused=True)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
     model.dims = tuple(dims)
-    log = Log(out, model, optimiser, c, steps, digest(stage, c, tokens, sides, plan))
+    log = Log(out, model, optimiser, c, steps, digest(stage, c, model, tokens, sides, plan))
     losses = log.resume()                                            # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
                total=steps, disable=processes()[0] > 0)
@@ -600,7 +600,7 @@ class Log:
             if not self.c.resume and state["step"] < state["steps"]:
                 raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
             if self.c.resume and state["key"] != self.key:
-                raise InputError(f"{last} is of other data or flags; give the same ones, or another --out")
+                raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
             if self.c.resume:
                 read_checkpoint(last, self.model, self.optimiser)
                 done, self.best = state["step"], state["best"]
@@ -691,11 +691,13 @@ def read_checkpoint(folder: Path, model: Gecko, optimiser: torch.optim.Optimizer
     optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
 
 
-def digest(stage: str, c: TrainConfig, tokens: Sequence[Sequence[int]], sides: np.ndarray,
+def digest(stage: str, c: TrainConfig, model: Gecko, tokens: Sequence[Sequence[int]], sides: np.ndarray,
            plan: Sequence[np.ndarray]) -> str:
-    """What a run is: its flags and data, as tokens. A checkpoint of another run is not continued."""
+    """What a run is: flags, first weights and data, as tokens. A checkpoint of another run is not continued."""
     same = replace(c, eval="", save_every=0, resume=False)
-    total = hashlib.sha256(f"{stage} {same}".encode() + sides.tobytes())
+    total = hashlib.sha256(f"{stage} {same} {model.encoder.config}".encode() + sides.tobytes())
+    for p in model.encoder.parameters():
+        total.update(p.detach().cpu().numpy().tobytes())
     for text in tokens:                                              # `sides` says only which texts are equal
         total.update(array("q", [len(text), *text]).tobytes())
     for rows in plan:

@@ -412,14 +412,17 @@ def done_steps(folder):
     return max((int(p.name[-8:]) for p in Path(folder).glob("checkpoint-*")), default=0)
 
 
-def test_a_checkpoint_of_other_flags_or_data_is_refused(tmp_path):
+def test_a_checkpoint_of_other_flags_data_or_init_is_refused(tmp_path):
     c = replace(LOOP, steps=4, save_every=2)
     train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
     words = [{**row, "query": row["query"] + " red"} for row in records(40)]     # as many texts, other ones
     for stage, rows, other in (("finetune", records(40), replace(c, lr=1e-3)), ("finetune", records(39), c),
                                ("prefinetune", records(40), c), ("finetune", words, c)):
-        with pytest.raises(InputError, match="other data or flags"):
+        with pytest.raises(InputError, match="other data, flags or --init"):
             train.train(small_model(), stage, [rows], replace(other, resume=True), out=tmp_path)
+    for init in (small_model(seed=1), small_model(dropout=0.1)):     # other weights, or only another configuration
+        with pytest.raises(InputError, match="other data, flags or --init; give the same"):
+            train.train(init, "finetune", [records(40)], replace(c, resume=True), out=tmp_path)
 
 
 def test_an_unfinished_run_is_not_overwritten_without_resume(tmp_path):
