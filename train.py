@@ -1620,6 +1620,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command is None:
         recipe(Path(args.out), args.seed)
+    elif sys.argv[1] != args.command:                                # argparse would drop it without a word
+        raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
     else:
         {"evaluate": evaluate_command, "plot": plot_command, "ablate": ablate_command}.get(
             args.command, train_command)(args)

@@ -681,6 +681,15 @@ def test_a_bad_flag_is_one_line(tmp_path, capsys, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_flag_before_the_command_is_one_line(capsys):
+    """There it would be the recipe's, and the command's own default would take its place."""
+    for flags in (["--seed", "3"], ["--seed=3"], ["--out", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            command(train.main, *flags, "finetune", "a.jsonl", "--init", "tiny", "--out", "y")
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and f"{flags[0]} before finetune: " in error and "\n" not in error
+
+
 def test_plot_without_matplotlib_names_the_package(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stop:
