@@ -373,8 +373,9 @@ def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "qu
                  ) -> Iterator[Record]:
     """BEIR folders: each query with each relevant passage; with a model, a hard negative too.
 
-    It is drawn from the model's first `depth` passages without the judged ones: the very first are
-    the likeliest to be relevant and unjudged (a false negative), so they should not be all there is.
+    It is drawn from the model's first `depth` passages without the judged ones and one of the query's
+    own id (ArguAna's queries stand in their corpus). The very first are the likeliest to be relevant
+    and unjudged (a false negative), so they should not be all there is.
     """
     for folder in folders:
         def file(name: str, folder: str = folder) -> Path:
@@ -392,7 +393,7 @@ def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "qu
             left_out["judgements whose query or passage is not there"] += (
                 len(judged) - len(positives) if query in queries else len(judged))
             texts = {p["text"] for p in positives}
-            hard = [i for i in near.get(query, []) if i not in judged and corpus[i]["text"] not in texts]
+            hard = [i for i in near.get(query, []) if i not in (query, *judged) and corpus[i]["text"] not in texts]
             for positive in positives if query in queries else []:
                 negative = corpus[hard[rng.integers(len(hard))]] if hard else None
                 yield record(task, queries[query], side(positive), side(negative) if negative else None)

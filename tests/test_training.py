@@ -601,6 +601,20 @@ def test_beir_mines_negatives_that_nobody_judged_relevant(tmp_path):
     assert len(out) == 12 and all(r["negative"]["text"] != r["positive"]["text"] for r in out)
 
 
+def test_beir_mines_no_query_that_stands_in_the_corpus(tmp_path):
+    """As ArguAna's and Quora's do, under its own id: it would be the nearest of all, and its own hard negative."""
+    rows = records(12)
+    beir_folder(tmp_path / "beir", rows, "train")
+    with open(tmp_path / "beir/corpus.jsonl", "a") as corpus:
+        corpus.writelines(json.dumps({"_id": f"q{i}", "text": r["query"]}) + "\n" for i, r in enumerate(rows))
+    save(small_model(0, 0.0), tmp_path / "model")
+    for seed in range(4):
+        out = converted(tmp_path, "beir", "--model", tmp_path / "model", "--depth", "6", "--seed", seed,
+                        tmp_path / "beir")
+        assert sum(r["negative"] is not None for r in out) > 6
+        assert all(r["negative"] is None or r["negative"]["text"] != r["query"] for r in out)
+
+
 def test_pairs_of_several_publishers(tmp_path):
     path = lines(tmp_path / "in.jsonl", {"query": "a", "positive": "b"}, {"title": "c", "body": "d"},
                  {"query": "e", "pos": ["f", "g"]}, {"question": "same", "answer": "same"})
