@@ -241,7 +241,10 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """BEIR relevance judgements, TSV with a header: {query id: {passage id: grade > 0}}."""
+    """BEIR relevance judgements, TSV with a header: {query id: {passage id: grade > 0}}.
+
+    A query whose grades are all 0 stays, with none: trec_eval, and so BEIR, counts it as 0 in a mean.
+    """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; a BEIR folder has qrels/test.tsv")
     try:
@@ -252,11 +255,12 @@ def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     for number, line in enumerate(lines, 1):
         query, passage, grade = [*line.split("\t"), "", ""][:3]
         if re.fullmatch(r"\s*-?\d+\s*", grade):
+            relevant = qrels.setdefault(query, {})
             if int(grade) > 0:
-                qrels.setdefault(query, {})[passage] = int(grade)
+                relevant[passage] = int(grade)
         elif number > 1:                                             # the first line is a header
             raise InputError(f"{path}:{number}: want query-id, corpus-id, score with tabs")
-    if not qrels:
+    if not any(qrels.values()):
         raise InputError(f"{path}: no relevant passage; nothing to evaluate")
     return qrels
 

@@ -741,12 +741,12 @@ def ndcg(ranked: Sequence[Any], relevant: dict[Any, int], k: int = 10) -> float:
     """
     gains = [relevant.get(x, 0) / math.log2(r + 1) for r, x in enumerate(ranked[:k], 1)]
     ideal = [g / math.log2(r + 1) for r, g in enumerate(sorted(relevant.values(), reverse=True)[:k], 1)]
-    return sum(gains) / sum(ideal)
+    return sum(gains) / (sum(ideal) or 1)
 
 
 def recall(ranked: Sequence[Any], relevant: dict[Any, int], k: int = 100) -> float:
     """Share of the relevant ones that are among the first k."""
-    return len(set(ranked[:k]) & set(relevant)) / len(relevant)
+    return len(set(ranked[:k]) & set(relevant)) / max(1, len(relevant))
 
 
 def mrr(ranked: Sequence[Any], relevant: dict[Any, int], k: int = 10) -> float:
@@ -796,7 +796,7 @@ def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
 
 @dataclass
 class Beir:
-    """A retrieval set: passages, queries that have an answer, {query id: {passage id: grade}}."""
+    """A retrieval set: passages, queries that were judged, {query id: {passage id: grade > 0}}."""
 
     corpus: list[dict[str, str]]
     queries: dict[str, str]

@@ -159,6 +159,9 @@ def test_qrels_errors_name_the_line(tmp_path):
         data.read_qrels(path)
     path.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
     assert data.read_qrels(path) == {"1": {"a": 2}}
+    path.write_text("1\ta\t0\n1\tb\t-1\n")
+    with pytest.raises(InputError, match="no relevant passage"):
+        data.read_qrels(path)
     path.write_text("video 1\ta\t2\n")                               # no header: this "id" is in a query's
     assert data.read_qrels(path) == {"video 1": {"a": 2}}
     path.write_bytes(b"1\ta\xff\t1\n")

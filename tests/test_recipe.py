@@ -217,6 +217,19 @@ def test_measures_by_hand():
     assert train.mrr(ranked, relevant) == 0.5 and train.mrr(["x"], relevant) == 0
 
 
+def test_a_query_without_a_relevant_passage_counts_as_nothing(tmp_path):
+    """As in trec_eval: it stays in the mean, which is half of what it would be without it."""
+    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n2\ta\t0\n")
+    qrels = data.read_qrels(tmp_path / "qrels.tsv")
+    ranked = {"1": ["a", "b"], "2": ["a", "b"]}
+    ours = train.retrieval_scores(ranked, train.Beir([], {"1": "x", "2": "y"}, qrels))
+    assert ours == {"ndcg@10": [1, 0], "recall@100": [1, 0], "mrr@10": [1, 0]}
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="the other side; it comes with mteb")
+    theirs = pytrec_eval.RelevanceEvaluator({"1": {"a": 1}, "2": {"a": 0}}, {"ndcg_cut.10", "recall.100"}).evaluate(
+        {query: {i: 1 / n for n, i in enumerate(ids, 1)} for query, ids in ranked.items()})
+    assert [list(theirs[q].values()) for q in "12"] == [[1, 1], [0, 0]]
+
+
 def test_a_query_that_stands_in_the_corpus_does_not_find_itself():
     """BEIR leaves out the passage of the query's own id (ArguAna), for vectors and for BM25; 100 others stay."""
     corpus = [{"_id": str(i), "title": "", "text": f"word{i} word{(i + 1) % 150}"} for i in range(150)]
