@@ -291,9 +291,9 @@ def table(path: str) -> Iterator[tuple[str, Any]]:
 
 
 def column(where: str, row: dict[str, Any], *names: str) -> Any:
-    """The first of the columns that the row has and that is not empty."""
+    """The first of the columns that the row has and that is not blank."""
     for name in names:
-        if row.get(name) not in (None, ""):
+        if row.get(name) is not None and str(row[name]).strip():
             return row[name]
     raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
 

@@ -638,6 +638,8 @@ def test_pairs_of_several_publishers(tmp_path):
     ("choice", {"question": "a", "cop": "two"}, "in.jsonl:1: cop 'two'"),
     ("choice", {"question": "a", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": 7}, ":1: cop 7"),
     ("classification", {"text": "a", "label": "b"}, "at least two labels"),
+    ("classification", {"text": " ", "label": "b"}, "in.jsonl:1: no text or sentence or utterance"),
+    ("pairs", {"query": " ", "positive": "b"}, "in.jsonl:1: no query"),
     ("pairs", {"left": "a", "right": "b"}, "in.jsonl:1: no query"),
     ("pairs", "{", "in.jsonl:1: not JSON")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, kind, row, message):
