@@ -335,14 +335,20 @@ def convert_nli(paths: Sequence[str], left_out: Counter[str], task: str = "seman
         left_out["premises that entail nothing"] += "entailment" not in by_label
 
 
-def convert_classification(paths: Sequence[str], left_out: Counter[str], task: str = "classification",
-                           seed: int = 0, unique_ids: bool = True) -> Iterator[Record]:
-    """Text and label: triples of the same and another label, see `classification_triples`."""
+def read_labelled(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Texts and their labels."""
     texts, labels = [], []
     for path in paths:
         for where, row in table(path):
             texts.append(str(column(where, row, "text", "sentence", "utterance")).strip())
             labels.append(str(column(where, row, "label", "category", "intent")).strip())
+    return texts, labels
+
+
+def convert_classification(paths: Sequence[str], left_out: Counter[str], task: str = "classification",
+                           seed: int = 0, unique_ids: bool = True) -> Iterator[Record]:
+    """Text and label: triples of the same and another label, see `classification_triples`."""
+    texts, labels = read_labelled(paths)
     rows = classification_triples(texts, labels, seed, task, unique_ids)
     left_out["rows alone with their label"] += len(texts) - len(rows)
     yield from rows

@@ -61,6 +61,7 @@ from data import (
     builtin_pairs,
     convert_classification,
     formatted,
+    read_labelled,
     read_qrels,
     read_records,
 )
@@ -1251,20 +1252,9 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
     return out
 
 
-def read_labelled(path: str) -> tuple[list[str], list[str]]:
-    """Texts and labels of JSONL rows text, label."""
-    texts, labels = [], []
-    for where, row in read_jsonl(path):
-        if not str(row.get("text") or "").strip() or row.get("label") is None:
-            raise InputError(f"{where}: want a text and its label")
-        texts.append(str(row["text"]))
-        labels.append(str(row["label"]))
-    return texts, labels
-
-
 def class_hits(model: Gecko, known: str, unknown: str, k: int = 5) -> np.ndarray:
     """1 for each text of `unknown` whose label most of its k nearest texts of `known` have, else 0."""
-    (x, labels), (y, want) = read_labelled(known), read_labelled(unknown)
+    (x, labels), (y, want) = read_labelled([known]), read_labelled([unknown])
     q, P = (model.encode_queries(texts, "classification") for texts in (y, x))
     _, near = topk(q, P, min(k, len(P)))                             # (texts of unknown, k)
     return np.array([Counter(labels[i] for i in row).most_common(1)[0][0] == label
@@ -1422,8 +1412,7 @@ def ablate_command(args: argparse.Namespace) -> None:
         raise InputError(f"--data: {args.table} is made from FRet; give --data to mixture")
     for path in args.sts:                                            # a mistake shows before the LLM is paid
         read_sts(path)
-    for path in itertools.chain(*args.classes):
-        read_labelled(path)
+    read_labelled(list(itertools.chain(*args.classes)))
     if not args.corpus and not (home / "ladder.json").is_file():
         recipe(home)
     if not args.init and not (home / "pre").is_dir():
@@ -1608,7 +1597,7 @@ def main() -> None:
     ablation.add_argument("--model", default="", help="the LLM's name at the endpoint")
     ablation.add_argument("--queries", type=int, default=0, help="to generate; 0: as the recipe, by corpus size")
     ablation.add_argument("--classes", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"),
-                          help="JSONL of text, label: accuracy of the nearest TRAIN texts' label")
+                          help="JSONL or CSV of text, label: accuracy of the nearest TRAIN texts' label")
     add_flags(ablation, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
     ablation.set_defaults(**vars(replace(SMALL, steps=Sizes().steps // 8)))
     for command in (evaluate, ablation):

@@ -317,7 +317,10 @@ def test_accuracy_is_of_the_nearest_texts(home, tmp_path):
     gecko.write_jsonl(known, [{"text": t, "label": t.split()[2]} for t in texts])
     gecko.write_jsonl(unknown, [{"text": "return the sine of x", "label": "sine"},
                                 {"text": "return the mean of x", "label": "sine"}])
-    assert train.class_hits(gecko.load(home / "model"), str(known), str(unknown)).tolist() == [1, 0]
+    model = gecko.load(home / "model")
+    assert train.class_hits(model, str(known), str(unknown)).tolist() == [1, 0]
+    (tmp_path / "test.csv").write_text("text,category\nreturn the sine of x,sine\n")   # as `convert classification`
+    assert train.class_hits(model, str(known), str(tmp_path / "test.csv")).tolist() == [1]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda p: p.stem)
