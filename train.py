@@ -829,15 +829,15 @@ def rankings(model: Gecko, beir: Beir, task: str, dim: int | None = None,
 
 
 def encoded(model: Gecko, beir: Beir, task: str, dim: int | None = None, progress: str = "",
-            symmetric: bool = False) -> tuple[np.ndarray, np.ndarray]:
+            symmetric: bool = False, precision: str = "float32") -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors of the queries (Q, dim) and of the passages (P, dim)."""
     texts, titles = ([p[key] for p in beir.corpus] for key in ("text", "title"))
     if symmetric:                                                    # passages are formatted as inputs
         P = model.encode_queries([f"{a} {b}".strip() for a, b in zip(titles, texts, strict=True)], task,
-                                 dim=dim, progress=progress)
+                                 dim=dim, progress=progress, precision=precision)
     else:
-        P = model.encode_passages(texts, titles, dim=dim, progress=progress)
-    return model.encode_queries(list(beir.queries.values()), task, dim=dim), P
+        P = model.encode_passages(texts, titles, dim=dim, progress=progress, precision=precision)
+    return model.encode_queries(list(beir.queries.values()), task, dim=dim, precision=precision), P
 
 
 def nearest_ids(beir: Beir, q: np.ndarray, P: np.ndarray) -> dict[str, list[str]]:
@@ -1106,10 +1106,11 @@ def ladder(out: Path, corpus: list[dict[str, str]], judge: fret.Offline,
     return table
 
 
-def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str) -> dict[str, list[float]]:
+def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str, precision: str = "float32",
+                  ) -> dict[str, list[float]]:
     """nDCG@10 of each query: the retriever's first N as they come, by QL, by RC and by their fusion."""
     by_id = {p["_id"]: p for p in beir.corpus}
-    q, P = encoded(first, beir, task)
+    q, P = encoded(first, beir, task, precision=precision)
     if isinstance(judge, fret.Offline):
         judge.vectors = dict(zip(by_id, P, strict=True))             # the same, so not made again
     nearest = {query: ids[:N] for query, ids in nearest_ids(beir, q, P).items()}
@@ -1239,9 +1240,9 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
     train(model, "finetune", make(seed), c, title=title)
     out: dict[str, Any] = {}
     for name, beir in lab.beir.items():                              # encoded once, cut to each of dims
-        vectors = [torch.from_numpy(x) for x in encoded(model, beir, lab.task)]  # (Q, d) and (P, d)
+        vectors = encoded(model, beir, lab.task, precision=c.precision)  # (Q, d) and (P, d)
         for dim in dims:
-            found = nearest_ids(beir, *(normalise(x, dim).numpy() for x in vectors))
+            found = nearest_ids(beir, *(normalise(torch.from_numpy(x), dim).numpy() for x in vectors))
             column = f"nDCG@10 {name}" + f" at {dim}" * (dim < vectors[0].shape[1])
             out[column] = retrieval_scores(found, beir)["ndcg@10"]
     for name, path in zip(short_names(lab.sts, folder=True), lab.sts, strict=True):
@@ -1361,11 +1362,11 @@ def own_modules(out: Path, corpus: Sequence[dict[str, str]]) -> tuple[str, str]:
 
 
 def rerank_cases(judge: Callable[..., fret.LLM], first: Gecko, sets: dict[str, Beir], task: str,
-                 ) -> dict[str, Callable[..., dict[str, Any]]]:
+                 precision: str) -> dict[str, Callable[..., dict[str, Any]]]:
     """The rows of Table 6, the first 100 of each query ranked again; a set is judged once for all rows."""
     @functools.cache
     def scores(name: str) -> dict[str, list[float]]:
-        return rerank_scores(judge(sets[name].corpus, first), first, sets[name], 100, task)
+        return rerank_scores(judge(sets[name].corpus, first), first, sets[name], 100, task, precision)
 
     return {row: lambda seed, row=row: {f"nDCG@10 {name}": scores(name)[row] for name in sets}
             for row in TABLES["rerank"].paper}
@@ -1438,13 +1439,13 @@ def ablate_command(args: argparse.Namespace) -> None:
     by = f"generated and judged by {o.model or o.llm}"
     if args.table == "rerank":
         by = by.removeprefix("generated and ")
-        run_case = rerank_cases(llm, model if args.init else load(home / "seed"), beir, args.task)
+        run_case = rerank_cases(llm, model if args.init else load(home / "seed"), beir, args.task,
+                                c.precision)
     else:
         run_case = training_cases(args, c, model, mined, own, beir)
     if args.data:
         by = f"records of {', '.join(Path(path).name for path in args.data)}"
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-        done = ablate(args.table, out, key, by, range(c.seed, c.seed + args.seeds), run_case)
+    done = ablate(args.table, out, key, by, range(c.seed, c.seed + args.seeds), run_case)
     text = table_text(args.table, done)
     with file_beside(out / f"{args.table}.md") as new:
         new.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import gecko
@@ -241,6 +242,18 @@ def test_a_key_is_of_bytes_and_settings(tmp_path):
     assert key == train.files_key([tmp_path], 1) != train.files_key([tmp_path], 2)
     (tmp_path / "x").write_text("2")
     assert train.files_key([tmp_path], 1) != key
+
+
+@pytest.mark.parametrize("table", ["labels", "rerank"])
+def test_bf16_is_for_the_row_and_not_around_it(table, home, tmp_path, monkeypatch):
+    """An autocast around the rows would keep the first step's weights, as cast, for all the steps after it."""
+    around, precisions = [], set()
+    monkeypatch.setattr(train, "train", lambda *a, f=train.train, **k: (
+        around.append(torch.is_autocast_enabled("cpu")), f(*a, **k))[1])
+    monkeypatch.setattr(gecko, "fastest_embed", lambda model, precision, n, f=gecko.fastest_embed: (
+        precisions.add(precision), f(model, precision, n))[1])
+    ablate(home, tmp_path, table, "--precision", "bf16", "--micro-batch", "8")
+    assert around == [False] * (7 if table == "labels" else 0) and "bf16" in precisions
 
 
 @pytest.mark.parametrize("more", [
