@@ -1411,6 +1411,9 @@ def ablate_command(args: argparse.Namespace) -> None:
     c, out, home = checked(from_flags(TrainConfig, args)), Path(args.out), Path(args.corpus or "runs/demo")
     if args.data and args.table != "mixture":
         raise InputError(f"--data: {args.table} is made from FRet; give --data to mixture")
+    for name, least in (("seeds", 1), ("queries", 0)):
+        if getattr(args, name) < least:
+            raise InputError(f"--{name} {getattr(args, name)}: give {least} or more")
     for path in args.sts:                                            # a mistake shows before the LLM is paid
         read_sts(path)
     read_labelled(list(itertools.chain(*args.classes)))
@@ -1431,6 +1434,7 @@ def ablate_command(args: argparse.Namespace) -> None:
 
     own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
     if own and not args.data and args.table != "rerank":
+        read_dims(c.dims, model.encoder.config.hidden_size)
         mined = out / f"fret-{files_key([home / 'corpus.jsonl', init], o, c, args.queries)[:8]}"
         fret_of(mined, home / "corpus.jsonl", init, llm, c, args.queries)
     key = files_key([mined / "fret.jsonl", mined / "seed", init, *folders, *args.sts, *args.data,

@@ -260,6 +260,7 @@ def test_bf16_is_for_the_row_and_not_around_it(table, home, tmp_path, monkeypatc
     ["mixture", "--data", *"abcd"], ["labels", "--data", *"abcd"], ["rerank", "--init", "no"],
     ["labels", "--init", "no"], ["rerank", "--beir", "no"], ["labels", "--mix", "set"], ["labels", "--tau", "0"],
     ["labels", "--negatives", "each"], ["labels", "--precision", "half"], ["labels", "--seed", "-1"],
+    ["labels", "--seeds", "0"], ["labels", "--queries", "-1"], ["labels", "--dims", "99"],
     ["labels", "--sts", "no"], ["labels", "--sts", "IN/sts.jsonl"], ["labels", "--sts", "IN/empty.jsonl"],
     ["labels", "--sts", "IN/alike.jsonl"], ["labels", "--classes", "no", "no"],
     ["labels", "--classes", "IN/text.jsonl", "IN/text.jsonl"], ["labels", "--beir", "no"]])
