@@ -403,7 +403,7 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
 
 def beside(name: str) -> Path:
     """A data file of this project: beside the modules, or where pip puts it."""
-    here = Path(__file__).with_name(name)
+    here = Path(__file__).parent / name
     return here if here.is_file() else Path(sysconfig.get_path("data"), "share/gecko-reference", name)
 
 

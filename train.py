@@ -1055,7 +1055,7 @@ def questions_beir(out: Path, corpus: Sequence[dict[str, str]]) -> Path:
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "corpus.jsonl", folder / "corpus.jsonl")
     queries, qrels = [], {"dev": ["query-id\tcorpus-id\tscore"], "test": ["query-id\tcorpus-id\tscore"]}
-    for n, (_, row) in enumerate(read_jsonl(Path(__file__).parent / "tests/questions.jsonl")):
+    for n, (_, row) in enumerate(read_jsonl(fret.beside("tests/questions.jsonl"))):
         answers = [name for name in row["answers"] if name in names]
         qrels[row["split"]] += [f"{n}\t{name}\t1" for name in answers]
         queries += [{"_id": str(n), "text": row["query"]}] if answers else []

@@ -9,6 +9,7 @@ import doctest
 import importlib
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,16 @@ def test_four_modules_and_no_pickle():
 def test_docstring_examples_run(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_what_is_read_beside_the_modules_is_installed():
+    """pip puts these files where `llm.beside` looks for them, under their folders' names."""
+    read = {c.args[0].value for name in ORDER for c in ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
+            if isinstance(c, ast.Call) and ast.unparse(c.func) in ("beside", "fret.beside")}
+    put = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
+    assert read == {"thesaurus.txt", "viewer.html", "tests/questions.jsonl"}
+    assert {f"{folder}/{Path(file).name}" for folder, files in put.items() for file in files} == {
+        f"share/gecko-reference/{name}" for name in read}
 
 
 def test_questions_are_answerable_and_split_in_half():
