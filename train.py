@@ -1333,7 +1333,7 @@ def points_text(found: tuple[float, float, float] | None) -> str:
 
 
 def fret_of(out: Path, corpus: Path, init: str | Path, llm: Callable[..., fret.LLM], c: TrainConfig, count: int,
-            ) -> Path:
+            ) -> None:
     """The recipe's steps 3.2 on a user's own corpus: queries, seed/ and fret.jsonl in `out`, each once."""
     passages = read_passages(corpus)
     write_jsonl(out / "corpus.jsonl", passages)
@@ -1350,7 +1350,6 @@ def fret_of(out: Path, corpus: Path, init: str | Path, llm: Callable[..., fret.L
         first = load(out / "seed")
         fret.write_kept(out / "fret.jsonl", fret.mine(llm(passages, first), first, passages, queries, seed=c.seed),
                         len(queries), "mine")
-    return out
 
 
 def own_modules(out: Path, corpus: Sequence[dict[str, str]]) -> tuple[str, str]:
@@ -1401,7 +1400,7 @@ def training_cases(args: argparse.Namespace, c: TrainConfig, model: Gecko, mined
         lab.pairs = [r for r in builtin_pairs(lab.corpus, Sizes().pairs) if r["query"].strip()]
         lab.init = untrained(lab.corpus, lab.pairs)
     d = model.encoder.config.hidden_size
-    dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,))]
+    dims = [d // part for part in ((1, 3, 6, 12, 24) if args.table == "dims" else (1,)) if part <= d]
     return {row: functools.partial(case_scores, lab, case, title=row, dims=dims)
             for row, case in cases(args.table, lab).items()}
 

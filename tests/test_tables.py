@@ -162,6 +162,13 @@ def test_dims_are_cut_and_normalised_again(lab, monkeypatch):
     assert max(off for _, off in lengths) < 1e-5
 
 
+def test_no_cut_has_no_dimension(home, tmp_path):
+    """The table divides d by up to 24; a small model has fewer cuts."""
+    gecko.save(gecko.tiny(["the sine of x"], hidden_size=12), tmp_path / "small")
+    rows = ablate(home, tmp_path, "dims", "--init", tmp_path / "small", "--dims", "12")
+    assert [column.partition(" at ")[2] for column in rows[0]["scores"]] == ["", "4", "2", "1"]
+
+
 def test_rerank_rows_by_hand(home, monkeypatch):
     """A judge that knows the answer puts it first by QL; a relevance that is its reverse puts it last."""
     beir, first = train.read_beir(home), gecko.load(home / "model")
