@@ -240,6 +240,12 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
     return rows
 
 
+def beir_file(folder: str | Path, name: str) -> Path:
+    """A file of a BEIR folder; its .gz where that alone is there."""
+    path = Path(folder) / name
+    return next((p for p in (path, path.with_name(name + ".gz")) if p.is_file()), path)
+
+
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
     """BEIR relevance judgements, TSV with a header: {query id: {passage id: grade > 0}}.
 
@@ -388,14 +394,10 @@ def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "qu
     and unjudged (a false negative), so they should not be all there is.
     """
     for folder in folders:
-        def file(name: str, folder: str = folder) -> Path:
-            plain = Path(folder) / name
-            return plain if plain.is_file() else plain.with_name(name + ".gz")
-
-        corpus = {p["_id"]: p for p in read_passages(file("corpus.jsonl"))}
+        corpus = {p["_id"]: p for p in read_passages(beir_file(folder, "corpus.jsonl"))}
         qrels = read_qrels(Path(folder) / f"qrels/{split}.tsv")
         queries = {str(row.get("_id")): str(column(where, row, "text"))
-                   for where, row in read_jsonl(file("queries.jsonl")) if str(row.get("_id")) in qrels}
+                   for where, row in read_jsonl(beir_file(folder, "queries.jsonl")) if str(row.get("_id")) in qrels}
         near = mined(model, list(corpus.values()), queries, task, depth) if model else {}
         rng = np.random.default_rng(seed)
         for query, judged in qrels.items():

@@ -57,6 +57,7 @@ import llm as fret
 from data import (
     Record,
     batches,
+    beir_file,
     builtin_corpus,
     builtin_pairs,
     convert_classification,
@@ -806,13 +807,10 @@ class Beir:
 
 def read_beir(folder: str | Path, split: str = "test") -> Beir:
     """BEIR's layout: corpus.jsonl, queries.jsonl (either may be .gz), qrels/SPLIT.tsv."""
-    def existing(name: str) -> Path:
-        path = Path(folder) / name
-        return path if path.is_file() else path.with_name(name + ".gz")
-
-    corpus, qrels = read_passages(existing("corpus.jsonl")), read_qrels(Path(folder) / f"qrels/{split}.tsv")
+    corpus = read_passages(beir_file(folder, "corpus.jsonl"))
+    qrels = read_qrels(Path(folder) / f"qrels/{split}.tsv")
     queries: dict[str, str] = {}
-    for where, row in read_jsonl(existing("queries.jsonl")):
+    for where, row in read_jsonl(beir_file(folder, "queries.jsonl")):
         if str(row.get("_id")) in qrels:
             if not isinstance(row.get("text"), str) or not row["text"].strip():
                 raise InputError(f'{where}: no "text"; every query needs one')

@@ -7,6 +7,7 @@ gradient; a run that was killed and continued writes the bytes of one that was n
 """
 
 import functools
+import gzip
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ import random
 import signal
 import socket
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -599,6 +601,21 @@ def test_beir_mines_negatives_that_nobody_judged_relevant(tmp_path):
     save(small_model(0, 0.0), tmp_path / "model")
     out = converted(tmp_path, "beir", "--model", tmp_path / "model", "--depth", "5", tmp_path / "beir")
     assert len(out) == 12 and all(r["negative"]["text"] != r["positive"]["text"] for r in out)
+
+
+def test_a_beir_folder_may_be_packed(tmp_path):
+    """Its .gz files are read as the plain ones; a file that is not there at all is named without .gz."""
+    rows = records(12)
+    beir_folder(tmp_path / "beir", rows, "train")
+    plain = train.read_beir(tmp_path / "beir", "train"), list(data.convert_beir([tmp_path / "beir"], Counter()))
+    for path in (tmp_path / "beir").glob("*.jsonl"):
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    packed = train.read_beir(tmp_path / "beir", "train"), list(data.convert_beir([tmp_path / "beir"], Counter()))
+    assert packed == plain and len(plain[1]) == 12
+    for read in (train.read_beir, lambda folder: list(data.convert_beir([folder], Counter()))):
+        with pytest.raises(InputError, match="none/corpus.jsonl: no such file"):
+            read(tmp_path / "none")
 
 
 def test_beir_mines_no_query_that_stands_in_the_corpus(tmp_path):
