@@ -368,7 +368,7 @@ def has_bfloat16(device: torch.device) -> bool:
     """True where a bfloat16 product is faster than a float32 one."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return device.type == "cpu" and ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 def product(x: Tensor, w: Tensor, b: Tensor | None = None, then: str = "none", plus: Tensor | None = None,
@@ -570,12 +570,16 @@ def topk(
     return certified_topk(queries, passages, k, budget)[:2]
 
 
+@torch.no_grad()
 def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, k: int, budget: int = 0,
                    dtype: torch.dtype | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`topk`, and (Q) true where the first search was proven; `dtype` is its product's, else the fastest."""
     Q, P = len(queries), len(passages)
     if not 1 <= k <= P:
         raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")
+    if Q and queries.shape[1:] != passages.shape[1:]:
+        raise InputError(f"queries {tuple(queries.shape)} and passages {tuple(passages.shape)} are of other "
+                         "dimensions; encode both with one model and --dim")
     if not Q:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64), np.empty(0, bool)
     device = passages.device if isinstance(passages, Tensor) else torch.device(
@@ -621,21 +625,21 @@ def candidates(q: Tensor, passages: Tensor, m: int, dtype: torch.dtype, budget: 
         p_norm, p_off = torch.maximum(p_norm, norm.max()), torch.maximum(p_off, off.max())
         s = product(p, tiles)[:, :n]                                 # (columns, rows)
         row, column = above(s, floor) if b else (filled[:0], filled[:0])
-        count = torch.bincount(row, minlength=n)                     # (rows)
+        place, count = places(row, n)                                # (found), (rows)
         whole = not b or int((filled + count).max()) > room          # more than there is room for: sort the block
         if whole:
             v, i = s.T.topk(min(m, len(s)), dim=1)                   # (rows, <= m)
-            values, which = torch.cat([values, v], 1), torch.cat([which, i + b], 1)
+            values, which = torch.cat([values, v], 1), torch.cat([which, i + b], 1)   # (rows, <= room + m)
         else:
-            at = filled[row] + torch.arange(len(row), device=q.device) - (count.cumsum(0) - count)[row]
+            at = filled[row] + place                                 # (found)
             values[row, at], which[row, at] = s[column, row], column + b
-            filled = filled + count
+            filled = filled + count                                  # (rows)
         if whole or int(filled.sum()) > 3 * m * n // 2:              # keep the best m, and raise the floor
             values[:, :m], order = values.topk(m, dim=1)             # (rows, m)
             which[:, :m] = which.gather(1, order)                    # (rows, m)
             values, which = values[:, :room].contiguous(), which[:, :room].contiguous()
             values[:, m:] = -torch.inf
-            filled, floor = torch.full_like(filled, m), values[:, m - 1].clone()
+            filled, floor = torch.full_like(filled, m), values[:, m - 1].clone()   # (rows), (rows)
     best, order = values.topk(m, dim=1)                              # (rows, m)
     highest = best[:, -1].float() if m < P else values.new_full((n,), -torch.inf, dtype=torch.float32)
     return which.gather(1, order), highest + error_bound(q_norm, q_off, p_norm, p_off, highest, d, dtype)
@@ -660,7 +664,13 @@ def above(s: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     hit, i = (quarters.permute(2, 1, 0)[row, group] > floor[row]).nonzero(as_tuple=True)          # (quarters found)
     row, group = row[hit], group[hit]
     hit, j = (s.permute(3, 2, 1, 0)[row, group, i] > floor[row]).nonzero(as_tuple=True)           # (found)
-    return row[hit], (4 * j + i[hit]) * groups + group[hit]
+    return row[hit], (4 * j + i[hit]) * groups + group[hit]          # (found), (found)
+
+
+def places(row: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Of ascending row numbers: how many of its row stand before each, (found), and how many a row has, (n)."""
+    count = torch.bincount(row, minlength=n)                         # (n)
+    return torch.arange(len(row), device=row.device) - (count.cumsum(0) - count)[row], count
 
 
 def largest(x: Tensor) -> Tensor:
@@ -697,24 +707,23 @@ def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int
     Every passage whose float32 product comes within its own error of the floor is scored exactly.
     """
     n, d = q.shape
-    q, q_norm, q_off = lowered(q, torch.float32, "query")
+    q, q_norm, q_off = lowered(q, torch.float32, "query")            # (rows, d), (rows), (rows)
     columns = max(GROUP, min(16384, budget // (4 * n), budget // (64 * d)) // GROUP * GROUP)
-    row = index = torch.zeros(0, dtype=torch.long, device=q.device)
-    score = torch.zeros(0, device=q.device)
+    row = index = torch.zeros(0, dtype=torch.long, device=q.device)  # (kept) twice
+    score = torch.zeros(0, device=q.device)                          # (kept)
     for b in range(0, len(passages), columns):
         p, p_norm, p_off = lowered(block(passages, b, b + columns, q.device), torch.float32, "passage", b)
         error = error_bound(q_norm, q_off, p_norm.max(), p_off.max(), floor, d, torch.float32)   # (rows)
-        r, c = above(product(p, q), floor - 2 * error)               # (found)
-        s = torch.cat([score] + [inner(q[i], p[j]) for i, j in zip(r.split(4096), c.split(4096), strict=True)])
-        row, index = torch.cat([row, r]), torch.cat([index, c + b])
+        r, c = above(product(p, q), floor - 2 * error)               # (found) twice
+        score = torch.cat([score] + [inner(q[i], p[j]) for i, j in zip(r.split(4096), c.split(4096), strict=True)])
+        row, index = torch.cat([row, r]), torch.cat([index, c + b])  # (kept + found) twice
         order = index.argsort(stable=True)                           # by row, then score, then index
-        order = order[s[order].argsort(descending=True, stable=True)]
-        order = order[row[order].argsort(stable=True)]
-        row, index, score = row[order], index[order], s[order]
-        count = torch.bincount(row, minlength=n)                     # (rows)
-        rank = torch.arange(len(row), device=q.device) - (count.cumsum(0) - count)[row]
-        floor = floor.index_put((row[rank == k - 1],), score[rank == k - 1])
-        row, index, score = row[rank < k], index[rank < k], score[rank < k]
+        order = order[score[order].argsort(descending=True, stable=True)]
+        order = order[row[order].argsort(stable=True)]               # (kept + found)
+        row, index, score = row[order], index[order], score[order]
+        place, _ = places(row, n)                                    # (kept + found)
+        floor = floor.index_put((row[place == k - 1],), score[place == k - 1])   # (rows)
+        row, index, score = row[place < k], index[place < k], score[place < k]   # (kept) 3 times
     return score.view(n, k), index.view(n, k)
 
 
@@ -735,12 +744,12 @@ def lowered(x: Tensor, dtype: torch.dtype, name: str, first: int = 0) -> tuple[T
     low = x if dtype == x.dtype else torch.empty_like(x, dtype=dtype)          # (n, d)
     norm, off = x.new_empty(len(x)), x.new_zeros(len(x))             # (n) twice
     rows = 512 if x.device.type == "cpu" else 65536                  # on a CPU they stay in the cache
-    room = torch.empty_like(x[:rows])                                # (rows, d)
+    wide = torch.empty_like(x[:rows])                                # (rows, d)
     for a in range(0, len(x), rows):
         part = x[a:a + rows]                                         # (rows, d)
         torch.linalg.vector_norm(part, dim=1, out=norm[a:a + rows])
         if dtype != x.dtype:
-            lost = room[:len(part)].copy_(low[a:a + rows].copy_(part)).sub_(part)   # (rows, d)
+            lost = wide[:len(part)].copy_(low[a:a + rows].copy_(part)).sub_(part)    # (rows, d)
             torch.linalg.vector_norm(lost, dim=1, out=off[a:a + rows])
     if not bool((norm < 2.0 ** 60).all()):
         i = int((~(norm < 2.0 ** 60)).nonzero()[0])

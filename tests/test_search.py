@@ -144,6 +144,12 @@ def test_memory_map_read_only_and_float64_are_searched(tmp_path, recwarn):
     assert not recwarn.list
 
 
+def test_vectors_of_other_dimensions_are_refused_and_gradients_are_not_asked_for():
+    with pytest.raises(gecko.InputError, match=r"queries \(3, 4\) and passages \(5, 6\) are of other dimensions"):
+        gecko.topk(np.ones((3, 4), np.float32), np.ones((5, 6), np.float32), 1)
+    assert gecko.topk(torch.eye(3, requires_grad=True), torch.eye(3), 1)[1].tolist() == [[0], [1], [2]]
+
+
 def test_no_queries_have_no_neighbours():
     assert [x.shape for x in gecko.topk(np.empty((0, 3)), np.eye(3), 2)] == [(0, 2), (0, 2)]
 
