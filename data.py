@@ -89,7 +89,7 @@ def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str,
     def target(p: dict[str, str]) -> str:
         if row["symmetric"]:
             return format_query(p["text"], row["task"], formats)
-        return format_passage(p["text"], p.get("title", ""), formats)
+        return format_passage(p["text"], p.get("title") or "", formats)
 
     negative = target(row["negative"]) if row["negative"] else None
     return format_query(row["query"], row["task"], formats), target(row["positive"]), negative
@@ -229,11 +229,13 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
             p = row.get(key)
             if p is None and key == "negative":
                 continue
-            if not (isinstance(p, dict) and isinstance(p.get("title") or "", str)
+            if not (isinstance(p, dict) and isinstance(p.get("title"), str | None)
                     and isinstance(p.get("text"), str) and p["text"].strip()):
                 raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
         if row.get("negative") and row["negative"]["text"] == row["positive"]["text"]:
             raise InputError(f"{where}: positive and negative are the same text; remove the negative")
+        if not isinstance(row.get("kind"), str | None) or row.get("symmetric", False) not in (True, False):
+            raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; mend or drop it')
         if not candidates:
             row.pop("candidates", None)
         rows.append({"negative": None, "symmetric": False, **row})
@@ -824,6 +826,8 @@ def calls(corpus: Sequence[dict[str, str]]) -> Callable[[str], list[int]]:
 
 def check(path: str, model_dir: str | None, max_length: int | None) -> None:
     """Print what training will see of a file: texts as formatted, counts, doubtful rows."""
+    if max_length is not None and max_length < 1:
+        raise InputError(f"--max-length {max_length}: give 1 or more")
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]

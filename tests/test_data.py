@@ -104,13 +104,29 @@ def test_records_round_trip(tmp_path, ending):
     (json.dumps({**GOOD, "positive": {"title": "x"}}), r':2: "positive" has no text'),
     (json.dumps({**GOOD, "positive": {"text": 5}}), r':2: "positive" has no text'),
     (json.dumps({**GOOD, "negative": {"text": "n", "title": 5}}), r':2: "negative" has no text'),
+    (json.dumps({**GOOD, "positive": {"text": "p", "title": 0}}), r':2: "positive" has no text'),
     (json.dumps({**GOOD, "negative": {"text": "p"}}), r":2: positive and negative are the same"),
+    (json.dumps({**GOOD, "kind": 3}), r':2: "kind" is no text'),
+    (json.dumps({**GOOD, "symmetric": "no"}), r':2: .*"symmetric" neither true nor false'),
+    (json.dumps({**GOOD, "symmetric": None}), r':2: .*"symmetric" neither true nor false'),
 ])
 def test_a_wrong_row_names_file_and_line(tmp_path, line, message):
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(InputError, match=str(path) + message):
         data.read_records(path)
+
+
+def test_no_title_may_be_written_as_null(tmp_path, capsys):
+    data.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "positive": {"title": None, "text": "p"}, "kind": None}])
+    data.check(str(tmp_path / "r.jsonl"), None, None)
+    assert "first positive: title: none | text: p" in capsys.readouterr().out
+
+
+def test_a_length_of_nothing_is_one_line():
+    for length in (0, -1):
+        with pytest.raises(InputError, match=f"--max-length {length}: give 1 or more"):
+            data.check("r.jsonl", None, length)
 
 
 def test_candidates_are_left_out_where_no_one_needs_them(tmp_path):
