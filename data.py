@@ -331,7 +331,7 @@ def convert_nli(paths: Sequence[str], left_out: Counter[str], task: str = "seman
             other = str(column(where, row, "sentence2", "hypothesis")).strip()
             found.setdefault(premise, {}).setdefault(label, []).append(other)
     for premise, by_label in found.items():
-        against = by_label.get("contradiction", [])
+        against = [text for text in by_label.get("contradiction", []) if text != premise]
         for n, entailed in enumerate(dict.fromkeys(by_label.get("entailment", []))):
             negative = against[n % len(against)] if against else None
             if entailed == premise or entailed == negative:
@@ -442,7 +442,7 @@ def convert_pairs(paths: Sequence[str], left_out: Counter[str], task: str = "sea
             if "sentence2" in row and str(row.get("label", 1)) in ("0", "0.0"):
                 left_out["pairs that are labelled as different"] += 1
                 continue
-            for n, positive in enumerate(sides(found)):
+            for n, positive in enumerate(sides(found if found != [] else "")):
                 negative = against[n % len(against)] if against else None
                 texts = [query, positive["text"], *([negative["text"]] if negative else [])]
                 if not positive["text"] or len(set(texts)) < len(texts):

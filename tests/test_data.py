@@ -7,6 +7,7 @@ format; every row of a set is drawn once an epoch; the corpus has names and text
 import gzip
 import json
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -155,6 +156,19 @@ def test_nothing_is_written_where_no_record_can_be_made(tmp_path, monkeypatch, c
     with pytest.raises(InputError, match="no record could be made of"):
         data.main()
     assert out.read_text() == "before" and "1 rows without a gold label" in capsys.readouterr().out
+
+
+def test_no_row_vanishes_and_no_text_is_its_own_negative(tmp_path):
+    """A list of no positives is counted as left out; a premise is never what contradicts it."""
+    left_out = Counter()
+    rows = [{"query": "q", "pos": [], "neg": ["n"]}, {"query": "q", "pos": ["p"], "neg": ["n"]}]
+    data.write_jsonl(tmp_path / "p.jsonl", rows)
+    assert [r["positive"]["text"] for r in data.convert_pairs([str(tmp_path / "p.jsonl")], left_out)] == ["p"]
+    assert left_out == {"pairs of a text with itself or nothing": 1}
+    data.write_jsonl(tmp_path / "n.jsonl", [{"premise": "a", "hypothesis": other, "label": label}
+                                            for other, label in (("b", 0), ("a", 2), ("c", 2))])
+    row, = data.convert_nli([str(tmp_path / "n.jsonl")], left_out)
+    assert row["negative"]["text"] == "c"
 
 
 def test_tables_of_spreadsheets_and_broken_archives(tmp_path):
