@@ -242,6 +242,14 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
     return rows
 
 
+def check_output(path: str, *inputs: str) -> None:
+    """InputError where a folder or an input stands under an output's name, before anything is read or paid."""
+    if Path(path).is_dir():
+        raise InputError(f"{path or '.'}: a folder stands there; name a file")
+    if Path(path).resolve() in [Path(name).resolve() for name in inputs]:
+        raise InputError(f"{path}: it is an input too; name another file")
+
+
 def beir_file(folder: str | Path, name: str) -> Path:
     """A file of a BEIR folder; its .gz where that alone is there."""
     path = Path(folder) / name
@@ -457,6 +465,7 @@ CONVERTERS = {"nli": convert_nli, "classification": convert_classification, "bei
 
 def convert(args: argparse.Namespace) -> None:
     """One converter, its counts, and the next command."""
+    check_output(args.output, *args.inputs)
     if args.seed < 0:
         raise InputError(f"--seed {args.seed}: give 0 or more")
     left_out: Counter[str] = Counter()
@@ -871,6 +880,7 @@ def main() -> None:
     if args.command == "convert":
         convert(args)
     elif args.command == "corpus":
+        check_output(args.output)
         print(f"wrote {args.output}: {write_jsonl(args.output, builtin_corpus())} passages")
     else:
         check(args.file, args.model, args.max_length)

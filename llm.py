@@ -52,7 +52,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Record, record, sentences, side, spoken
+from data import Record, check_output, record, sentences, side, spoken
 from gecko import (
     Gecko,
     InputError,
@@ -1390,7 +1390,9 @@ def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) ->
 
 
 def show_command(args: argparse.Namespace) -> None:
-    beside_it = Path(args.fret).with_name("corpus.jsonl")
+    if args.html:
+        check_output(args.html, args.fret)
+    beside_it = Path(args.fret).parent / "corpus.jsonl"
     corpus = read_passages(args.corpus or beside_it) if args.corpus or beside_it.is_file() else []
     limit = args.limit or (10_000 if args.html else 5)
     rows: list[Record] = []
@@ -1576,6 +1578,9 @@ def write_kept(path: str | Path, rows: Iterator[Record], total: int, what: str) 
 
 
 def generate_command(args: argparse.Namespace) -> None:
+    check_output(args.queries, args.corpus, args.cache)
+    if args.cache:
+        check_output(args.cache, args.corpus)
     o, corpus = options(args), read_passages(args.corpus)
     limit = args.limit or len(corpus)
     if limit < 1:
@@ -1594,6 +1599,9 @@ def generate_command(args: argparse.Namespace) -> None:
 
 
 def mine_command(args: argparse.Namespace) -> None:
+    check_output(args.fret, args.corpus, args.queries, args.cache)
+    if args.cache:
+        check_output(args.cache, args.corpus, args.queries)
     o, corpus = options(args), read_passages(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):

@@ -209,6 +209,29 @@ def test_a_wrong_file_is_refused_and_stays(words, message, project, tmp_path, mo
     assert corpus.read_bytes() == before and list(tmp_path.iterdir()) == [corpus]
 
 
+INPUT, FOLDER = "it is an input too; name another file", ".: a folder stands there; name a file"
+
+
+@pytest.mark.parametrize("words, message", [
+    ("data.py corpus .", FOLDER), ("llm.py generate OUT/c.jsonl .", FOLDER),
+    ("data.py convert pairs OUT/c.jsonl OUT/c.jsonl", f"c.jsonl: {INPUT}"),
+    ("llm.py generate OUT/c.jsonl OUT/c.jsonl", f"c.jsonl: {INPUT}"),
+    ("llm.py generate OUT/c.jsonl OUT/q.jsonl --cache OUT/c.jsonl", f"c.jsonl: {INPUT}"),
+    ("llm.py generate OUT/c.jsonl OUT/q.jsonl --cache OUT/q.jsonl", f"q.jsonl: {INPUT}"),
+    ("llm.py mine OUT/c.jsonl OUT/q.jsonl OUT/q.jsonl --model-dir IN", f"q.jsonl: {INPUT}"),
+    ("llm.py mine OUT/c.jsonl OUT/q.jsonl OUT/f.jsonl --model-dir IN --cache OUT/q.jsonl", f"q.jsonl: {INPUT}"),
+    ("llm.py show OUT/c.jsonl --html OUT/c.jsonl", f"c.jsonl: {INPUT}"),
+    ("llm.py show .", ".: no such file; check the path")])
+def test_an_output_that_is_an_input_or_a_folder_is_refused_at_once(words, message, project, tmp_path, monkeypatch,
+                                                                  capsys):
+    """What was paid for is not written over, nor a folder met when all is done."""
+    gecko.write_jsonl(tmp_path / "c.jsonl", [{"_id": "1", "query": "q", "text": "red"}])
+    before = (tmp_path / "c.jsonl").read_bytes()
+    code, said = run(words, project, tmp_path, monkeypatch, capsys)
+    assert code == 2 and said.startswith("error: ") and said.endswith(message)
+    assert (tmp_path / "c.jsonl").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("output, code, last", [
     ("closed", 0, "passages: 100%"),
     ("full", 2, "error: [Errno 28] No space left on device; free some space, then run the same command again")])
