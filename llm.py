@@ -444,7 +444,7 @@ class Offline:
         collection: Counter[str] = Counter()
         for counts in self.counts.values():
             collection.update(counts)
-        self.collection, self.total = collection, sum(collection.values())
+        self.collection, self.total = collection, max(1, sum(collection.values()))
         self.vectors: dict[str, np.ndarray] = {}
         self.paraphrased: dict[str, set[str]] = {}                   # everyday word -> words it says
         for word, others in thesaurus().items():
@@ -656,7 +656,8 @@ class Server:
                  send_key: bool) -> None:
         self.parts = address(url)
         self.root = self.parts.path.rstrip("/").removesuffix("/v1")
-        self.threads, self.timeout, self.backoff, self.spent = threads, timeout, backoff, spent
+        self.threads, self.backoff, self.spent = threads, backoff, spent
+        self.timeout = min(timeout, 1e6)                             # no socket takes inf
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() if send_key else ""
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
@@ -1202,8 +1203,9 @@ def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> Abilit
         served = e.server.call("/v1/models", None, lambda answer: [m["id"] for m in answer["data"]])
         e.model = e.model or next(iter(served), "")
     except (CallFailed, LLMError) as error:
-        # a server may have no such list; one that is not there, or refuses the key, is asked no more
-        if not re.match("HTTP 40[045]|a malformed", str(error)):
+        # a server may have no such list, a limit is met again; one that is not there, or refuses the key, is
+        # asked no more
+        if not re.match("HTTP 40[045]|a malformed|stopped at", str(error)):
             raise LLMError(f"{e.name} does not answer: {error}") from error
     probes: dict[str, Callable[[Endpoint], tuple[Way | None, str]]] = {
         "generate": probe_generate, "rc": probe_relevance,
@@ -1302,7 +1304,7 @@ def probe_relevance(e: Endpoint) -> tuple[Way | None, str]:
 def read_fret(path: str | Path) -> Iterator[Record]:
     """The rows that `mine` wrote, with all that `show` needs."""
     def number(x: Any) -> bool:
-        return isinstance(x, (int, float)) and -math.inf < x < math.inf
+        return isinstance(x, (int, float)) and abs(x) < 1e300
 
     for where, row in read_jsonl(path, strict=False):
         cands, sides = row.get("candidates"), [row.get("positive"), row.get("negative") or {"text": ""}]
@@ -1392,6 +1394,8 @@ def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) ->
 def show_command(args: argparse.Namespace) -> None:
     if args.html:
         check_output(args.html, args.fret)
+    if args.limit < 0:
+        raise InputError(f"--limit {args.limit}: give 0 or more")
     beside_it = Path(args.fret).parent / "corpus.jsonl"
     corpus = read_passages(args.corpus or beside_it) if args.corpus or beside_it.is_file() else []
     limit = args.limit or (10_000 if args.html else 5)

@@ -212,6 +212,13 @@ def test_offline_query_likelihood_is_the_dirichlet_sum():
     assert scores.index(max(scores)) == 2
 
 
+def test_offline_has_no_word_of_other_alphabets_and_says_so():
+    """A corpus without one a-z or digit gives equal scores, which `mine` refuses, and no division by zero."""
+    judge = llm.Offline([{"_id": "1", "title": "", "text": "茶在热水里。"}])
+    assert judge.query_likelihood([("茶", {"_id": "1"})]) == [0.0]
+    assert math.isfinite(judge.query_likelihood([("tea", {"_id": "1"})])[0])
+
+
 def test_offline_relevance_is_the_embedders_cosine(embedder):
     judge = llm.Offline(CORPUS, embedder)
     got = judge.relevance([("sort the list", p) for p in CORPUS])

@@ -81,11 +81,17 @@ def test_text_of_a_hostile_record_controls_no_terminal(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("broken", [{"candidates": None}, {"candidates": [{"id": "a"}]}, {"query": 3},
                                     {"positive": "text"}, {"candidates": []},
-                                    {"candidates": [{"id": "a", "ql": 0, "rc": 0, "R": float("nan")}]}])
+                                    {"candidates": [{"id": "a", "ql": 0, "rc": 0, "R": float("nan")}]},
+                                    {"candidates": [{"id": "a", "ql": 0, "rc": 0, "R": 10 ** 400}]}])
 def test_a_file_of_another_kind_is_one_line(tmp_path, monkeypatch, broken):
     path = write(tmp_path / "fret.jsonl", [row(0), {**row(1), **broken}])
     with pytest.raises(gecko.InputError, match=f"{path}:2: no record with candidates; give a file"):
         show(monkeypatch, path)
+
+
+def test_a_limit_below_nothing_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(gecko.InputError, match="--limit -1: give 0 or more"):
+        show(monkeypatch, write(tmp_path / "fret.jsonl", [row(0)]), "--limit", "-1")
 
 
 # --------------------------------------------------------------------------------------------------
