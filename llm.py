@@ -1442,15 +1442,13 @@ class Options:
     max_tokens_total: int = flag(0, "stop when prompts and answers have so many; 0 for no limit")
     price: float = flag(0.0, "of a million tokens, to show costs")
 
-
-def options(args: argparse.Namespace) -> Options:
-    """The flags; one below what makes sense is an error."""
-    o: Options = from_flags(Options, args)
-    least_of = {"threads": 1, "timeout": 0.001, "seed": 0, "max_requests": 0, "max_tokens_total": 0}
-    for name, least in least_of.items():
-        if not getattr(o, name) >= least:                            # nan neither
-            raise InputError(f"--{name.replace('_', '-')} {getattr(o, name)}: give {least} or more")
-    return o
+    def __post_init__(self) -> None:
+        if self.llm != "offline":
+            address(self.llm)                                        # before anybody shows it: it may hold a key
+        least_of = {"threads": 1, "timeout": 0.001, "seed": 0, "max_requests": 0, "max_tokens_total": 0}
+        for name, least in least_of.items():
+            if not getattr(self, name) >= least:                     # nan neither
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
 
 
 def endpoint(o: Options, output: str, score: str = "label", scorer_llm: str = "",
@@ -1585,8 +1583,8 @@ def generate_command(args: argparse.Namespace) -> None:
     check_output(args.queries, args.corpus, args.cache)
     if args.cache:
         check_output(args.cache, args.corpus)
-    o, corpus = options(args), read_passages(args.corpus)
-    limit = args.limit or len(corpus)
+    o, corpus = from_flags(Options, args), read_passages(args.corpus)
+    limit = len(corpus) if args.limit is None else args.limit
     if limit < 1:
         raise InputError(f"--limit {limit}: give 1 or more")
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
@@ -1606,7 +1604,7 @@ def mine_command(args: argparse.Namespace) -> None:
     check_output(args.fret, args.corpus, args.queries, args.cache)
     if args.cache:
         check_output(args.cache, args.corpus, args.queries)
-    o, corpus = options(args), read_passages(args.corpus)
+    o, corpus = from_flags(Options, args), read_passages(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")

@@ -709,12 +709,33 @@ def test_dry_run_counts_what_a_run_sends(score, undisturbed, work, tmp_path, mon
 
 
 @pytest.mark.parametrize("flag", ["--threads 0", "--threads -1", "--timeout 0", "--timeout nan", "--seed -1",
-                                  "--limit -1", "--max-requests -1"])
+                                  "--limit -1", "--limit 0", "--max-requests -1"])
 def test_a_flag_out_of_its_range_is_one_line(flag, work, tmp_path, monkeypatch):
     for dry in ([], ["--dry-run"]):
         with pytest.raises(gecko.InputError, match=f"{flag}.*: give .* or more"):
             main(monkeypatch, ["generate", f"{work}/corpus.jsonl", f"{tmp_path}/q.jsonl", "--llm", "http://h/v1",
                                *flag.split(), *dry])
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_a_key_in_the_url_is_not_shown(dry, work, tmp_path, monkeypatch, capsys):
+    """The flags are printed before anything is sent: such a URL is refused before that."""
+    with pytest.raises(gecko.InputError, match="a key goes in OPENAI_API_KEY") as error:
+        main(monkeypatch, ["generate", f"{work}/corpus.jsonl", f"{tmp_path}/q.jsonl", "--llm",
+                           "http://me:secret@h/v1", *dry])
+    assert "secret" not in "".join(capsys.readouterr()) + str(error.value)
+    with pytest.raises(gecko.InputError):
+        llm.Options(llm="http://h/v1?key=secret")                    # as train.py's ablate makes them
+
+
+def test_a_timeout_without_end_is_taken():
+    with FakeServer("vllm") as server:
+        assert None not in endpoint(server, timeout=math.inf).query_likelihood([("q", passage(1))])
+
+
+def test_a_limit_that_a_probe_meets_is_not_said_to_be_the_servers_silence():
+    with FakeServer("vllm") as server, pytest.raises(LLMError, match="^stopped at --max-requests 1: "):
+        endpoint(server, spent=Spent(max_requests=1, requests=1)).query_likelihood([("q", passage(1))])
 
 
 def test_scores_all_equal_write_nothing(undisturbed, work, tmp_path, monkeypatch):
