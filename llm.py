@@ -38,7 +38,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -576,7 +576,7 @@ class CallFailed(Exception):
 
 
 class Again(Exception):
-    """(reason, wait): one exchange failed in a way that may pass; wait: the server's own seconds, or None."""
+    """(reason, seconds): one exchange failed in a way that may pass; seconds to wait: the server's, or None."""
 
 
 @dataclass
@@ -670,6 +670,8 @@ class Server:
 
     def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         """work(item) for all items, `threads` at a time; after an exception nothing more is sent."""
+        self.drop()                                                  # this thread's: it waits from here on
+        self.halt.clear()
         turn, workers = itertools.count(), max(1, min(self.threads, len(items)))
 
         def worker() -> None:
@@ -679,23 +681,21 @@ class Server:
             except BaseException:
                 self.halt.set()
                 raise
+            finally:
+                self.drop()
 
-        try:
-            with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(workers) as pool:
+            try:
                 futures = [pool.submit(worker) for _ in range(workers)]
-                try:
-                    for future in futures:
-                        future.result()
-                except KeyboardInterrupt:
-                    self.halt.set()
-                    for connection in list(self.connections.values()):  # do not wait for slow answers
-                        with contextlib.suppress(OSError, AttributeError):
-                            connection.sock.shutdown(socket.SHUT_RDWR)
-                    raise
-        finally:
-            self.halt.clear()
-            while self.connections:
-                self.connections.popitem()[1].close()
+                wait(futures)
+            except KeyboardInterrupt:
+                self.halt.set()
+                for connection in list(self.connections.values()):   # do not wait for slow answers
+                    with contextlib.suppress(OSError, AttributeError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+                raise
+        for future in futures:
+            future.result()
 
     def call(self, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any],
              tries: int = 0) -> Any:
@@ -708,12 +708,12 @@ class Server:
             except LLMError:
                 raise
             except Again as error:
-                reason, wait = error.args
-                if wait is not None:                                 # all threads heed it
-                    if wait > LONGEST_WAIT:
-                        raise LLMError(f"{reason}; it asks to wait {wait:.0f} s: run the same "
+                reason, seconds = error.args
+                if seconds is not None:                              # all threads heed it
+                    if seconds > LONGEST_WAIT:
+                        raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same "
                                        "command again later") from error
-                    self.resume_at = max(self.resume_at, time.monotonic() + wait)
+                    self.resume_at = max(self.resume_at, time.monotonic() + seconds)
                     pause = 0.0
             except (OSError, http.client.HTTPException) as error:
                 reason = f"no answer ({type(error).__name__}: {error})"
@@ -725,7 +725,7 @@ class Server:
 
     def once(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """One exchange: the decoded reply, or an exception that says what its status means."""
-        while (wait := self.resume_at - time.monotonic()) > 0 and not self.halt.wait(wait):
+        while (left := self.resume_at - time.monotonic()) > 0 and not self.halt.wait(left):
             pass
         if self.halt.is_set():
             raise CallFailed("the run was stopped")

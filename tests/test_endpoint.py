@@ -16,6 +16,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -500,6 +501,29 @@ def test_nothing_more_is_sent_once_a_run_has_stopped(monkeypatch):
         with pytest.raises(LLMError, match="HTTP 401"):
             e.query_likelihood(pairs)
         assert len(server.bodies) == 2
+
+
+def test_ctrl_c_while_a_stopped_run_waits_for_its_last_answers(monkeypatch):
+    """It ends at once, and the threads do not take up the rest of the work behind its back."""
+    with FakeServer("llama-cpp-python") as server:
+        e = endpoint(server, threads=4)
+        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        good = server.answer
+
+        def answer(path, body):
+            first = body["prompt"].endswith("query 0")
+            time.sleep(0.1 if first else 2.0)
+            return (401, {"error": "no"}) if first else good(path, body)
+
+        monkeypatch.setattr(server, "answer", answer)
+        ctrl_c = threading.Timer(0.6, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        ctrl_c.start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            e.query_likelihood([(f"query {i}", passage(i)) for i in range(100)])
+        assert time.monotonic() - start < 1.8
+        time.sleep(2.2)
+        assert len(server.bodies) <= 4
 
 
 def test_connections_are_kept(monkeypatch):
