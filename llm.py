@@ -707,6 +707,8 @@ class Server:
                 return read(self.once(path, body))
             except LLMError:
                 raise
+            except CallFailed as error:                              # a reader's, who may cite the reply
+                raise CallFailed(self.quoted(str(error))) from error
             except Again as error:
                 reason, seconds = error.args
                 if seconds is not None:                              # all threads heed it
@@ -810,8 +812,9 @@ def address(url: str) -> SplitResult:
     """The parts of an endpoint's URL; InputError, without the URL, which may hold a key."""
     try:
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:                                               # a port that is no number
+        good = all((parts.scheme in ("http", "https"), (parts.hostname or "").encode("idna"), parts.port != 0,
+                    re.fullmatch("[!-~]*", parts.path)))
+    except ValueError:                                               # a port or a host that can be none
         good = False
     if not good or parts.query or "@" in url:
         raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in "

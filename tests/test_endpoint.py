@@ -538,7 +538,8 @@ def test_connections_are_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["ftp://h/v1", "http://", "h:80", "http://user:secret@h/v1", "http://h/v1?key=x",
-                                 "http://h:abc/v1", "http://h:99999/v1", "http://[::1/v1"])
+                                 "http://h:abc/v1", "http://h:99999/v1", "http://[::1/v1", "http://a..b/v1",
+                                 "http://h/\u00e9/v1"])
 def test_bad_urls_are_refused_without_repeating_them(url):
     with pytest.raises(gecko.InputError, match="OPENAI_API_KEY") as error:
         Endpoint(url)
@@ -819,9 +820,12 @@ def test_a_servers_words_are_cut_without_the_key_or_terminal_controls(monkeypatc
         for n in range(40, 220):
             words = "x" * n + "\x1b[2Jsk-do-not-show-me"
             quoting = echoed(["<s>", "a", ":", " b", "!"], [None, -1.0, -2.0, words, -0.5], "a: b")
-            for reply in ((200, quoting), (400, words.encode())):
+            cut = {"choices": [{"message": {"content": ""}, "finish_reason": words}]}
+            for reply in ((200, quoting), (400, words.encode()), (200, cut)):
                 monkeypatch.setattr(server, "answer", lambda *_, reply=reply: reply)
                 with pytest.raises(CallFailed) as error:
+                    if reply[1] is cut:
+                        e.server.call("/v1/chat/completions", {"model": "m"}, llm.said)
                     e.echo([("a:", " b")])
                 shown = str(error.value)
                 assert "sk" not in shown and "\x1b" not in shown and len(shown) < 250
