@@ -907,17 +907,6 @@ TOPS = (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20})
         ("completions", {"logprobs": 5}))
 
 
-@dataclass
-class Abilities:
-    """What an endpoint can do, by which way, and the numbers that show it."""
-
-    generate: Way | None = None
-    ql: Way | None = None
-    rc: Way | None = None
-    group: int = 1                                                   # prompts a request, for scores
-    evidence: dict[str, str] = field(default_factory=dict)
-
-
 class Endpoint:
     """Any server that speaks OpenAI's API. `scorer`: another one, for query likelihood alone."""
 
@@ -929,7 +918,8 @@ class Endpoint:
         self.spent = spent or Spent()
         self.server = Server(url, threads, timeout, backoff, self.spent, send_key)
         self.cache: Cache = scorer.cache if scorer else Cache(cache)
-        self.can = Abilities()
+        self.can: dict[str, tuple[Way | None, str]] = {}             # generate, ql, rc: the way, the evidence
+        self.group = 1                                               # prompts a request, for scores
         self.drawn: Counter[str] = Counter()
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
@@ -964,7 +954,7 @@ class Endpoint:
         call = self.echo if way[0] == "echo" else self.forced
         path = "/v1/completions" if way[0] == "echo" else "/completion"
         return self.all(prompts, lambda item: (path, self.echo_body("".join(item)), item[1]), call,
-                        self.can.group if way[0] == "echo" else 1)
+                        self.group if way[0] == "echo" else 1)
 
     def each(self, items: Sequence[Any], request: Callable[[Any], tuple[str, Any]],
              read: Callable[[dict[str, Any]], Any]) -> list[Any]:
@@ -1186,22 +1176,22 @@ ASKS = ("how is black tea made", "what is a bicycle")
 
 def able(e: Endpoint, what: str) -> Way:
     """The way in which the endpoint does `what`; LLMError, with the evidence, where it cannot."""
-    if what not in e.can.evidence:
+    if what not in e.can:
         probe(e, (what,))
-        say(**{what: e.can.evidence[what]})
-    way = getattr(e.can, what)
+        say(**{what: e.can[what][1]})
+    way, evidence = e.can[what]
     if way is None:
         need = {"ql": "Query likelihood needs echo with logprobs (vLLM, SGLang, llama-cpp-python) or "
                 "llama-server. Use --rank rc to rank by relevance alone, or --scorer-llm for another",
                 "rc": "Relevance needs echo, llama-server or top_logprobs, and a model that does not think "
                 "first: turn thinking off at the server, or take another model",
                 "generate": "Is there a model behind it, and does it answer without thinking first?"}[what]
-        raise LLMError(f"{e.name} (model {e.model}) cannot do {what}: {e.can.evidence[what]}. {need}")
+        raise LLMError(f"{e.name} (model {e.model}) cannot do {what}: {evidence}. {need}")
     return way
 
 
-def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> Abilities:
-    """Ask for each of `what` once or twice; the evidence is what came back."""
+def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> None:
+    """Ask for each of `what`, one way after another, until one works; the evidence is what came back."""
     try:
         served = e.server.call("/v1/models", None, lambda answer: [m["id"] for m in answer["data"]])
         e.model = e.model or next(iter(served), "")
@@ -1210,13 +1200,9 @@ def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> Abilit
         # asked no more
         if not re.match("HTTP 40[045]|a malformed|stopped at", str(error)):
             raise LLMError(f"{e.name} does not answer: {error}") from error
-    probes: dict[str, Callable[[Endpoint], tuple[Way | None, str]]] = {
-        "generate": probe_generate, "rc": probe_relevance,
-        "ql": lambda e: probe_scores(e, [ql_prompt(q, TEA) for q in ASKS])}
     for name in what:
-        way, e.can.evidence[name] = probes[name](e)
-        setattr(e.can, name, way)
-    return e.can
+        e.can[name] = (probe_generate(e) if name == "generate" else probe_relevance(e) if name == "rc"
+                       else probe_scores(e, [ql_prompt(q, TEA) for q in ASKS]))
 
 
 def tried(ways: Sequence[Way], attempt: Callable[[Way], tuple[bool, str]]) -> tuple[Way | None, str]:
@@ -1266,13 +1252,12 @@ def probe_scores(e: Endpoint, prompts: Sequence[tuple[str, str]]) -> tuple[Way |
         (a, n), (b, m) = (call([prompt])[0] for prompt in prompts)
         evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
         if way[0] == "echo":
-            try:
+            e.group = 1
+            with contextlib.suppress(CallFailed, LLMError):
                 both = e.echo(prompts, tries=1)
-                e.can.group = 16 if all(math.isclose(x[0], y, rel_tol=1e-3)
-                                        for x, y in zip(both, (a, b), strict=True)) else 1
-            except (CallFailed, LLMError):
-                e.can.group = 1
-            evidence += f"; {e.can.group} prompts a request"
+                if all(math.isclose(x, y, rel_tol=1e-3) for (x, _), y in zip(both, (a, b), strict=True)):
+                    e.group = 16
+            evidence += f"; {e.group} prompts a request"
         return not math.isclose(a / n, b / m), evidence              # not the same for every token
 
     return tried((("echo", {}), ("forced", {})), attempt)
@@ -1520,14 +1505,14 @@ def estimate_mine(corpus: Sequence[Passage], queries: Sequence[Record], N: int, 
 
 def probe_command(args: argparse.Namespace) -> None:
     e, start = Endpoint(args.llm, args.model), time.monotonic()
-    can = probe(e)
+    probe(e)
     print(f"{e.name} (model {e.model})")
-    for name in ("generate", "ql", "rc"):
-        print(f"  {name:9s} {'yes' if getattr(can, name) else 'NO '}  {can.evidence[name]}")
+    for name, (way, evidence) in e.can.items():
+        print(f"  {name:9s} {'yes' if way else 'NO '}  {evidence}")
     print(f"  {e.spent.requests} requests, {time.monotonic() - start:.1f} s")
-    if not can.generate or not can.rc:
+    if not e.can["generate"][0] or not e.can["rc"][0]:
         raise LLMError("this endpoint cannot make FRet: it needs generate and rc")
-    rank = "" if can.ql else " --rank rc"
+    rank = "" if e.can["ql"][0] else " --rank rc"
     print(f"next: python llm.py generate CORPUS QUERIES --llm {e.name}; then mine with the same{rank}")
 
 

@@ -54,7 +54,7 @@ def rss() -> float:
 
 def calls(e: llm.Endpoint, first: int, count: int) -> None:
     """QL for one query and `count` passages, each asked for the first time."""
-    e.can = llm.Abilities(ql=("echo", {}), evidence={"ql": ""})
+    e.can = {"ql": (("echo", {}), "")}
     got = e.query_likelihood([("what is tea", {"title": "", "text": f"Tea number {n:09d} is a drink."})
                               for n in range(first, first + count)])
     assert None not in got and len(got) == count

@@ -63,7 +63,7 @@ def test_ql_is_the_sum_over_the_query_alone(kind, text):
     with FakeServer(kind) as server:
         e = endpoint(server)
         got = e.query_likelihood([(text, p), ("other", p)])
-        assert e.can.ql == (FORCED if kind == "llama-server" else ECHO)
+        assert e.can["ql"][0] == (FORCED if kind == "llama-server" else ECHO)
     assert got[0] == pytest.approx(by_hand(*ql_prompt(text, p)), abs=1e-9)
     assert got[1] == pytest.approx(by_hand(*ql_prompt("other", p)), abs=1e-9)
 
@@ -213,7 +213,7 @@ def test_rc_by_top_tokens_adds_variants(kind, score):
     with FakeServer(kind) as server:
         e = endpoint(server, score=score)
         got = e.relevance(pairs)
-    assert e.can.rc == llm.CHATS[{"openai": 0, "thinking": 1, "reasoning": 3}[kind]]
+    assert e.can["rc"][0] == llm.CHATS[{"openai": 0, "thinking": 1, "reasoning": 3}[kind]]
     for (q, p), value in zip(pairs, got, strict=True):
         top = {t: math.exp(v) for t, v in fake_server.relevance_top(rc_prompt(q, p))}
         high, some, no = top[" High"] + top["Highly"], top[" Some"], top[" Not"]
@@ -229,7 +229,7 @@ def test_fewer_top_tokens_are_asked_for_where_twenty_are_refused(monkeypatch):
             (400, {"error": "at most 5"}) if body.get("top_logprobs", 0) > 5 else chat(body)))
         e = endpoint(server)
         assert e.relevance([("is tea mild", passage(1))])[0] < 0
-    assert e.can.rc == ("chat", {"top_logprobs": 5})
+    assert e.can["rc"][0] == ("chat", {"top_logprobs": 5})
 
 
 def test_labels_outside_the_top_are_bounded_counted_and_warned_of():
@@ -281,16 +281,17 @@ def test_probe_says_what_works_with_numbers(kind, generate, ql, rc, monkeypatch,
         monkeypatch.setattr(sys, "argv", ["llm.py", "probe", "--llm", server.url])
         llm.main()
         e = endpoint(server)
-        can = llm.probe(e)
+        llm.probe(e)
         assert e.spent.requests <= 40                      # seconds, also where an error is a 500
-    assert [way and way[0] for way in (can.generate, can.ql, can.rc)] == [generate, ql, rc]
+    assert {name: way and way[0] for name, (way, _) in e.can.items()} == {
+        "generate": generate, "ql": ql, "rc": rc}
     out = capsys.readouterr().out
     for name in ("generate", "ql", "rc"):
-        assert can.evidence[name] in out
+        assert e.can[name][1] in out
     if ql:
-        assert re.search(r": -\d+\.\d\d over \d+ tokens, -\d+\.\d\d over \d+", can.evidence["ql"])
+        assert re.search(r": -\d+\.\d\d over \d+ tokens, -\d+\.\d\d over \d+", e.can["ql"][1])
     if kind == "thinking":
-        assert "enable_thinking" in can.evidence["rc"]
+        assert "enable_thinking" in e.can["rc"][1]
 
 
 def test_no_likelihood_is_said_with_the_way_out():
@@ -369,7 +370,7 @@ def test_failed_calls_are_none_and_counted(monkeypatch):
     with FakeServer("vllm") as server:
         e = endpoint(server, threads=4)
         llm.probe(e)
-        e.can.group, server.faults = 1, 0.2
+        e.group, server.faults = 1, 0.2
         pairs = [(f"query {i}", passage(i)) for i in range(300)]
         got = e.query_likelihood(pairs)
     lost = sum(server.spoiled.values()) - server.spoiled.get("slow", 0)
@@ -385,7 +386,7 @@ def test_what_cannot_pass_is_not_tried_again(status, monkeypatch):
     with FakeServer("vllm") as server:
         e = endpoint(server, threads=1)
         llm.probe(e, ["ql"])
-        e.can.group = 1
+        e.group = 1
         before = len(server.bodies)
         monkeypatch.setattr(server, "answer", lambda path, body: (status, error))
         with pytest.raises(LLMError, match=str(status)):
@@ -397,7 +398,7 @@ def test_retry_after_is_a_pause_for_all_threads(monkeypatch):
     monkeypatch.setitem(fake_server.FAULTS, "429", lambda h, a: h.reply(429, b"", (("Retry-After", "0.4"),)))
     with FakeServer("vllm") as server:
         e = endpoint(server, threads=8)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         server.script, start = ["429"], time.monotonic()
         e.query_likelihood([("first", passage(0))])
         waited = time.monotonic() - start
@@ -411,7 +412,7 @@ def test_a_wait_too_long_stops_the_run(monkeypatch):
     monkeypatch.setitem(fake_server.FAULTS, "429", lambda h, a: h.reply(429, b"", (("Retry-After", "900"),)))
     with FakeServer("vllm") as server:
         e = endpoint(server)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         server.script = ["429"]
         with pytest.raises(LLMError, match="wait 900 s"):
             e.query_likelihood([("first", passage(0))])
@@ -422,7 +423,7 @@ def test_a_body_that_drips_meets_the_timeout(monkeypatch):
     monkeypatch.setitem(fake_server.FAULTS, "slow", lambda h, a: h.reply(200, a, slow=1.0))
     with FakeServer("vllm") as server:
         e = endpoint(server, timeout=0.5)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         server.script = ["slow"]
         got = e.query_likelihood([("first", passage(0))])
         assert len(server.bodies) == 2
@@ -442,7 +443,7 @@ def test_a_reply_without_end_stops_the_run(monkeypatch):
     monkeypatch.setattr(llm, "LARGEST", 100_000)
     with FakeServer("vllm") as server:
         e = endpoint(server)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         monkeypatch.setattr(server, "answer", lambda path, body: (200, b" " * 10 ** 7))
         with pytest.raises(LLMError, match="no end: more than 100,000 bytes"):
             e.query_likelihood([("first", passage(0))])
@@ -453,7 +454,7 @@ def test_each_request_that_is_sent_is_counted():
     """The free second try on a connection that was closed is a request too: it may be paid for."""
     with FakeServer("vllm") as server:
         e = endpoint(server, threads=2)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         server.script = ["", "", "", "closed", "", "closed", "500"]
         assert None not in e.query_likelihood([(f"query {i}", passage(i)) for i in range(20)])
         assert e.spent.requests == len(server.bodies) == 23
@@ -489,7 +490,7 @@ def test_nothing_more_is_sent_once_a_run_has_stopped(monkeypatch):
     pairs = [(f"query {i}", passage(i)) for i in range(32)]
     with FakeServer("vllm") as server:
         e = endpoint(server, threads=2)
-        e.can = llm.Abilities(ql=ECHO, group=16, evidence={"ql": ""})
+        e.can, e.group = {"ql": (ECHO, "")}, 16
         good, turn = server.answer, itertools.count()
 
         def answer(path, body):
@@ -507,7 +508,7 @@ def test_ctrl_c_while_a_stopped_run_waits_for_its_last_answers(monkeypatch):
     """It ends at once, and the threads do not take up the rest of the work behind its back."""
     with FakeServer("llama-cpp-python") as server:
         e = endpoint(server, threads=4)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         good = server.answer
 
         def answer(path, body):
@@ -532,7 +533,7 @@ def test_connections_are_kept(monkeypatch):
     monkeypatch.setattr(llm.Server, "connect", lambda self: connects.append(1) or connect(self))
     with FakeServer("llama-cpp-python") as server:
         e = endpoint(server, threads=4)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         e.query_likelihood([(f"query {i}", passage(i)) for i in range(100)])
     assert len(connects) <= 4
 
@@ -836,7 +837,7 @@ def test_a_redirection_is_not_followed(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
     with FakeServer("vllm") as server, FakeServer("vllm") as other:
         e = endpoint(server)
-        e.can = llm.Abilities(ql=ECHO, evidence={"ql": ""})
+        e.can = {"ql": (ECHO, "")}
         monkeypatch.setitem(fake_server.FAULTS, "307", lambda h, a: h.reply(307, b"", (("Location", other.url),)))
         server.script = ["307"]
         with pytest.raises(LLMError, match=f"HTTP 307: {other.url}; mend the URL"):

@@ -54,9 +54,9 @@ def tok():
 
 
 def test_probe_refuses_echo_and_finds_forced_decoding(server):
-    can = llm.probe(Endpoint(server))
-    assert can.ql and can.rc and can.generate
-    assert can.ql[0] == can.rc[0] == "forced"
+    e = Endpoint(server)
+    llm.probe(e)
+    assert e.can["generate"][0] and e.can["ql"][0] == e.can["rc"][0] == ("forced", {})
     with pytest.raises(CallFailed, match="200 but did not score the prompt: 1 log-probs"):
         Endpoint(server).echo([ql_prompt("what is tea", TEA)])
 
