@@ -199,8 +199,6 @@ def shown(passage: Passage) -> str:
 class LLM(Protocol):
     """What FRet asks of a language model. None stands for a call that failed: never for a score."""
 
-    name: str
-
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
         """LLM(P_QG, p): the answer to P_QG for each passage, "Task: ...", "Query: ..."."""
 
@@ -368,8 +366,7 @@ def fret_record(row: Record, P: Sequence[Passage], ql: Sequence[float | None],
     if None in rc or (rank == "fused" and None in ql):
         return {"_id": row["_id"], "failed": "a score is missing: an LLM call failed"}
     R = rrf(ql, rc) if rank == "fused" else [1 / r for r in ranks(rc)]  # type: ignore[arg-type]
-    rng = random.Random(f"{seed} {row['_id']}")
-    p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, rng)
+    p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, random.Random(f"{seed} {row['_id']}"))
     return record(
         row["task"], row["query"], side(P[p_pos]), side(P[p_neg]) if p_neg is not None else None,
         _id=row["_id"], kind=row["kind"], seed_id=row["seed_id"], positive_id=P[p_pos]["_id"],
@@ -434,7 +431,6 @@ class Offline:
     relevance: the cosine of the first embedder, which errs differently from word counts.
     """
 
-    name = "offline"
     mu, lam = 100.0, 0.3  # pseudo-counts of the collection; weight of a paraphrase (dev questions)
 
     def __init__(self, corpus: Sequence[Passage], embedder: Gecko | None = None, seed: int = 0) -> None:
@@ -456,8 +452,7 @@ class Offline:
         for p in passages:
             self.drawn[p["_id"]] += 1
             rng = random.Random(f"{self.seed} {p['_id']} {self.drawn[p['_id']]}")
-            task, query = templated_query(p, rng)
-            out.append(f"Task: {task}\nQuery: {query}")
+            out.append("Task: {}\nQuery: {}".format(*templated_query(p, rng)))
         return out
 
     def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
@@ -755,7 +750,7 @@ class Server:
 
     def exchange(self, path: str, body: dict[str, Any] | None) -> tuple[int, Any, bytes]:
         """Status, headers and body of one request; the connection is kept where nothing went wrong."""
-        deadline = time.monotonic() + self.timeout
+        deadline, sound = time.monotonic() + self.timeout, False
         try:
             reply = self.send(path, body)
             answer = bytearray()
@@ -767,13 +762,11 @@ class Server:
                     raise LLMError(f"the reply has no end: more than {LARGEST:,} bytes")
             if reply.length:
                 raise http.client.IncompleteRead(b"", reply.length)
-            closing = reply.will_close
+            sound = not reply.will_close
             reply.close()
-        except BaseException:
-            self.drop()
-            raise
-        if closing:
-            self.drop()
+        finally:
+            if not sound:
+                self.drop()
         return reply.status, reply.headers, bytes(answer)
 
     def send(self, path: str, body: dict[str, Any] | None) -> http.client.HTTPResponse:
@@ -851,10 +844,8 @@ class Cache:
         offset, line = 0, b"\n"
         with open(path, "rb") as lines:
             for line in lines:
-                try:
+                with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                     self.at[short(json.loads(line)["key"])] = offset
-                except (ValueError, LookupError, TypeError):
-                    pass
                 offset += len(line)
         if not line.endswith(b"\n"):
             os.write(self.file, b"\n")
@@ -928,7 +919,7 @@ class Endpoint:
         for p in passages:
             self.drawn[p["_id"]] += 1                                # another draw, another seed
             items.append((fill(P_QG, passage=shown(p)), 1000 * self.seed + self.drawn[p["_id"]]))
-        return self.each(items, lambda item: self.generation(way, *item), said)
+        return self.each(items, lambda item: self.generation(way, *item), answer_text)
 
     def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
         if self.scorer:
@@ -1146,15 +1137,12 @@ def label_log_probs(answer: dict[str, Any]) -> list[list[Any]]:
     for label in LABELS:
         begins = label.strip().lower().startswith
         found = [value for token, value in top if (t := token.strip(" ▁Ġ\n").lower()) and begins(t)]
-        if found:
-            most = max(found)
-            out.append([most + math.log(sum(math.exp(v - most) for v in found)), True])
-        else:
-            out.append([min(value for _, value in top), False])
+        bound = min(value for _, value in top)
+        out.append([float(np.logaddexp.reduce(found)), True] if found else [bound, False])
     return out
 
 
-def said(answer: dict[str, Any]) -> str:
+def answer_text(answer: dict[str, Any]) -> str:
     """The text of an answer, without a last line that was cut off."""
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -1196,8 +1184,7 @@ def probe(e: Endpoint, what: Sequence[str] = ("generate", "ql", "rc")) -> None:
         served = e.server.call("/v1/models", None, lambda answer: [m["id"] for m in answer["data"]])
         e.model = e.model or next(iter(served), "")
     except (CallFailed, LLMError) as error:
-        # a server may have no such list, a limit is met again; one that is not there, or refuses the key, is
-        # asked no more
+        # it may have no such list, and meet a limit again; one that is not there, or refuses the key, is left
         if not re.match("HTTP 40[045]|a malformed|stopped at", str(error)):
             raise LLMError(f"{e.name} does not answer: {error}") from error
     for name in what:
@@ -1230,7 +1217,7 @@ def probe_generate(e: Endpoint) -> tuple[Way | None, str]:
 
     def attempt(way: Way) -> tuple[bool, str]:
         prompt = fill(P_QG, passage=shown(TEA))
-        answer = e.server.call(*e.generation(way, prompt, 1, temperature=0, max_tokens=96), said)
+        answer = e.server.call(*e.generation(way, prompt, 1, temperature=0, max_tokens=96), answer_text)
         if "<think" not in answer:
             answered.append(way)
         try:
@@ -1366,9 +1353,8 @@ def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) ->
         "neg": at(row.get("negative_id")),
         "candidates": [[at(c["id"]), rounded(c.get("ql")), r_ql, rounded(c.get("rc")), r_rc, rounded(c["R"])]
                        for r_ql, r_rc, c in in_order(row)]} for row in rows]
-    found = [passages.get(key, {"title": "", "text": ""}) for key in number]
-    texts = [[key, p["title"], p["text"][:1000] + "..." * (len(p["text"]) > 1000)]
-             for key, p in zip(number, found, strict=True)]
+    found = ((key, passages.get(key, {"title": "", "text": ""})) for key in number)
+    texts = [[key, p["title"], p["text"][:1000] + "..." * (len(p["text"]) > 1000)] for key, p in found]
     # subtle: a "<" in the data could end the script element that holds it
     data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
     page = beside("viewer.html").read_text(encoding="utf-8")
@@ -1389,8 +1375,7 @@ def show_command(args: argparse.Namespace) -> None:
     limit = args.limit or (10_000 if args.html else 5)
     rows: list[Record] = []
     total = matching = 0
-    for row in read_fret(args.fret):
-        total += 1
+    for total, row in enumerate(read_fret(args.fret), 1):
         if not args.changed or row.get("positive_id") != row.get("seed_id"):
             matching += 1
             if matching <= limit:
@@ -1462,14 +1447,6 @@ def accounted(llm: LLM, price: float) -> Iterator[None]:
             print(llm.spent.report(price))
 
 
-def scored_by(llm: Endpoint, rank: str) -> dict[str, str | None]:
-    """Which model gave a record's scores, and how."""
-    ql, rc = llm.scorer or llm, able(llm, "rc")
-    top = "" if rc[0] in ("echo", "forced") else "top tokens of "
-    return {"ql": f"{ql.model}: {able(ql, 'ql')[0]}" if rank == "fused" else None,
-            "rc": f"{llm.model}: {llm.score} by {top}{rc[0]}"}
-
-
 def tokens_in(text: str) -> int:
     """About how many tokens: one for four bytes."""
     return len(text.encode()) // 4
@@ -1480,13 +1457,6 @@ def estimate(what: str, calls: int, tokens: int, shared: int, longest: int, pric
     cost = f", {tokens / 1e6 * price:,.2f} at {price} a million" if price else ""
     print(f"{what}: {calls:,} calls, about {tokens:,} prompt tokens (4 bytes each){cost}; a prefix cache "
           f"saves {shared:,} of them; the longest prompt has {longest:,}")
-
-
-def estimate_generate(corpus: Sequence[Passage], limit: int, o: Options) -> None:
-    sizes = [tokens_in(fill(P_QG, passage=shown(p))) for p in corpus]
-    drawn = [sizes[i] for i in seed_draws(len(corpus), limit, o.seed)]
-    head = tokens_in(P_QG.partition("{passage}")[0])
-    estimate("generate", limit, sum(drawn), head * (limit - 1), max(drawn), o.price)
 
 
 def estimate_mine(corpus: Sequence[Passage], queries: Sequence[Record], N: int, rank: str, labels: int,
@@ -1577,7 +1547,10 @@ def generate_command(args: argparse.Namespace) -> None:
         raise InputError(f"--limit {limit}: give 1 or more")
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
     if args.dry_run:
-        return estimate_generate(corpus, limit, o)
+        sizes = [tokens_in(fill(P_QG, passage=shown(p))) for p in corpus]
+        drawn = [sizes[i] for i in seed_draws(len(corpus), limit, o.seed)]
+        head = tokens_in(P_QG.partition("{passage}")[0])
+        return estimate("generate", limit, sum(drawn), head * (limit - 1), max(drawn), o.price)
     llm: LLM = Offline(corpus, seed=o.seed) if o.llm == "offline" else endpoint(o, args.queries)
     with accounted(llm, o.price):
         if isinstance(llm, Endpoint):
@@ -1604,7 +1577,12 @@ def mine_command(args: argparse.Namespace) -> None:
     llm: LLM = Offline(corpus, embedder, o.seed) if o.llm == "offline" else endpoint(
         o, args.fret, args.score, args.scorer_llm, args.scorer_model)
     with accounted(llm, o.price):
-        by = {"scored_by": scored_by(llm, args.rank)} if isinstance(llm, Endpoint) else {}
+        by = {}
+        if isinstance(llm, Endpoint):                                # which model gives the scores, and how
+            way, scorer = able(llm, "rc")[0], llm.scorer or llm
+            top = "" if way in ("echo", "forced") else "top tokens of "
+            by["scored_by"] = {"ql": f"{scorer.model}: {able(scorer, 'ql')[0]}" if args.rank == "fused" else None,
+                               "rc": f"{llm.model}: {llm.score} by {top}{way}"}
         rows = (row if "failed" in row else row | by for row in
                 mine(llm, embedder, corpus, queries, args.N, args.negative, args.rank, o.seed))
         count = write_kept(args.fret, rows, len(queries), "mine")

@@ -262,9 +262,9 @@ def test_a_text_that_was_cut_off_is_no_query(reason, text, kept):
     answer = {"choices": [{"finish_reason": reason, "message": {"content": text}}]}
     if kept is None:
         with pytest.raises((CallFailed, ValueError)):
-            llm.said(answer)
+            llm.answer_text(answer)
     else:
-        assert llm.said(answer) == kept
+        assert llm.answer_text(answer) == kept
 
 
 # --------------------------------------------------------------------------------------------------
@@ -826,7 +826,7 @@ def test_a_servers_words_are_cut_without_the_key_or_terminal_controls(monkeypatc
                 monkeypatch.setattr(server, "answer", lambda *_, reply=reply: reply)
                 with pytest.raises(CallFailed) as error:
                     if reply[1] is cut:
-                        e.server.call("/v1/chat/completions", {"model": "m"}, llm.said)
+                        e.server.call("/v1/chat/completions", {"model": "m"}, llm.answer_text)
                     e.echo([("a:", " b")])
                 shown = str(error.value)
                 assert "sk" not in shown and "\x1b" not in shown and len(shown) < 250
