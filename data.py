@@ -242,7 +242,7 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
     return rows
 
 
-def check_output(path: str, *inputs: str) -> None:
+def check_output(path: str, *inputs: str | Path) -> None:
     """InputError where a folder or an input stands under an output's name, before anything is read or paid."""
     if Path(path).is_dir():
         raise InputError(f"{path or '.'}: a folder stands there; name a file")

@@ -387,8 +387,7 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
         P = [by_id[c["id"]] for c in row["candidates"]]
         R = [c["R"] for c in row["candidates"]]
         p_seed = P.index(by_id[row["seed_id"]]) if positive == "seed" else None
-        rng = random.Random(f"{seed} {row['_id']}")
-        p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, rng, p_seed)
+        p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, random.Random(f"{seed} {row['_id']}"), p_seed)
         out.append(record(row["task"], row["query"], side(P[p_pos]),
                           side(P[p_neg]) if p_neg is not None else None))
     return out
@@ -1366,12 +1365,12 @@ def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) ->
 
 
 def show_command(args: argparse.Namespace) -> None:
+    source = Path(args.corpus or Path(args.fret).parent / "corpus.jsonl")
     if args.html:
-        check_output(args.html, args.fret)
+        check_output(args.html, args.fret, source)
     if args.limit < 0:
         raise InputError(f"--limit {args.limit}: give 0 or more")
-    beside_it = Path(args.fret).parent / "corpus.jsonl"
-    corpus = read_passages(args.corpus or beside_it) if args.corpus or beside_it.is_file() else []
+    corpus = read_passages(source) if args.corpus or source.is_file() else []
     limit = args.limit or (10_000 if args.html else 5)
     rows: list[Record] = []
     total = matching = 0

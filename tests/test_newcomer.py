@@ -221,6 +221,7 @@ INPUT, FOLDER = "it is an input too; name another file", ".: a folder stands the
     ("llm.py mine OUT/c.jsonl OUT/q.jsonl OUT/q.jsonl --model-dir IN", f"q.jsonl: {INPUT}"),
     ("llm.py mine OUT/c.jsonl OUT/q.jsonl OUT/f.jsonl --model-dir IN --cache OUT/q.jsonl", f"q.jsonl: {INPUT}"),
     ("llm.py show OUT/c.jsonl --html OUT/c.jsonl", f"c.jsonl: {INPUT}"),
+    ("llm.py show OUT/c.jsonl --html OUT/corpus.jsonl", f"corpus.jsonl: {INPUT}"),
     ("llm.py show .", ".: no such file; check the path")])
 def test_an_output_that_is_an_input_or_a_folder_is_refused_at_once(words, message, project, tmp_path, monkeypatch,
                                                                   capsys):
