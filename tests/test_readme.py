@@ -41,8 +41,8 @@ def test_the_map_names_what_exists(row):
 def test_the_map_has_every_equation_and_exercise():
     text = SECTIONS["The map"]
     assert all(f"eq. {n}" in text for n in (1, 2, 3))
-    from make_course import exercises
-    missing = [f"{module[:-3]}.{function}" for module, function, *_ in exercises().values()
+    make_course = pytest.importorskip("make_course", reason="a course folder has no course maker")
+    missing = [f"{module[:-3]}.{function}" for module, function, *_ in make_course.exercises().values()
                if f"`{module[:-3]}.{function}`" not in text]
     assert not missing
 
