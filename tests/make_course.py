@@ -16,6 +16,7 @@ import functools
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +53,12 @@ def stripped(text: str, numbers: set[int]) -> str:
         n = int(match[2])
         if n not in numbers:
             return match[0]
-        message = f"exercise {n}, {known[n][3]} Grade it with: python -m pytest -m ex{n}"
+        said = known[n][3].rstrip(".")
+        message = f"exercise {n} is not written yet: {said}. Grade it with: python -m pytest -m ex{n}"
+        pieces = textwrap.wrap(message, 90, drop_whitespace=False)
+        text = "\n".join(f"{match[1]}    {piece!r}" for piece in pieces)
         return f"{match[1]}# EXERCISE {n} ({match[3]})\n{match[1]}raise NotImplementedError(\n" \
-               f"{match[1]}    {message!r})\n{match[1]}# END EXERCISE\n"
+               f"{text})\n{match[1]}# END EXERCISE\n"
 
     return BODY.sub(without, text)
 
