@@ -101,7 +101,7 @@ def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str,
 
 def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: int = 0,
                            task: str = "classification", unique_ids: bool = True) -> list[Record]:
-    """For each x: x+ with x's label, x- with any other, one id of the triple's own on all three.
+    """For each x: x+ with x's label, x- with any other, on all three the triple's own id, " [0]", " [1]", ...
 
     Without ids, other rows of the same label stand in the batch as false negatives; with them every
     other row is told apart by its id, and what is left to learn from is x-. Rows are symmetric; an x
