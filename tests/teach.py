@@ -1,8 +1,10 @@
-"""What a grading test says: your value, the paper's, and which well-known mistake gives yours."""
+"""What a grading test says: your value, the paper's, which well-known mistake gives yours, where the inputs are."""
 
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,12 +26,18 @@ def check(yours: Any, spec: Any, mistakes: dict[str, Any]) -> None:
     """yours is the spec's value; and no mistake's is, or the test could not tell them apart."""
     same = [why for why, value in mistakes.items() if close(spec, value)]
     assert not same, f"this test cannot tell: {same}"
-    if not close(yours, spec):
-        why = "".join(f"\nwhy: {why}" for why, value in mistakes.items() if close(yours, value))
-        row = ""
-        if isinstance(yours, torch.Tensor) and isinstance(spec, torch.Tensor) and yours.shape != spec.shape:
-            pytest.fail(f"yours has the shape {tuple(yours.shape)}, it must be {tuple(spec.shape)}", pytrace=False)
-        if isinstance(yours, torch.Tensor) and isinstance(spec, torch.Tensor) and spec.shape:
+    if close(yours, spec):
+        return
+    why = [f"why: {why}" for why, value in mistakes.items() if close(yours, value)]
+    row, caller = "", sys._getframe(1)
+    inputs = f"inputs: tests/{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"
+    if isinstance(yours, torch.Tensor) and isinstance(spec, torch.Tensor):
+        if yours.shape != spec.shape:
+            pytest.fail(f"yours has the shape {tuple(yours.shape)}, it must be {tuple(spec.shape)}\n{inputs}",
+                        pytrace=False)
+        if spec.shape:
             i = next(i for i in range(len(spec)) if not close(yours[i], spec[i]))
             row, yours, spec = f" (row {i})", yours[i].tolist(), spec[i].tolist()
-        pytest.fail(f"yours{row}: {yours}\nthe paper's, in plain loops: {spec}{why}", pytrace=False)
+    why = why or ["why: no mistake that is known here gives this value; work it out by hand from the inputs"]
+    pytest.fail("\n".join([f"yours{row}: {yours}", f"the paper's, in plain loops: {spec}", *why, inputs]),
+                pytrace=False)

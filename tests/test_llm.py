@@ -72,11 +72,16 @@ def test_rrf_by_hand_and_equals_loops():
         "scores are added, not ranks": [a + b for a, b in zip(ql, rc, strict=True)],
         "1 / score is not 1 / rank": [1 / a + 1 / b for a, b in zip(ql, rc, strict=True)],
         "RC is left out": [1 / a for a, _ in both],
-        "these are mean ranks; add 1 / rank": [(a + b) / 2 for a, b in both]})
+        "these are mean ranks; add 1 / rank": [(a + b) / 2 for a, b in both],
+        "this is 1 / the mean rank; add 1 / rank of each": [2 / (a + b) for a, b in both],
+        "this is 1 / the sum of the ranks; add 1 / rank of each": [1 / (a + b) for a, b in both]})
     rng = random.Random(0)
     for _ in range(50):
         ql, rc = ([rng.randint(-4, 0) for _ in range(7)] for _ in range(2))
-        assert llm.rrf(ql, rc) == rrf_spec(ql, rc)
+        shared = [[1 + sum(t > s for t in scores) for s in scores] for scores in (ql, rc)]
+        check(llm.rrf(ql, rc), rrf_spec(ql, rc), {
+            "equal scores share a rank; the first of them comes first, as in `ranks`":
+                [1 / a + 1 / b for a, b in zip(*shared, strict=True)]})
 
 
 @pytest.mark.ex4

@@ -42,6 +42,10 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
                          "scores are added"),
         "1 / score": ([("ranks(ql), ranks(rc)", "ql, rc")], "not 1 / rank"),
         "mean rank": ([("1 / r_ql + 1 / r_rc", "(r_ql + r_rc) / 2")], "mean ranks"),
+        "1 / mean rank": ([("1 / r_ql + 1 / r_rc", "2 / (r_ql + r_rc)")], "1 / the mean rank"),
+        "ties share a rank": ([("ranks(ql), ranks(rc)", "*([1 + sum(b > a for b in x) for a in x]\n"
+                                "                                            for x in (ql, rc))")],
+                              "equal scores share a rank"),
     },
     5: {
         "p_2 as the negative": ([("others[-1]", "others[0]")], "p- is p_2"),
