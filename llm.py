@@ -1386,14 +1386,16 @@ def show_command(args: argparse.Namespace) -> None:
     if matching > len(rows):
         about += f", {matching - len(rows):,} left out (--limit)"
     passages = passages_of(rows, corpus)
+    unknown = {str(c["id"]) for row in rows for c in row["candidates"]} - passages.keys()
+    hint = f"no text here for {len(unknown):,} of the candidates; --corpus FILE gives it" if unknown else ""
     if args.html:
         with file_beside(args.html) as new:
             new.write_text(as_page(rows, passages, about), encoding="utf-8")
-        print(f"wrote {args.html}: {about}\nnext: open it in a browser")
+        print(*filter(None, [hint, f"wrote {args.html}: {about}", "next: open it in a browser"]), sep="\n")
         return
     for row in rows:
         print(*as_lines(row, passages), sep="\n", end="\n\n")
-    print(about)
+    print(*filter(None, [hint, about]), sep="\n")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ def test_text_has_ranks_and_labels_in_the_order_of_R(tmp_path, monkeypatch, caps
     assert lines[4].split()[6:] == ["Second", "the", "second", "one"]
     assert lines[22].split()[:8] == ["20", "-20.000", "20", "-19.500", "20", "0.100", "p-", "seed"]
     assert lines[-1].endswith("2 records, p+ is not p_seed in 1; 1 shown")
+    assert lines[-2] == "no text here for 17 of the candidates; --corpus FILE gives it"
 
 
 def test_text_says_what_is_left_out_and_what_has_no_score(tmp_path, monkeypatch, capsys):
@@ -70,6 +71,8 @@ def test_text_says_what_is_left_out_and_what_has_no_score(tmp_path, monkeypatch,
     out = capsys.readouterr().out
     assert out.splitlines()[3].split()[:5] == ["1", "none", "-0.500", "1", "2.000"]
     assert out.splitlines()[-1].endswith("9 records; 2 shown, 7 left out (--limit)")
+    with pytest.raises(gecko.InputError, match="--limit -1: give 1 or more"):
+        show(monkeypatch, tmp_path / "fret.jsonl", "--limit", "-1")
 
 
 def test_text_of_a_hostile_record_controls_no_terminal(tmp_path, monkeypatch, capsys):
