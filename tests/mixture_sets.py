@@ -27,6 +27,8 @@ def plain(text):
 
 
 def main():
+    if len(sys.argv) != 3:
+        sys.exit((__doc__ or "").strip())
     root, out = Path(sys.argv[1]), Path(sys.argv[2])
 
     def file(name, part):

@@ -212,7 +212,9 @@ def show(name: str, want: float, got: float | None) -> None:
 
 
 if __name__ == "__main__":
-    command, *rest = sys.argv[1:]
+    command, *rest = sys.argv[1:] or [""]
+    if len(rest) != {"make": 1, "serve": 2, "check": 1}.get(command):
+        sys.exit((__doc__ or "").strip())
     if command == "make":
         Path(rest[0]).mkdir(parents=True, exist_ok=True)
         write_gguf(Path(rest[0]) / "tiny.gguf")
