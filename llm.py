@@ -1600,7 +1600,7 @@ def main() -> None:
     gen = commands.add_parser("generate", help="step 1: a task and a query for passages")
     gen.add_argument("corpus")
     gen.add_argument("queries", help="JSONL to write")
-    gen.add_argument("--limit", type=int, help="how many queries (one a passage)")
+    gen.add_argument("--limit", type=int, help="how many queries (default: one a passage)")
     miner = commands.add_parser("mine", help="step 2: neighbours, two rankings, fusion, labels")
     miner.add_argument("corpus")
     miner.add_argument("queries", help="what generate wrote")
@@ -1618,7 +1618,7 @@ def main() -> None:
     shower = commands.add_parser("show", help="records of a FRet file as people read them")
     shower.add_argument("fret", help="what mine wrote")
     shower.add_argument("--changed", action="store_true", help="only where p+ is not p_seed")
-    shower.add_argument("--limit", type=int, default=0, help="how many records (5; 10,000 of a page)")
+    shower.add_argument("--limit", type=int, default=0, help="how many records (default: 5, of a page 10,000)")
     shower.add_argument("--corpus", help="for the candidates' texts (default: the corpus.jsonl beside FRET)")
     shower.add_argument("--html", help="write one HTML page, with search and filters, to this file")
     for command in (gen, miner):
