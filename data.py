@@ -105,7 +105,7 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
 
     Without ids, other rows of the same label stand in the batch as false negatives; with them every
     other row is told apart by its id, and what is left to learn from is x-. Rows are symmetric; an x
-    of which no triple can be made is left out. InputError where there is one label alone.
+    of which no triple can be made is left out. InputError, "at least two labels", where there is but one.
     """
     # EXERCISE 3 (about 18 lines)
     groups: dict[Any, list[int]] = {}

@@ -573,7 +573,12 @@ def topk(
 @torch.no_grad()
 def certified_topk(queries: np.ndarray | Tensor, passages: np.ndarray | Tensor, k: int, budget: int = 0,
                    dtype: torch.dtype | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`topk`, and (Q) true where the first search was proven; `dtype` is its product's, else the fastest."""
+    """`topk`, and (Q) true where the first search was proven; `dtype` is its product's, else the fastest.
+
+    A block of queries at a time: `find` gives candidates and, as proof, a score that no other passage is
+    above; `ranked` has the candidates' exact scores. Where the k-th is not above the proof too, a passage
+    may be missing, or tie: `search_again` takes all into account.
+    """
     Q, P = len(queries), len(passages)
     if not 1 <= k <= P:
         raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")

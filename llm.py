@@ -280,10 +280,10 @@ def rrf(ql: Sequence[float], rc: Sequence[float]) -> list[float]:
 
 def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last",
             rng: random.Random | None = None, positive: int | None = None) -> tuple[int, int | None]:
-    """(index of p+, index of p-) among the N candidates, in the order of R.
+    """(index of p+, index of p-) in R and texts, which hold the N candidates nearest first, as equal R stay.
 
-    p+ is p_1 (or `positive`, for the paper's p_seed rows). p- is p_N ("last"), one sampled from
-    P without p+ ("sampled"), or None ("none"); it never has the text of p+.
+    p+ is p_1, of the largest R (or `positive`, for the paper's p_seed rows). p- is p_N ("last"), one that
+    rng samples from P without p+ ("sampled"), or None ("none"); it never has the text of p+.
     """
     # EXERCISE 5 (about 6 lines)
     order = sorted(range(len(R)), key=lambda i: -R[i])               # p_1 ... p_N
@@ -1080,7 +1080,8 @@ def span(answer: dict[str, Any], prefix: str, text: str,
     """[sum of log p, number] of the tokens that spell `text` at the end of prefix + text.
 
     Found from the right, since servers count offsets differently. Where tokens do not spell it (half
-    a character a token), `head` gives the prefix's own tokens, which then must begin the long list.
+    a character a token), or the one before them is empty (it may be the first half of theirs), `head`
+    gives the prefix's own tokens, which must begin the list; else CallFailed, "a token crosses ...".
     """
     tokens, values = scored_tokens(answer, prefix + text)
     # EXERCISE 6 (about 10 lines)
