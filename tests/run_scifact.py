@@ -18,18 +18,17 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import llm as fret
 import train
 from data import Record
-from gecko import Gecko, file_beside, length_batches, load, normalise, read_jsonl, read_passages, run, save, topk
+from gecko import Gecko, file_beside, load, read_jsonl, read_passages, run, save, topk
 
 TASK = "fact checking"      # Table 9's for SciFact; an encoder without prompts ignores it
 QUERIES, N = 6000, 20
@@ -48,21 +47,13 @@ class Cached(Gecko):
             with np.load(path) as kept:
                 self.vectors = dict(zip(kept["keys"].tolist(), kept["x"], strict=True))
 
-    def encode(self, texts: Sequence[str], dim: int | None = None, batch_tokens: int = 4096,
-               progress: str = "") -> np.ndarray:
-        keys = [hashlib.sha1(t.encode()).hexdigest() for t in texts]
-        new = list({k: t for k, t in zip(keys, texts, strict=True) if k not in self.vectors}.items())
-        tokens = self.tokens([t for _, t in new])
-        self.encoder.eval()
-        for n, batch in enumerate(length_batches([len(t) for t in tokens], batch_tokens), 1):
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                x = normalise(self.embed([tokens[i] for i in batch])).numpy()   # (B, d)
-            self.vectors.update((new[i][0], v) for i, v in zip(batch, x, strict=True))
-            if n % 20 == 0:
-                self.keep()
-        if new:
+    def encode(self, texts: Iterable[str], dim: int | None = None, **how: Any) -> np.ndarray:
+        """(len(texts), d); in bf16 whatever `how` says."""
+        keys = {t: hashlib.sha1(t.encode()).hexdigest() for t in (texts := list(texts))}
+        if new := [t for t, key in keys.items() if key not in self.vectors]:
+            self.vectors.update(zip((keys[t] for t in new), super().encode(new, precision="bf16"), strict=True))
             self.keep()
-        return np.array([self.vectors[k] for k in keys])             # (len(texts), d)
+        return np.array([self.vectors[keys[t]] for t in texts])
 
     def keep(self) -> None:
         if self.path:
