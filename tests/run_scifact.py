@@ -49,7 +49,8 @@ class Cached(Gecko):
 
     def encode(self, texts: Iterable[str], dim: int | None = None, **how: Any) -> np.ndarray:
         """(len(texts), d); in bf16 whatever `how` says."""
-        keys = {t: hashlib.sha1(t.encode()).hexdigest() for t in (texts := list(texts))}
+        texts = list(texts)
+        keys = {t: hashlib.sha1(t.encode()).hexdigest() for t in texts}
         if new := [t for t, key in keys.items() if key not in self.vectors]:
             self.vectors.update(zip((keys[t] for t in new), super().encode(new, precision="bf16"), strict=True))
             self.keep()
