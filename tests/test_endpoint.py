@@ -512,19 +512,26 @@ def test_ctrl_c_while_a_stopped_run_waits_for_its_last_answers(monkeypatch):
         good = server.answer
 
         def answer(path, body):
-            first = body["prompt"].endswith("query 0")
-            time.sleep(0.1 if first else 2.0)
-            return (401, {"error": "no"}) if first else good(path, body)
+            if not body["prompt"].endswith("query 0"):
+                time.sleep(3.0)
+                return good(path, body)
+            while len(server.bodies) < 4 and time.monotonic() < start + 20:   # until all threads wait
+                time.sleep(0.01)
+            threading.Timer(0.5, ctrl_c).start()
+            return 401, {"error": "no"}
+
+        def ctrl_c():
+            pressed.append(time.monotonic())
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
         monkeypatch.setattr(server, "answer", answer)
-        ctrl_c = threading.Timer(0.6, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
-        ctrl_c.start()
-        start = time.monotonic()
+        pressed, start = [], time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             e.query_likelihood([(f"query {i}", passage(i)) for i in range(100)])
-        assert time.monotonic() - start < 1.8
-        time.sleep(2.2)
-        assert len(server.bodies) <= 4
+        assert time.monotonic() - pressed[0] < 1.5
+        asked = len(server.bodies)
+        time.sleep(3.2)
+        assert asked == len(server.bodies) == 4
 
 
 def test_connections_are_kept(monkeypatch):

@@ -71,8 +71,6 @@ def test_text_says_what_is_left_out_and_what_has_no_score(tmp_path, monkeypatch,
     out = capsys.readouterr().out
     assert out.splitlines()[3].split()[:5] == ["1", "none", "-0.500", "1", "2.000"]
     assert out.splitlines()[-1].endswith("9 records; 2 shown, 7 left out (--limit)")
-    with pytest.raises(gecko.InputError, match="--limit -1: give 1 or more"):
-        show(monkeypatch, tmp_path / "fret.jsonl", "--limit", "-1")
 
 
 def test_text_of_a_hostile_record_controls_no_terminal(tmp_path, monkeypatch, capsys):
