@@ -7,7 +7,7 @@ all-MiniLM-L6-v2. Only the abstracts are trained on: no claim of either split, n
 judgements are `offline`'s statistics, no LLM's. Every stage leaves a file in --out, so a stopped run
 goes on. What is chosen (the settings below; how far to move from the first weights) is chosen on
 tests/scifact_dev.tsv: claims, some of them false, that a language model wrote from 98 random abstracts;
-nothing trains on them. Test is read once.
+nothing trains on them. Test is read once a run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from gecko import Gecko, file_beside, load, read_jsonl, read_passages, run, save
 
 TASK = "fact checking"      # Table 9's for SciFact; an encoder without prompts ignores it
 QUERIES, N = 6000, 20
-SETTINGS = train.TrainConfig(batch_size=64, steps=64, lr=5e-5, tau=0.05, max_length=96, warmup=0.1,
+SETTINGS = train.TrainConfig(batch_size=64, steps=128, lr=5e-5, tau=0.05, max_length=256, warmup=0.1,
                              precision="bf16", save_every=16, resume=True)
 FROZEN, LEAF, ALPHAS = 2, 128, (1.0, 0.5)
 
