@@ -1284,10 +1284,11 @@ def ablate(name: str, out: Path, key: str, by: str, seeds: Sequence[int],
 
 
 def gain(rows: Sequence[dict[str, Any]], row: str, other: str, where: str) -> tuple[float, float, float] | None:
-    """Mean of `row` less `other`, in points, over columns with `where` in their name, and its 95 % interval."""
+    """Mean of `row` less `other`, in points, and its 95 % interval: in column `where`, or all named like it."""
     by = {(r["row"], r["seed"]): r["scores"] for r in rows}
     seeds = sorted(s for r, s in by if r == row and (other, s) in by)
-    names = [c for c in by[row, seeds[0]] if where in c] if seeds else []
+    columns = by[row, seeds[0]] if seeds else {}
+    names = [where] if where in columns else [c for c in columns if where in c]
     if not names or row == other:
         return None
     gains = [100 * np.array([np.subtract(by[row, s][c], by[other, s][c]) for s in seeds]) for c in names]

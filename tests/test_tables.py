@@ -322,6 +322,13 @@ def test_seeds_that_disagree_widen_the_interval():
     assert train.gain(alike, "p_1, none", "p_seed, none", "nDCG")[1] > 8
 
 
+def test_a_column_that_begins_as_another_is_not_the_mean_of_both():
+    cut = [{"row": row, "seed": 0, "scores": {"nDCG@10 q": [full] * 9, "nDCG@10 q at 8": [half] * 9}}
+           for row, full, half in (("with", 0.5, 0.4), ("without", 0.5, 0.2))]
+    assert train.gain(cut, "with", "without", "nDCG@10 q")[0] == 0
+    assert np.isclose(train.gain(cut, "with", "without", "nDCG")[0], 10)
+
+
 def test_interval_is_the_bootstrap_of_the_mean():
     """Against the normal interval of a mean over two sets of different sizes."""
     rng = np.random.default_rng(0)
