@@ -48,6 +48,7 @@ from gecko import (
     FORMATS,
     Gecko,
     InputError,
+    at_least,
     format_passage,
     format_query,
     load,
@@ -79,6 +80,11 @@ def record(task: str, query: str, positive: dict[str, str], negative: dict[str, 
 def side(passage: dict[str, str]) -> dict[str, str]:
     """A passage as a record's positive or negative."""
     return {"title": passage["title"], "text": passage["text"]}
+
+
+def text_only(text: str) -> dict[str, str]:
+    """A positive or negative without a title."""
+    return {"title": "", "text": text}
 
 
 def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str, str | None]:
@@ -122,8 +128,8 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
         if other is None:
             continue                                                 # no text but these two
         tag = f" [{len(rows)}]" if unique_ids else ""
-        rows.append(record(task, x + tag, {"title": "", "text": texts[same] + tag},
-                           {"title": "", "text": texts[other] + tag}, symmetric=True))
+        rows.append(record(task, x + tag, text_only(texts[same] + tag), text_only(texts[other] + tag),
+                           symmetric=True))
     return rows
     # END EXERCISE
 
@@ -314,11 +320,6 @@ def column(where: str, row: dict[str, Any], *names: str) -> Any:
     raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
 
 
-def text_only(text: str) -> dict[str, str]:
-    """A positive or negative without a title."""
-    return {"title": "", "text": text}
-
-
 NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}
 
 
@@ -466,8 +467,7 @@ CONVERTERS = {"nli": convert_nli, "classification": convert_classification, "bei
 def convert(args: argparse.Namespace) -> None:
     """One converter, its counts, and the next command."""
     check_output(args.output, *args.inputs)
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: give 0 or more")
+    at_least(0, seed=args.seed)
     left_out: Counter[str] = Counter()
     how: dict[str, Any] = {"task": args.task} if args.task else {}
     if args.kind in ("classification", "choice", "beir"):
@@ -835,8 +835,8 @@ def calls(corpus: Sequence[dict[str, str]]) -> Callable[[str], list[int]]:
 
 def check(path: str, model_dir: str | None, max_length: int | None) -> None:
     """Print what training will see of a file: texts as formatted, counts, doubtful rows."""
-    if max_length is not None and max_length < 1:
-        raise InputError(f"--max-length {max_length}: give 1 or more")
+    if max_length is not None:
+        at_least(1, max_length=max_length)
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]

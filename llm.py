@@ -57,6 +57,7 @@ from gecko import (
     Gecko,
     InputError,
     add_flags,
+    at_least,
     file_beside,
     fill,
     flag,
@@ -1369,8 +1370,7 @@ def show_command(args: argparse.Namespace) -> None:
     source = Path(args.corpus or Path(args.fret).parent / "corpus.jsonl")
     if args.html:
         check_output(args.html, args.fret, source)
-    if args.limit < 0:
-        raise InputError(f"--limit {args.limit}: give 0 or more")
+    at_least(0, limit=args.limit)
     corpus = read_passages(source) if args.corpus or source.is_file() else []
     limit = args.limit or (10_000 if args.html else 5)
     rows: list[Record] = []
@@ -1420,10 +1420,9 @@ class Options:
     def __post_init__(self) -> None:
         if self.llm != "offline":
             address(self.llm)                                        # before anybody shows it: it may hold a key
-        least_of = {"threads": 1, "timeout": 0.001, "seed": 0, "max_requests": 0, "max_tokens_total": 0}
-        for name, least in least_of.items():
-            if not getattr(self, name) >= least:                     # nan neither
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: give {least} or more")
+        at_least(1, threads=self.threads)
+        at_least(0.001, timeout=self.timeout)
+        at_least(0, seed=self.seed, max_requests=self.max_requests, max_tokens_total=self.max_tokens_total)
 
 
 def endpoint(o: Options, output: str, score: str = "label", scorer_llm: str = "",
@@ -1545,8 +1544,7 @@ def generate_command(args: argparse.Namespace) -> None:
         check_output(args.cache, args.corpus)
     o, corpus = from_flags(Options, args), read_passages(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
-    if limit < 1:
-        raise InputError(f"--limit {limit}: give 1 or more")
+    at_least(1, limit=limit)
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
     if args.dry_run:
         sizes = [tokens_in(fill(P_QG, passage=shown(p))) for p in corpus]

@@ -72,6 +72,7 @@ from gecko import (
     Gecko,
     InputError,
     add_flags,
+    at_least,
     fetch,
     file_beside,
     first_line,
@@ -1409,9 +1410,8 @@ def ablate_command(args: argparse.Namespace) -> None:
     c, out, home = checked(from_flags(TrainConfig, args)), Path(args.out), Path(args.corpus or "runs/demo")
     if args.data and args.table != "mixture":
         raise InputError(f"--data: {args.table} is made from FRet; give --data to mixture")
-    for name, least in (("seeds", 1), ("queries", 0)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: give {least} or more")
+    at_least(1, seeds=args.seeds)
+    at_least(0, queries=args.queries)
     for path in args.sts:                                            # a mistake shows before the LLM is paid
         read_sts(path)
     read_labelled(list(itertools.chain(*args.classes)))

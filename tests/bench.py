@@ -238,7 +238,7 @@ def bench_ids(a: argparse.Namespace) -> None:
         return [r["text"] for r in rows], [str(r["label"]) for r in rows]
 
     texts, labels = read("train")
-    test = read("test")
+    label, test = dict(zip(texts, labels, strict=True)), read("test")
     c = TrainConfig(batch_size=a.batch, steps=a.steps, micro_batch=a.micro_batch, lr=a.lr, tau=a.tau,
                     precision=a.precision)
     print(f"{len(texts)} train, {len(test[0])} test, {len(set(labels))} labels; {a.steps} steps of "
@@ -248,10 +248,10 @@ def bench_ids(a: argparse.Namespace) -> None:
             model = load(a.model)
             if name != "untrained":
                 rows = classification_triples(texts, labels, seed, unique_ids=name == "with ids")
-                before = pushes(model, rows, dict(zip(texts, labels, strict=True)), c)
+                before = pushes(model, rows, label, c)
                 train.train(model, "finetune", [rows], replace(c, seed=seed), title=name)
-                after = pushes(model, rows, dict(zip(texts, labels, strict=True)), c)
-                print(f"          pushed away from x-, the same label, other labels: {before}, trained {after}")
+                print(f"          pushed away from x-, the same label, other labels: {before}, trained "
+                      f"{pushes(model, rows, label, c)}")
             near, probe = accuracies(model, (texts, labels), test)
             print(f"  seed {seed}  {name:12} nearest neighbour {near:.4f}, linear probe {probe:.4f}",
                   flush=True)
