@@ -39,24 +39,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gecko import run  # first: it says in one line what is missing here
-
-# isort: split
 import numpy as np
 
-from gecko import (
-    FORMATS,
-    Gecko,
+from engine.files import (
     InputError,
     at_least,
-    format_passage,
-    format_query,
-    load,
     open_text,
     read_jsonl,
     read_passages,
-    topk,
+    run,
     write_jsonl,
+)
+from gecko import (
+    FORMATS,
+    Gecko,
+    format_passage,
+    format_query,
+    load,
+    topk,
 )
 
 Record = dict[str, Any]  # the row described at `record`

@@ -19,46 +19,41 @@ import argparse
 import contextlib
 import copy
 import functools
-import gzip
 import hashlib
-import io
 import itertools
 import json
 import math
 import os
 import re
-import shutil
-import signal
-import sys
-import tempfile
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-if sys.version_info < (3, 11):  # noqa: UP036
-    sys.exit(f"error: Python {sys.version.split()[0]} is too old; run this with Python 3.11 or later")
-elif missing := [p for p in ("numpy", "torch", "tqdm", "tokenizers", "safetensors") if not find_spec(p)]:
-    sys.exit(f"error: no package {missing[0]} here; pip install -r requirements.txt")
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler and Path(sys.argv[0]).resolve() in [
-        Path(__file__).resolve().with_name(name + ".py") for name in ("gecko", "data", "llm", "train")]:
-    # Ctrl-C in an import; then `run` takes over. No exception, because a package may swallow it
-    signal.signal(signal.SIGINT, lambda *_: (
-        os.write(2, b"interrupted; run the same command again\n"), os._exit(1)))
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from engine.files import (
+    InputError,
+    file_beside,
+    first_line,
+    folder_beside,
+    read_json,
+    read_jsonl,
+    read_passages,
+    run,
+    say,
+    utf8,
+)
 
 # Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
 #         Q queries, P passages, k neighbours.
@@ -116,7 +111,7 @@ def mean_pool(
     # END EXERCISE
 
 
-def normalise(x: Tensor, dim: int | None = None) -> Tensor:
+def truncate_dim(x: Tensor, dim: int | None = None) -> Tensor:
     """Cut to the first `dim` dimensions (Matryoshka), *then* to length 1: (B, d) -> (B, dim)."""
     x = x[:, :dim].to(torch.promote_types(x.dtype, torch.float32))  # (B, dim) bfloat16 is too coarse here
     return F.normalize(x, dim=-1)                      # (B, dim)
@@ -124,7 +119,7 @@ def normalise(x: Tensor, dim: int | None = None) -> Tensor:
 
 def cosine(x: Tensor, y: Tensor) -> Tensor:
     """sim(x, y) of section 3.1 for every pair of rows: (B, d), (C, d) -> (B, C)."""
-    return normalise(x) @ normalise(y).T               # (B, C)
+    return truncate_dim(x) @ truncate_dim(y).T               # (B, C)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,7 +211,7 @@ class Encoder(nn.Module):
 
 
 def embed(encoder: Encoder, ids: Tensor, mask: Tensor) -> Tensor:
-    """Eq. 1 for a batch: ids, mask (B, T) -> (B, d), not yet of length 1 (see `normalise`)."""
+    """Eq. 1 for a batch: ids, mask (B, T) -> (B, d), not yet of length 1 (see `truncate_dim`)."""
     return mean_pool(encoder(ids, mask), mask)                       # (B, d)
 
 
@@ -308,10 +303,6 @@ def nearest(
 # In practice. Nothing below changes what is computed above: batches, a faster path for the
 # smallest encoder, checkpoints, errors and the command line.
 # ==================================================================================================
-
-class InputError(ValueError):
-    """A user's mistake: one line that names the file, line or argument and the fix; exit code 2."""
-
 
 # --------------------------------------------------------------------------------------------------
 # Batches
@@ -434,7 +425,7 @@ def encode_blocks(model: Gecko, texts: Iterable[str], dim: int | None = None, ba
                 for batch in length_batches([len(t) for t in tokens],
                                             batch_tokens or BATCH_TOKENS[model.device.type]):
                     x = embed_batch([tokens[i] for i in batch])      # (B, d)
-                    out[batch] = normalise(x, dim).cpu().numpy()
+                    out[batch] = truncate_dim(x, dim).cpu().numpy()
                     bar.update(len(batch))
                 model.cut += cut
                 yield out                                            # (len(tokens), dim)
@@ -692,12 +683,12 @@ def ranked(q: Tensor, passages: Tensor, which: Tensor, k: int) -> tuple[Tensor, 
     rows = max(1, (1 << 18 if q.device.type == "cpu" else 1 << 26) // (which.shape[1] * q.shape[1]))
     for a in range(0, len(q), rows):
         p = passages[which[a:a + rows].to(passages.device)].to(q.device, torch.float32)   # (rows, m, d)
-        scores[a:a + rows] = inner(q[a:a + rows, None], p)           # (rows, m)
+        scores[a:a + rows] = exact_dot(q[a:a + rows, None], p)           # (rows, m)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores[:, :k], which.gather(1, order[:, :k])              # (rows, k)
 
 
-def inner(x: Tensor, y: Tensor) -> Tensor:
+def exact_dot(x: Tensor, y: Tensor) -> Tensor:
     """x . y over the last dimension, summed in float64, rounded to float32; y has the product's shape.
 
     subtle: no BLAS, whose last bits change with blocks and alignment; here each sum is taken alone.
@@ -720,7 +711,8 @@ def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int
         p, p_norm, p_off = lowered(block(passages, b, b + columns, q.device), torch.float32, "passage", b)
         error = error_bound(q_norm, q_off, p_norm.max(), p_off.max(), floor, d, torch.float32)   # (rows)
         r, c = above(product(p, q), floor - 2 * error)               # (found) twice
-        score = torch.cat([score] + [inner(q[i], p[j]) for i, j in zip(r.split(4096), c.split(4096), strict=True)])
+        parts = zip(r.split(4096), c.split(4096), strict=True)
+        score = torch.cat([score] + [exact_dot(q[i], p[j]) for i, j in parts])
         row, index = torch.cat([row, r]), torch.cat([index, c + b])  # (kept + found) twice
         order = index.argsort(stable=True)                           # by row, then score, then index
         order = order[score[order].argsort(descending=True, stable=True)]
@@ -1187,191 +1179,12 @@ def read_settings(folder: Path, tokenizer: Tokenizer) -> tuple[dict[str, str], l
     return formats, own.get("dims") or read("config.json").get("matryoshka_dimensions") or [], length
 
 
-def read_json(path: Path, kind: type = object) -> Any:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({first_line(error)}); write or copy it again"
-                         ) from error
-    if not isinstance(content, kind):
-        raise InputError(f"{path}: not a JSON {kind.__name__}; write or copy it again")
-    return content
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # --------------------------------------------------------------------------------------------------
 # Files: written beside, then renamed
 
 
-@contextlib.contextmanager
-def file_beside(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` on success, deleted otherwise."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # subtle: the ending stays last, because numpy and gzip read their format from it
-    new = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield new
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def folder_beside(path: str | Path) -> Iterator[Path]:
-    """The same for a folder.
-
-    subtle: no call swaps two folders on every system; a kill between the renames leaves both, whole and hidden.
-    """
-    if Path(path).is_file():
-        raise InputError(f"{path}: a file stands there; name a folder")
-    path = Path(path).resolve()                                      # a link stays, and gets a new folder
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    new.chmod(0o755)
-    try:
-        yield new
-        if path.exists():
-            old = new.with_name(new.name + ".old")
-            os.replace(path, old)
-            os.replace(new, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, path)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-
-
-def open_text(path: str | Path) -> Any:
-    """Open UTF-8 text, plain or .gz, to read it."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8")
-
-
-def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", row) for each non-empty line; an error names file:line and the fix.
-
-    `strict`: half a surrogate pair is an error too; JSON can escape it, but no tokenizer or file takes it.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    n = 0
-    try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where, n = f"{path}:{number}", n + 1
-                try:
-                    row = json.loads(line)
-                    if strict and "\\ud" in line.lower():            # the escape of a half, or of both
-                        json.dumps(row, ensure_ascii=False).encode()
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{where}: not a JSON object; one JSON object a line")
-                yield where, row
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
-    if not n:
-        raise InputError(f"{path}: no rows; one JSON object a line is needed")
-
-
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows to a plain or .gz file, whole or not at all; the number of rows."""
-    n = 0
-    with file_beside(path) as new, open(new, "wb") as file:
-        # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
-        stream: Any = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if str(path).endswith(".gz") else file
-        with io.TextIOWrapper(stream, encoding="utf-8") as out:
-            for n, row in enumerate(rows, 1):
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return n
-
-
 # --------------------------------------------------------------------------------------------------
 # Command line
-
-
-def flag(default: Any, meaning: str) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": meaning})
-
-
-def at_least(least: float, **given: float) -> None:
-    """InputError for a flag's value that is below `least`, or no number."""
-    for name, value in given.items():
-        if not value >= least:                                       # nan neither
-            raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
-
-
-def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str] = ()) -> None:
-    """One --flag for each field of a config dataclass, with its default and meaning."""
-    for f in (f for f in fields(config) if f.name not in skip):
-        name, meaning = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (%(default)s)"
-        if isinstance(f.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=meaning)
-        else:
-            parser.add_argument(name, type=type(f.default), default=f.default, help=meaning)
-
-
-def from_flags(config: type, args: argparse.Namespace) -> Any:
-    return config(**{f.name: getattr(args, f.name) for f in fields(config)})
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call main(); a user's mistake or Ctrl-C becomes one line and an exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):                     # its encoding may lack a passage's letters
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        if callable(signal.getsignal(signal.SIGINT)):                # not where the shell has it ignored
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        main()
-        sys.stdout.flush()                                           # here, where it can still fail in a line
-    except KeyboardInterrupt:
-        sys.exit(end_of_bar() + "interrupted; run the same command again")
-    except (InputError, OSError, SafetensorError) as error:
-        try:
-            sys.stdout.flush()
-        except OSError:                                              # as it would again at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):                       # who reads has enough, as in `| head`
-            return
-        # what a full disk says, to Python, to numpy and to safetensors
-        full = re.search("No space left|File too large|requested and .* written", str(error))
-        print(f"{end_of_bar()}error: {first_line(error)}"
-              + "; free some space, then run the same command again" * bool(full), file=sys.stderr)
-        sys.exit(2)
-
-
-def end_of_bar() -> str:
-    """A line break where a progress bar still stands on the line."""
-    return "\n" * bool(getattr(tqdm, "_instances", ()))
-
-
-def say(**configuration: Any) -> None:
-    """The configuration a command runs with, one line, to stderr."""
-    print("  ".join(f"{k}={v}" for k, v in configuration.items()), file=sys.stderr)
-
-
-def read_passages(path: str | Path) -> list[dict[str, str]]:
-    """A BEIR corpus.jsonl: rows of _id, title (may be empty) and text."""
-    rows: list[dict[str, str]] = []
-    seen: dict[str, str] = {}
-    for where, row in read_jsonl(path):
-        text, key = row.get("text"), "" if row.get("_id") is None else str(row["_id"])
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f'{where}: no "text"; every passage needs one')
-        if not key:
-            raise InputError(f'{where}: no "_id"; every passage needs one of its own')
-        if key in seen:
-            raise InputError(f'{where}: "_id" {key!r} stands already at {seen[key]}; make it unique')
-        seen[key] = where
-        rows.append({"_id": key, "title": str(row.get("title") or ""), "text": text})
-    return rows
 
 
 def search_command(args: argparse.Namespace) -> None:
@@ -1492,12 +1305,6 @@ def npy_part(path: Path, shape: tuple[int, int], alone: bool) -> Iterator[Callab
             if alone and [p for p in path.parent.iterdir() if p.name.startswith(path.stem)] == [path]:
                 path.unlink()
             raise
-
-
-def utf8(text: str) -> str:
-    """A text of the command line, where Python lets any bytes pass; argparse makes the ValueError a line."""
-    text.encode()
-    return text
 
 
 def main() -> None:

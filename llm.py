@@ -33,7 +33,6 @@ import os
 import random
 import re
 import socket
-import sysconfig
 import threading
 import time
 from collections import Counter
@@ -45,31 +44,31 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import SplitResult, urlsplit
 
-from gecko import run  # first: it says in one line what is missing here
-
-# isort: split
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import Record, check_output, record, sentences, side, spoken
-from gecko import (
-    Gecko,
+from engine.files import (
     InputError,
     add_flags,
     at_least,
     file_beside,
-    fill,
     flag,
-    format_query,
     from_flags,
-    inner,
-    load,
     read_jsonl,
     read_passages,
+    run,
     say,
-    topk,
     write_jsonl,
+)
+from gecko import (
+    Gecko,
+    exact_dot,
+    fill,
+    format_query,
+    load,
+    topk,
 )
 
 Passage = dict[str, str]  # {"_id", "title", "text"}
@@ -398,10 +397,7 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
 # In practice: a stand-in for when there is no LLM, an endpoint, the command line.
 # ==================================================================================================
 
-def beside(name: str) -> Path:
-    """A data file of this project: beside the modules, or where pip puts it."""
-    here = Path(__file__).parent / name
-    return here if here.is_file() else Path(sysconfig.get_path("data"), "share/gecko-reference", name)
+ENGINE = Path(__file__).parent / "engine"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,7 +406,7 @@ def beside(name: str) -> Path:
 @functools.cache
 def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
-    lines = beside("thesaurus.txt").read_text(encoding="utf-8").splitlines()
+    lines = (ENGINE / "thesaurus.txt").read_text(encoding="utf-8").splitlines()
     entries = (line.split(":") for line in lines if not line.startswith("#"))
     return {term.strip(): [words.strip() for words in others.split(",")] for term, others in entries}
 
@@ -477,7 +473,7 @@ class Offline:
         vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
         q = torch.from_numpy(np.stack([vectors[query] for query, _ in pairs]))          # (pairs, d)
         p = torch.from_numpy(np.stack([self.vectors[p["_id"]] for _, p in pairs]))      # (pairs, d)
-        return inner(q, p).tolist()
+        return exact_dot(q, p).tolist()
 
 
 def terms(text: str) -> list[str]:
@@ -1358,7 +1354,7 @@ def as_page(rows: Sequence[Record], passages: dict[str, Passage], about: str) ->
     texts = [[key, p["title"], p["text"][:1000] + "..." * (len(p["text"]) > 1000)] for key, p in found]
     # subtle: a "<" in the data could end the script element that holds it
     data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
-    page = beside("viewer.html").read_text(encoding="utf-8")
+    page = (ENGINE / "viewer.html").read_text(encoding="utf-8")
     own = {kind: base64.b64encode(hashlib.sha256(part.encode()).digest()).decode() for kind, part in (
         ("style", page.split("<style>")[1].split("</style>")[0]),
         ("script", page.rpartition("<script>")[2].split("</script>")[0]))}

@@ -42,9 +42,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from gecko import run  # first: it says in one line what is missing here
-
-# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -66,32 +63,35 @@ from data import (
     read_qrels,
     read_records,
 )
-from gecko import (
-    FORMATS,
-    PLAIN,
-    Gecko,
+from engine.files import (
     InputError,
     add_flags,
     at_least,
-    fetch,
     file_beside,
     first_line,
     flag,
     folder_beside,
-    format_query,
     from_flags,
-    is_bag,
-    length_batches,
-    load,
-    normalise,
     read_json,
     read_jsonl,
     read_passages,
-    save,
+    run,
     say,
+    write_jsonl,
+)
+from gecko import (
+    FORMATS,
+    PLAIN,
+    Gecko,
+    fetch,
+    format_query,
+    is_bag,
+    length_batches,
+    load,
+    save,
     tiny,
     topk,
-    write_jsonl,
+    truncate_dim,
 )
 
 # B rows in a batch, d the model's dimension, tau the temperature, s = cos / tau. The vectors of a loss,
@@ -185,7 +185,7 @@ def mrl_loss(
 ) -> Tensor:                      # scalar
     """The sum over dims of the loss on the first dim dimensions, normalised again after the cut."""
     # EXERCISE 8 (about 2 lines)
-    terms = [loss(*(normalise(x, dim) for x in vectors)) for dim in dims]
+    terms = [loss(*(truncate_dim(x, dim) for x in vectors)) for dim in dims]
     return torch.stack(terms).sum()
     # END EXERCISE
 
@@ -1054,7 +1054,7 @@ def questions_beir(out: Path, corpus: Sequence[dict[str, str]]) -> Path:
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / "corpus.jsonl", folder / "corpus.jsonl")
     queries, qrels = [], {"dev": ["query-id\tcorpus-id\tscore"], "test": ["query-id\tcorpus-id\tscore"]}
-    for n, (_, row) in enumerate(read_jsonl(fret.beside("tests/questions.jsonl"))):
+    for n, (_, row) in enumerate(read_jsonl(fret.ENGINE / "questions.jsonl")):
         answers = [name for name in row["answers"] if name in names]
         qrels[row["split"]] += [f"{n}\t{name}\t1" for name in answers]
         queries += [{"_id": str(n), "text": row["query"]}] if answers else []
@@ -1241,7 +1241,7 @@ def case_scores(lab: Lab, case: Case, seed: int, title: str, dims: Sequence[int]
     for name, beir in lab.beir.items():                              # encoded once, cut to each of dims
         vectors = encoded(model, beir, lab.task, precision=c.precision)  # (Q, d) and (P, d)
         for dim in dims:
-            found = nearest_ids(beir, *(normalise(torch.from_numpy(x), dim).numpy() for x in vectors))
+            found = nearest_ids(beir, *(truncate_dim(torch.from_numpy(x), dim).numpy() for x in vectors))
             column = f"nDCG@10 {name}" + f" at {dim}" * (dim < vectors[0].shape[1])
             out[column] = retrieval_scores(found, beir)["ndcg@10"]
     for name, path in zip(short_names(lab.sts, folder=True), lab.sts, strict=True):

@@ -42,9 +42,9 @@ from gecko import (  # noqa: E402
     certified_topk,
     has_triton,
     load,
-    normalise,
     product,
     read_jsonl,
+    truncate_dim,
     write_jsonl,
 )
 from train import TrainConfig, backward, main_loss, mrl_loss, streamed_loss  # noqa: E402
@@ -269,7 +269,7 @@ def pushes(model: Gecko, rows: list, label: dict[str, str], c: TrainConfig) -> s
     for a in range(0, len(rows) - c.batch_size + 1, c.batch_size):
         part = range(a, a + c.batch_size)
         with torch.no_grad():
-            q, p, n = (normalise(model.embed([tokens[i] for i in side])) for side in sides[part].T)   # (B, d)
+            q, p, n = (truncate_dim(model.embed([tokens[i] for i in side])) for side in sides[part].T)   # (B, d)
         B, same = len(q), torch.tensor([[names[i] == names[j] for j in part] for i in part])   # (B, B)
         diagonal = torch.eye(B, dtype=torch.bool)
         s = torch.cat([(q * n).sum(1, keepdim=True), q @ p.T, (q @ q.T).masked_fill(diagonal, -1e9)], 1) / c.tau

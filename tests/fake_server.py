@@ -278,6 +278,8 @@ FAULTS = {
 def run_llm(argv: list[str]) -> None:
     """llm.py's command line in a process of its own, quietly; for the tests that kill it."""
     import llm
+    from engine import files
+
     signal.signal(signal.SIGINT, signal.default_int_handler)         # a job in the background ignores it
     sys.argv, sys.stdout, sys.stderr = ["llm.py", *argv], open("/dev/null", "w"), open("/dev/null", "w")
-    llm.run(llm.main)
+    files.run(llm.main)

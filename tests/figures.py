@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import llm  # noqa: E402
 import train  # noqa: E402
-from gecko import file_beside  # noqa: E402
+from engine.files import file_beside  # noqa: E402
 
 INK, LLM, MODEL, GOOD, BAD, PALE = "#222222", "#f3d9a4", "#b9d3ee", "#9fd3a0", "#eaa9a0", "#f4f4f4"
 

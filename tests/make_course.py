@@ -21,10 +21,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from gecko import InputError, run  # noqa: E402
+from engine.files import InputError, run  # noqa: E402
 
 MODULES = ("gecko.py", "data.py", "llm.py", "train.py")
-BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "*.html", "LICENSE", ".gitignore")
+BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "LICENSE", ".gitignore")
 NOT_COPIED = ("make_course.py", "test_course.py", "wrong_answers.py", "COURSE.md", "__pycache__", "bench*")
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
 
@@ -73,6 +73,7 @@ def make(folder: Path, numbers: set[int]) -> None:
     for path in sorted({path for pattern in BESIDE for path in ROOT.glob(pattern)}):
         text = path.read_text(encoding="utf-8")
         (folder / path.name).write_text(stripped(text, numbers) if path.name in MODULES else text, encoding="utf-8")
+    shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns(*NOT_COPIED))
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns(*NOT_COPIED))
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import numpy as np  # noqa: E402
 
 import data  # noqa: E402
-from gecko import read_jsonl, read_passages, write_jsonl  # noqa: E402
+from engine.files import read_jsonl, read_passages, write_jsonl  # noqa: E402
 
 CLASSES, RETRIEVAL, STS = ("banking77", "subj", "sst2"), ("nq-open", "wikiqa", "medquad"), ("stsb", "sts12")
 

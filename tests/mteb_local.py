@@ -19,7 +19,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import train  # noqa: E402
-from gecko import load, read_jsonl, run  # noqa: E402
+from engine.files import read_jsonl, run  # noqa: E402
+from gecko import load  # noqa: E402
 
 
 def task(kind, name, data, main_score):

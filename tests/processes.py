@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gecko
+from engine import files
 
 TESTS = Path(__file__).resolve().parent
 START = multiprocessing.get_context("forkserver")
@@ -45,4 +45,4 @@ def command_line(main: Callable[[], None], arguments: Sequence[str], before: Cal
     sys.argv = ["prog", *arguments]
     if before:
         before()
-    gecko.run(main)
+    files.run(main)

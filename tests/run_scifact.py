@@ -28,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import llm as fret
 import train
 from data import Record
-from gecko import Gecko, file_beside, load, read_jsonl, read_passages, run, save, topk
+from engine.files import file_beside, read_jsonl, read_passages, run
+from gecko import Gecko, load, save, topk
 
 TASK = "fact checking"      # Table 9's for SciFact; an encoder without prompts ignores it
 QUERIES, N = 6000, 20

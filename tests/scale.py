@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import llm  # noqa: E402
 import train  # noqa: E402
 from data import read_records  # noqa: E402
-from gecko import InputError, load, read_jsonl, read_passages, run, topk  # noqa: E402
+from engine.files import InputError, read_jsonl, read_passages, run  # noqa: E402
+from gecko import load, topk  # noqa: E402
 
 PAPER, ANSWER = 6_600_000, 40                                        # rows; tokens of a task and a query
 

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import llm  # noqa: E402
 import train  # noqa: E402
-from gecko import file_beside, load, topk  # noqa: E402
+from engine.files import file_beside  # noqa: E402
+from gecko import load, topk  # noqa: E402
 
 SHARES = (0.0, 0.15, 0.3, 0.5)
 JUDGES = ("first embedder", "QL", "BM25", "dense", "QL + dense", "gold")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import data
-from gecko import InputError
+from engine import files
+from engine.files import InputError
 
 GOOD = {"task": "t", "query": "q", "positive": {"title": "T", "text": "p"}, "negative": None}
 
@@ -93,7 +94,7 @@ def test_schedule_follows_the_weights():
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
 def test_records_round_trip(tmp_path, ending):
     path = tmp_path / f"r.{ending}"
-    data.write_jsonl(path, [GOOD, {**GOOD, "query": "ü 試"}])
+    files.write_jsonl(path, [GOOD, {**GOOD, "query": "ü 試"}])
     rows = data.read_records(path)
     assert [r["query"] for r in rows] == ["q", "ü 試"] and rows[0]["symmetric"] is False
 
@@ -119,7 +120,7 @@ def test_a_wrong_row_names_file_and_line(tmp_path, line, message):
 
 
 def test_no_title_may_be_written_as_null(tmp_path, capsys):
-    data.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "positive": {"title": None, "text": "p"}, "kind": None}])
+    files.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "positive": {"title": None, "text": "p"}, "kind": None}])
     data.check(str(tmp_path / "r.jsonl"), None, None)
     assert "first positive: title: none | text: p" in capsys.readouterr().out
 
@@ -131,7 +132,7 @@ def test_a_length_of_nothing_is_one_line():
 
 
 def test_candidates_are_left_out_where_no_one_needs_them(tmp_path):
-    data.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "candidates": [{"id": "a"}]}])
+    files.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "candidates": [{"id": "a"}]}])
     with_them, without = (data.read_records(tmp_path / "r.jsonl", candidates=c) for c in (True, False))
     assert with_them[0].pop("candidates") == [{"id": "a"}] and with_them == without
 
@@ -162,10 +163,10 @@ def test_no_row_vanishes_and_no_text_is_its_own_negative(tmp_path):
     """A list of no positives is counted as left out; a premise is never what contradicts it."""
     left_out = Counter()
     rows = [{"query": "q", "pos": [], "neg": ["n"]}, {"query": "q", "pos": ["p"], "neg": ["n"]}]
-    data.write_jsonl(tmp_path / "p.jsonl", rows)
+    files.write_jsonl(tmp_path / "p.jsonl", rows)
     assert [r["positive"]["text"] for r in data.convert_pairs([str(tmp_path / "p.jsonl")], left_out)] == ["p"]
     assert left_out == {"pairs of a text with itself or nothing": 1}
-    data.write_jsonl(tmp_path / "n.jsonl", [{"premise": "a", "hypothesis": other, "label": label}
+    files.write_jsonl(tmp_path / "n.jsonl", [{"premise": "a", "hypothesis": other, "label": label}
                                             for other, label in (("b", 0), ("a", 2), ("c", 2))])
     row, = data.convert_nli([str(tmp_path / "n.jsonl")], left_out)
     assert row["negative"]["text"] == "c"

@@ -16,6 +16,7 @@ import torch
 from processes import Command
 
 import gecko
+from engine import files
 
 TEXTS = [" ".join(f"word{(i * j) % 17}" for j in range(1 + i * 7 % 23)) for i in range(120)]
 
@@ -35,7 +36,7 @@ def model():
 def plainly(model):
     """One text at a time: nothing is padded, nothing packed."""
     with torch.no_grad():
-        return torch.cat([gecko.normalise(gecko.embed(model.encoder, *gecko.pad([ids], 0)))
+        return torch.cat([gecko.truncate_dim(gecko.embed(model.encoder, *gecko.pad([ids], 0)))
                           for ids in model.tokens(TEXTS)]).numpy()
 
 
@@ -48,11 +49,11 @@ def test_packed_gives_the_plain_vectors(model, batch_tokens, monkeypatch):
     tokens = model.tokens(TEXTS)
     for batch in gecko.length_batches([len(t) for t in tokens], batch_tokens):
         with torch.no_grad():
-            x = gecko.normalise(pack([tokens[i] for i in batch])).numpy()
+            x = gecko.truncate_dim(pack([tokens[i] for i in batch])).numpy()
         np.testing.assert_allclose(x, want[batch], atol=1e-5)
     with torch.no_grad():
         model.encoder.encoder["layer"][1].attention["self"]["key"].weight += 0.1
-        changed = gecko.normalise(gecko.packed(model.encoder, torch.float32)(tokens)).numpy()
+        changed = gecko.truncate_dim(gecko.packed(model.encoder, torch.float32)(tokens)).numpy()
         model.encoder.encoder["layer"][1].attention["self"]["key"].weight -= 0.1
     assert np.abs(changed - want).max() > 1e-4
 
@@ -90,21 +91,21 @@ def test_a_block_is_the_same_bytes_whatever_went_before(model, precision, monkey
 
 def test_precision_and_training_mode(model):
     """A wrong name is refused; the encoder goes back to training, also after an error."""
-    with pytest.raises(gecko.InputError, match="--precision fp8"):
+    with pytest.raises(files.InputError, match="--precision fp8"):
         model.encode(TEXTS, precision="fp8")
     model.encoder.train()
-    with pytest.raises(gecko.InputError, match="no tokens"):
+    with pytest.raises(files.InputError, match="no tokens"):
         model.encode([*TEXTS, " "])
     assert model.encoder.training
     model.encoder.eval()
 
 
 @pytest.fixture(scope="module")
-def files(model, tmp_path_factory):
+def encoded(model, tmp_path_factory):
     """The model's folder, 120 rows to encode, and their bytes from a run that nobody stopped."""
     folder = tmp_path_factory.mktemp("encode")
     gecko.save(model, folder / "model")
-    gecko.write_jsonl(folder / "in.jsonl", [{"title": f"t{i % 3}", "text": t} for i, t in enumerate(TEXTS)])
+    files.write_jsonl(folder / "in.jsonl", [{"title": f"t{i % 3}", "text": t} for i, t in enumerate(TEXTS)])
     assert run(folder, "whole.npy").result()[0] == 0
     return folder
 
@@ -132,84 +133,85 @@ def in_blocks(pause, stop):
     gecko.TEXTS_AHEAD, gecko.encode_blocks, os.fsync = 8, slowly, fsync
 
 
-def test_killed_command_goes_on_and_ends_with_the_same_bytes(files):
-    killed = run(files, "killed.npy", 0.3)
-    while len(done := list(files.glob(".killed.npy.*.json"))) < 1 or json.loads(done[0].read_text())["done"] < 24:
+def test_killed_command_goes_on_and_ends_with_the_same_bytes(encoded):
+    killed = run(encoded, "killed.npy", 0.3)
+    while len(done := list(encoded.glob(".killed.npy.*.json"))) < 1 or json.loads(done[0].read_text())["done"] < 24:
         assert killed.process.is_alive()
         time.sleep(0.02)
     killed.process.kill()
-    assert killed.result()[0] == -signal.SIGKILL and not (files / "killed.npy").exists()
-    code, out, err = run(files, "killed.npy").result()
+    assert killed.result()[0] == -signal.SIGKILL and not (encoded / "killed.npy").exists()
+    code, out, err = run(encoded, "killed.npy").result()
     assert code == 0 and "wrote" in out
     at = int(err.split("resumed_at=")[1].split()[0])
     assert 24 <= at < 120
-    assert (files / "killed.npy").read_bytes() == (files / "whole.npy").read_bytes()
-    assert not list(files.glob(".*.npy.*")), "a part or a state was left behind"
+    assert (encoded / "killed.npy").read_bytes() == (encoded / "whole.npy").read_bytes()
+    assert not list(encoded.glob(".*.npy.*")), "a part or a state was left behind"
 
 
 @pytest.mark.parametrize("stop, code, said", [
     (OSError(28, "No space left on device"), 2,
      "error: [Errno 28] No space left on device; free some space, then run the same command again"),
     (KeyboardInterrupt(), 1, "interrupted; run the same command again")], ids=["full", "ctrl-c"])
-def test_stopped_after_a_block_it_keeps_that_and_says_so_in_a_line(files, stop, code, said):
+def test_stopped_after_a_block_it_keeps_that_and_says_so_in_a_line(encoded, stop, code, said):
     """At the third block's write. Only the part and its state stand there, and the next run goes on at them."""
     name = f"stopped{code}.npy"
-    ended, _, err = run(files, name, stop=stop).result()
+    ended, _, err = run(encoded, name, stop=stop).result()
     assert ended == code and err.splitlines()[-1] == said and "Traceback" not in err
-    assert sorted(p.suffix for p in files.iterdir() if name in p.name) == [".json", ".part"]
-    assert "resumed_at=16\n" in run(files, name).result()[2]
-    assert (files / name).read_bytes() == (files / "whole.npy").read_bytes()
-    assert [p.name for p in files.iterdir() if name in p.name] == [name]
+    assert sorted(p.suffix for p in encoded.iterdir() if name in p.name) == [".json", ".part"]
+    assert "resumed_at=16\n" in run(encoded, name).result()[2]
+    assert (encoded / name).read_bytes() == (encoded / "whole.npy").read_bytes()
+    assert [p.name for p in encoded.iterdir() if name in p.name] == [name]
 
 
-def test_command_counts_the_texts_cut_also_over_a_stop(files):
+def test_command_counts_the_texts_cut_also_over_a_stop(encoded):
     """Three, one of them before the stop."""
     texts = [*TEXTS, *["word1 " * 1000] * 2]
     texts[3] = texts[-1]
-    gecko.write_jsonl(files / "long.jsonl", [{"text": t} for t in texts])
-    long = [files / "long.jsonl", files / "long.npy", "--model", files / "model"]
+    files.write_jsonl(encoded / "long.jsonl", [{"text": t} for t in texts])
+    long = [encoded / "long.jsonl", encoded / "long.npy", "--model", encoded / "model"]
     Command(gecko.main, "encode", *long, before=functools.partial(in_blocks, 0, KeyboardInterrupt())).result()
     out = Command(gecko.main, "encode", *long, before=functools.partial(in_blocks, 0, None)).result()[1]
     assert "; 3 texts were cut at " in out
 
 
-def test_two_processes_write_one_file(files):
+def test_two_processes_write_one_file(encoded):
     """As torchrun starts them; the vectors are those of one process."""
-    both = [run(files, "two.npy", RANK=str(r), WORLD_SIZE="2") for r in (0, 1)]
+    both = [run(encoded, "two.npy", RANK=str(r), WORLD_SIZE="2") for r in (0, 1)]
     results = [command.result() for command in both]
     assert [code for code, *_ in results] == [0, 0], results
     assert any("wrote" in out for _, out, _ in results)
-    np.testing.assert_allclose(np.load(files / "two.npy"), np.load(files / "whole.npy"), atol=1e-6)
-    assert not list(files.glob(".*.npy.*"))
+    np.testing.assert_allclose(np.load(encoded / "two.npy"), np.load(encoded / "whole.npy"), atol=1e-6)
+    assert not list(encoded.glob(".*.npy.*"))
 
 
-def test_more_processes_than_rows(files):
+def test_more_processes_than_rows(encoded):
     """One that has no rows and comes last leaves nothing."""
-    gecko.write_jsonl(files / "one.jsonl", [{"text": "word1"}])
+    files.write_jsonl(encoded / "one.jsonl", [{"text": "word1"}])
     for rank in (1, 0):                                              # the row is rank 1's
-        assert Command(gecko.main, "encode", files / "one.jsonl", files / "one.npy", "--model", files / "model",
+        assert Command(gecko.main, "encode", encoded / "one.jsonl", encoded / "one.npy",
+                       "--model", encoded / "model",
                        RANK=str(rank), WORLD_SIZE="2").result()[0] == 0
-        assert (files / "one.npy").exists() and not list(files.glob(".one.npy*"))
+        assert (encoded / "one.npy").exists() and not list(encoded.glob(".one.npy*"))
 
 
-def test_another_input_does_not_resume(files):
+def test_another_input_does_not_resume(encoded):
     """What a stopped run left is not mixed with another text's vectors."""
-    key = {p: p.stat().st_mtime_ns for p in files.glob("*.jsonl")}
-    stopped = run(files, "other.npy", 5)
-    while not list(files.glob(".other.npy.*.json")):
+    key = {p: p.stat().st_mtime_ns for p in encoded.glob("*.jsonl")}
+    stopped = run(encoded, "other.npy", 5)
+    while not list(encoded.glob(".other.npy.*.json")):
         assert stopped.process.is_alive()
         time.sleep(0.02)
     stopped.process.kill()
     stopped.process.join()
-    rows = (files / "in.jsonl").read_text()
+    rows = (encoded / "in.jsonl").read_text()
     try:
-        (files / "in.jsonl").write_text(rows.replace("word1", "word2"))
-        assert "resumed_at=0\n" in run(files, "other.npy").result()[2]
+        (encoded / "in.jsonl").write_text(rows.replace("word1", "word2"))
+        assert "resumed_at=0\n" in run(encoded, "other.npy").result()[2]
     finally:
-        (files / "in.jsonl").write_text(rows)
+        (encoded / "in.jsonl").write_text(rows)
         for path, at in key.items():
             os.utime(path, ns=(at, at))
-    assert (files / "other.npy").read_bytes() != (files / "whole.npy").read_bytes()
+    assert (encoded / "other.npy").read_bytes() != (encoded / "whole.npy").read_bytes()
 
 
 @pytest.mark.parametrize("scale", [1, 300, -300])

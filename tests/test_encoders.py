@@ -19,6 +19,7 @@ import torch
 import data
 import gecko
 import train
+from engine import files
 
 transformers = pytest.importorskip("transformers", reason="the other side of the parity tests")
 TEXTS = ["Round a number up", "delete a file, then sort a list in place and return None",
@@ -252,7 +253,7 @@ def test_tiny_opens_elsewhere(layers, tmp_path):
 def test_fine_tuned_from_anothers_encoder(bert, unified, tmp_path, monkeypatch):
     """--init may be anyone's encoder: it keeps its formats, or takes appendix B's with --unified."""
     rows = [data.record("fact checking", t, {"title": "T", "text": f"about {t}"}) for t in TEXTS]
-    gecko.write_jsonl(tmp_path / "rows.jsonl", rows)
+    files.write_jsonl(tmp_path / "rows.jsonl", rows)
     monkeypatch.setattr(sys, "argv", ["train.py", "finetune", str(tmp_path / "rows.jsonl"), "--init", str(bert),
                                       "--out", str(tmp_path / "m"), "--steps", "2"] + ["--unified"] * unified)
     train.main()
@@ -371,13 +372,13 @@ def test_refused_by_name(name, bert, tmp_path, monkeypatch, capsys):
     shutil.copytree(bert, tmp_path / "m")
     change(tmp_path / "m")
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was opened"))
-    with pytest.raises(gecko.InputError, match=message) as error:
+    with pytest.raises(files.InputError, match=message) as error:
         gecko.load(tmp_path / "m")
     assert "\n" not in str(error.value)
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["gecko.py", "search", "q", "--model", str(tmp_path / "m")])
     with pytest.raises(SystemExit) as stop:
-        gecko.run(gecko.main)
+        files.run(gecko.main)
     lines = list(filter(None, capsys.readouterr().err.splitlines()))
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
 
@@ -392,7 +393,7 @@ def test_damaged_bytes_never_crash(bert, tmp_path):
         path.write_bytes(good[:at] + bytes([good[at] ^ int(rng.integers(1, 256))]) + good[at + 1:])
         try:
             gecko.load(tmp_path / "m").encode(TEXTS[:1])
-        except gecko.InputError:
+        except files.InputError:
             refused += 1
     assert refused > 40
 
@@ -413,10 +414,10 @@ def test_hub_id_is_fetched_without_pickles(bert, monkeypatch, tmp_path):
         assert not any(fnmatch.fnmatch(bad, p) for p in patterns)
     (tmp_path / "runs").mkdir()
     for path in ("runs/none", str(tmp_path / "none"), "none"):
-        with pytest.raises(gecko.InputError, match="no config.json there"):
+        with pytest.raises(files.InputError, match="no config.json there"):
             gecko.load(path)
     assert not asked, "a path was asked of the hub"
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("offline\nmore")))
-    with pytest.raises(gecko.InputError, match="not to be had from the Hugging Face hub .offline") as error:
+    with pytest.raises(files.InputError, match="not to be had from the Hugging Face hub .offline") as error:
         gecko.load("someone/encoder")
     assert "\n" not in str(error.value)

@@ -29,6 +29,7 @@ from teach import check
 
 import gecko
 import llm
+from engine import files
 from llm import CallFailed, Endpoint, LLMError, Spent, ql_prompt, rc_prompt
 
 TEXTS = {
@@ -549,7 +550,7 @@ def test_connections_are_kept(monkeypatch):
                                  "http://h:abc/v1", "http://h:99999/v1", "http://[::1/v1", "http://a..b/v1",
                                  "http://h/\u00e9/v1"])
 def test_bad_urls_are_refused_without_repeating_them(url):
-    with pytest.raises(gecko.InputError, match="OPENAI_API_KEY") as error:
+    with pytest.raises(files.InputError, match="OPENAI_API_KEY") as error:
         Endpoint(url)
     assert "secret" not in str(error.value)
 
@@ -563,7 +564,7 @@ def work(tmp_path_factory) -> Path:
     """A corpus, and the smallest encoder trained on nothing."""
     folder = tmp_path_factory.mktemp("work")
     corpus = [passage(i) for i in range(40)]
-    gecko.write_jsonl(folder / "corpus.jsonl", corpus)
+    files.write_jsonl(folder / "corpus.jsonl", corpus)
     gecko.save(gecko.tiny([p["text"] for p in corpus], vocabulary=300), folder / "seed")
     return folder
 
@@ -745,7 +746,7 @@ def test_dry_run_counts_what_a_run_sends(score, undisturbed, work, tmp_path, mon
                                   "--limit -1", "--limit 0", "--max-requests -1"])
 def test_a_flag_out_of_its_range_is_one_line(flag, work, tmp_path, monkeypatch):
     for dry in ([], ["--dry-run"]):
-        with pytest.raises(gecko.InputError, match=f"{flag}.*: give .* or more"):
+        with pytest.raises(files.InputError, match=f"{flag}.*: give .* or more"):
             main(monkeypatch, ["generate", f"{work}/corpus.jsonl", f"{tmp_path}/q.jsonl", "--llm", "http://h/v1",
                                *flag.split(), *dry])
 
@@ -753,11 +754,11 @@ def test_a_flag_out_of_its_range_is_one_line(flag, work, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])
 def test_a_key_in_the_url_is_not_shown(dry, work, tmp_path, monkeypatch, capsys):
     """The flags are printed before anything is sent: such a URL is refused before that."""
-    with pytest.raises(gecko.InputError, match="a key goes in OPENAI_API_KEY") as error:
+    with pytest.raises(files.InputError, match="a key goes in OPENAI_API_KEY") as error:
         main(monkeypatch, ["generate", f"{work}/corpus.jsonl", f"{tmp_path}/q.jsonl", "--llm",
                            "http://me:secret@h/v1", *dry])
     assert "secret" not in "".join(capsys.readouterr()) + str(error.value)
-    with pytest.raises(gecko.InputError):
+    with pytest.raises(files.InputError):
         llm.Options(llm="http://h/v1?key=secret")                    # as train.py's ablate makes them
 
 
@@ -814,7 +815,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(work, tmp_path, monkeypatch
         path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "[key]" in shown and "do-not-show" not in shown
     monkeypatch.setenv("OPENAI_API_KEY", "sk-do\u00e9-not")
-    with pytest.raises(gecko.InputError) as error:
+    with pytest.raises(files.InputError) as error:
         Endpoint("http://127.0.0.1:9")
     assert "sk-do" not in str(error.value)
 
@@ -866,7 +867,7 @@ def test_the_key_is_not_for_a_scorer_elsewhere(monkeypatch, tmp_path):
         e = llm.endpoint(llm.Options(llm=server.url.replace("http:", "https:"), cache=str(tmp_path / "d.jsonl")),
                          "f.jsonl", scorer_llm=server.url)
         assert e.query_likelihood([("s", passage(4)), ("t", passage(5))]) and "" in server.keys
-    with pytest.raises(gecko.InputError, match="give http://HOST:PORT"):
+    with pytest.raises(files.InputError, match="give http://HOST:PORT"):
         llm.endpoint(llm.Options(llm="http://h/v1"), "f.jsonl", scorer_llm="http://[::1/v1")
 
 

@@ -14,6 +14,7 @@ import torch
 from teach import check
 
 import gecko
+from engine import files
 
 TEXTS = ["round a number up", "delete a file", "sort a list in place and return None", "x"] * 4
 
@@ -150,7 +151,7 @@ def test_topk_equals_a_full_stable_sort(budget, k):
 
 
 def test_topk_refuses_k_above_the_corpus():
-    with pytest.raises(gecko.InputError, match="k = 4 neighbours of 3"):
+    with pytest.raises(files.InputError, match="k = 4 neighbours of 3"):
         gecko.topk(np.eye(3), np.eye(3), 4)
 
 
@@ -186,7 +187,7 @@ def test_wrong_model_folder_is_one_line(bag, tmp_path, name, content, message):
     (tmp_path / "m" / name).unlink()
     if content is not None:
         (tmp_path / "m" / name).write_bytes(content)
-    with pytest.raises(gecko.InputError, match=message):
+    with pytest.raises(files.InputError, match=message):
         gecko.load(tmp_path / "m")
 
 
@@ -194,13 +195,13 @@ def test_load_refuses_weights_of_another_shape(bag, layered, tmp_path):
     gecko.save(bag, tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     (tmp_path / "m/config.json").write_text(json.dumps({**config, "vocab_size": 12}))
-    with pytest.raises(gecko.InputError, match="not a readable checkpoint"):
+    with pytest.raises(files.InputError, match="not a readable checkpoint"):
         gecko.load(tmp_path / "m")
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path):
     (tmp_path / "f").write_text("old")
-    with pytest.raises(RuntimeError), gecko.file_beside(tmp_path / "f") as new:
+    with pytest.raises(RuntimeError), files.file_beside(tmp_path / "f") as new:
         new.write_text("half")
         raise RuntimeError
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
@@ -211,16 +212,16 @@ def test_folder_through_a_link_and_never_over_a_file(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "file").write_text("old")
-    with gecko.folder_beside(tmp_path / "link") as new:
+    with files.folder_beside(tmp_path / "link") as new:
         (new / "f").write_text("new")
-    with pytest.raises(gecko.InputError, match="a file stands there"), gecko.folder_beside(tmp_path / "file"):
+    with pytest.raises(files.InputError, match="a file stands there"), files.folder_beside(tmp_path / "file"):
         pass
     assert (tmp_path / "real/f").read_text() == "new" and (tmp_path / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
 
 
 def test_sentence_of_no_tokens_is_refused(bag):
-    with pytest.raises(gecko.InputError, match="no tokens"):
+    with pytest.raises(files.InputError, match="no tokens"):
         bag.encode(["  "])
 
 
@@ -259,12 +260,12 @@ def test_attention_with_dropout_is_the_usual_one_with_the_weights_masked():
 
 def test_a_damaged_gz_is_one_line(tmp_path):
     path = tmp_path / "in.jsonl.gz"
-    gecko.write_jsonl(path, [{"text": f"{i} {i * i}"} for i in range(2000)])
+    files.write_jsonl(path, [{"text": f"{i} {i * i}"} for i in range(2000)])
     raw = bytearray(path.read_bytes())
     raw[200:240] = bytes(40)                                         # not a deflate stream any more
     path.write_bytes(bytes(raw))
-    with pytest.raises(gecko.InputError, match="in.jsonl.gz: unreadable|in.jsonl.gz:[0-9]+: not JSON"):
-        list(gecko.read_jsonl(path))
+    with pytest.raises(files.InputError, match="in.jsonl.gz: unreadable|in.jsonl.gz:[0-9]+: not JSON"):
+        list(files.read_jsonl(path))
 
 
 @pytest.mark.parametrize("line", [r'{"text": "half a pair: \ud83d"}', "[" * 100_000], ids=["half a pair", "deep"])
@@ -272,15 +273,15 @@ def test_a_row_that_python_alone_can_hold_is_one_line(line, tmp_path):
     """JSON may write half a surrogate pair, which is no text; a whole pair is one."""
     path = tmp_path / "in.jsonl"
     path.write_text(r'{"text": "a whole pair: \uD83D\ude00"}' + f"\n{line}\n")
-    rows = gecko.read_jsonl(path)
+    rows = files.read_jsonl(path)
     assert next(rows)[1] == {"text": "a whole pair: 😀"}
-    with pytest.raises(gecko.InputError, match="in.jsonl:2: not JSON .*; one JSON object a line$"):
+    with pytest.raises(files.InputError, match="in.jsonl:2: not JSON .*; one JSON object a line$"):
         next(rows)
 
 
 def test_a_gz_is_the_same_bytes_whenever_written(tmp_path, monkeypatch):
     for name in ("a", "b"):
         monkeypatch.setattr(time, "time", lambda: 1e9 + ord(name))
-        gecko.write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "x"}])
+        files.write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "x"}])
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
-    assert [row for _, row in gecko.read_jsonl(tmp_path / "a.jsonl.gz")] == [{"text": "x"}]
+    assert [row for _, row in files.read_jsonl(tmp_path / "a.jsonl.gz")] == [{"text": "x"}]

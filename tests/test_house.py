@@ -9,7 +9,6 @@ import doctest
 import importlib
 import json
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def imported(path, top_level):
 @pytest.mark.parametrize("name", ORDER)
 def test_imports_go_one_way(name):
     """A module imports only those before it, and five packages; optional ones inside functions."""
-    before = set(ORDER[:ORDER.index(name)])
+    before = set(ORDER[:ORDER.index(name)]) | {"engine"}
     top, everywhere = (set(imported(ROOT / f"{name}.py", t)) - sys.stdlib_module_names for t in (True, False))
     assert top <= before | ALLOWED
     assert everywhere <= before | ALLOWED | OPTIONAL | {"pydoc_data"}
@@ -57,18 +56,8 @@ def test_docstring_examples_run(name):
     assert result.attempted > 0 and result.failed == 0
 
 
-def test_what_is_read_beside_the_modules_is_installed():
-    """pip puts these files where `llm.beside` looks for them, under their folders' names."""
-    read = {c.args[0].value for name in ORDER for c in ast.walk(ast.parse((ROOT / f"{name}.py").read_text()))
-            if isinstance(c, ast.Call) and ast.unparse(c.func) in ("beside", "fret.beside")}
-    put = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["data-files"]
-    assert read == {"thesaurus.txt", "viewer.html", "tests/questions.jsonl"}
-    assert {f"{folder}/{Path(file).name}" for folder, files in put.items() for file in files} == {
-        f"share/gecko-reference/{name}" for name in read}
-
-
 def test_questions_are_answerable_and_split_in_half():
-    rows = [json.loads(line) for line in (ROOT / "tests/questions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ROOT / "engine/questions.jsonl").read_text().splitlines()]
     names = {p["title"] for p in data.builtin_corpus()}
     answerable = [r for r in rows if set(r["answers"]) & names]
     assert len(answerable) >= 240 and len(answerable) >= len(rows) - 6
@@ -91,3 +80,10 @@ def test_only_the_ladder_reads_the_questions():
     lines = {c.func.id: c.lineno for c in ast.walk(recipe) if isinstance(c, ast.Call)
              and isinstance(c.func, ast.Name)}
     assert called.count("train") == 3 and lines["train"] < lines["ladder"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "engine").glob("*.py")), ids=lambda path: path.name)
+def test_no_engine_file_imports_a_page(path):
+    """The rule that carries the house: an engine file takes what it needs as arguments."""
+    assert not set(imported(path, False)) & set(ORDER)
+    assert set(imported(path, True)) - sys.stdlib_module_names <= ALLOWED | {"engine", "__future__"}

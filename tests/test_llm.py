@@ -16,6 +16,7 @@ from teach import check
 
 import gecko
 import llm
+from engine import files
 
 CORPUS = [{"_id": name, "title": name, "text": text} for name, text in [
     ("m.ceil", "Return the ceiling of x. This is the smallest integer."),
@@ -230,7 +231,7 @@ def test_offline_relevance_is_the_embedders_cosine(embedder):
     q = embedder.encode_queries(["sort the list"])[0]
     P = embedder.encode_passages([p["text"] for p in CORPUS], [p["title"] for p in CORPUS])
     assert got == pytest.approx((P @ q).tolist(), abs=1e-6)
-    with pytest.raises(gecko.InputError, match="--model-dir"):
+    with pytest.raises(files.InputError, match="--model-dir"):
         llm.Offline(CORPUS).relevance([("q", CORPUS[0])])
 
 
@@ -282,5 +283,5 @@ def test_write_kept_holds_no_rows_and_gives_up_early(tmp_path):
 def test_queries_must_belong_to_the_corpus(tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({"_id": "1", "task": "t", "query": "q", "seed_id": "nowhere"}) + "\n")
-    with pytest.raises(gecko.InputError, match=":1: seed_id 'nowhere' is not in the corpus"):
+    with pytest.raises(files.InputError, match=":1: seed_id 'nowhere' is not in the corpus"):
         llm.read_queries(path, CORPUS)

@@ -13,6 +13,7 @@ import pytest
 
 import gecko
 import train
+from engine import files
 
 pytest.importorskip("mteb", reason="pip install mteb")
 import mteb  # noqa: E402
@@ -145,7 +146,7 @@ def test_command_line_and_its_mistakes(model, tmp_path, monkeypatch, capsys):
     for name, message in (("STS12", "its data is not here.*no hub"), ("Nonsense", "Nonsense.*not found")):
         monkeypatch.setattr(sys, "argv", [name if a == "STS12" else a for a in argv])
         with pytest.raises(SystemExit) as stop:
-            gecko.run(train.main)
+            files.run(train.main)
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert stop.value.code == 2 and len(errors) == 1
         assert re.search(message, errors[0])

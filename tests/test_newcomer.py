@@ -1,15 +1,13 @@
 """What a newcomer does wrong, or meets.   pytest tests/test_newcomer.py
 
-Invariants: an old Python, a missing package, a full disk and Ctrl-C in any stage each end in one line that
+Invariants: a full disk and Ctrl-C in any stage each end in one line that
 says what to do, with no traceback; what stood there before still stands, and nothing half-written does.
 """
 
-import ast
 import json
 import os
 import random
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -24,38 +22,11 @@ import data
 import gecko
 import llm
 import train
+from engine import files
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("gecko.py", "data.py", "llm.py", "train.py")
-MAIN = {"gecko.py": gecko.main, "data.py": data.main, "llm.py": llm.main, "train.py": train.main}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_an_old_python_says_which_to_take(module, monkeypatch):
-    """The text parses for it, so that the line is reached."""
-    ast.parse((ROOT / module).read_text(), feature_version=(3, 8))
-    for name in ("gecko", "data", "llm"):
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
-    with pytest.raises(SystemExit, match="^error: Python .* too old; run this with Python 3.11 or later$"):
-        runpy.run_path(str(ROOT / module), run_name="__main__")
-
-
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("package", ["numpy", "torch", "tqdm", "tokenizers", "safetensors"])
-def test_a_missing_package_says_how_to_install(module, package, monkeypatch):
-    for name in ("gecko", "data", "llm"):
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit, match=f"^error: no package {package} here; pip install -r requirements.txt$"):
-        runpy.run_path(str(ROOT / module), run_name="__main__")
-
-
-# --------------------------------------------------------------------------------------------------
-# A small project folder, every file in its place
-
-
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
+MAIN = {"gecko.py": gecko.main, "data.py": data.main, "llm.py": llm.main, "train.py": train.main}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +35,7 @@ def project(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("project"), random.Random(0)
     corpus = [{"_id": f"p{i}", "title": f"t{i}", "text": " ".join(rng.choices(WORDS, k=12)) + f" k{i}."}
               for i in range(120)]
-    gecko.write_jsonl(folder / "corpus.jsonl", corpus)
+    files.write_jsonl(folder / "corpus.jsonl", corpus)
     model = gecko.tiny([p["text"] for p in corpus], hidden_size=64)
     gecko.save(model, folder / "seed")
     judge = llm.Offline(corpus, model)
@@ -74,7 +45,7 @@ def project(tmp_path_factory):
     (folder / "beir/qrels").mkdir(parents=True)
     shutil.copy(folder / "corpus.jsonl", folder / "beir")
     (folder / "beir/qrels/test.tsv").write_text("".join(f"{q['_id']}\t{q['seed_id']}\t1\n" for q in queries))
-    gecko.write_jsonl(folder / "beir/queries.jsonl", [{"_id": q["_id"], "text": q["query"]} for q in queries])
+    files.write_jsonl(folder / "beir/queries.jsonl", [{"_id": q["_id"], "text": q["query"]} for q in queries])
     return folder
 
 
@@ -97,7 +68,7 @@ def run(command, project, out, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     capsys.readouterr()
     try:
-        gecko.run(MAIN[words[0]])
+        files.run(MAIN[words[0]])
     except SystemExit as stop:
         said = stop.code if isinstance(stop.code, str) else capsys.readouterr().err
         return 1 if isinstance(stop.code, str) else stop.code, said.rstrip().splitlines()[-1]
@@ -138,7 +109,7 @@ STAGES = {
     "show": (llm, "in_order", 3),
     "prefinetune": (train, "learning_rate", 2),
     "finetune": (train, "learning_rate", 2),
-    "encode": (gecko, "normalise", 0),
+    "encode": (gecko, "truncate_dim", 0),
     "evaluate": (gecko, "topk", 0),
 }
 
@@ -173,8 +144,8 @@ RECIPE = {"pre-finetuning": ("learning_rate", 1), "generate": ("templated_query"
 
 @pytest.mark.parametrize("stage", RECIPE)
 def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch, capsys):
-    corpus = gecko.read_passages(project / "corpus.jsonl")
-    names = [q["answers"][0] for _, q in gecko.read_jsonl(ROOT / "tests/questions.jsonl")]
+    corpus = files.read_passages(project / "corpus.jsonl")
+    names = [q["answers"][0] for _, q in files.read_jsonl(ROOT / "engine/questions.jsonl")]
     corpus = [{**p, "_id": name, "title": name} for p, name in zip(corpus, dict.fromkeys(names), strict=False)]
     monkeypatch.setattr(train, "builtin_corpus", lambda: corpus)
     monkeypatch.setattr(train, "builtin_pairs", lambda *a: [
@@ -226,7 +197,7 @@ INPUT, FOLDER = "it is an input too; name another file", ".: a folder stands the
 def test_an_output_that_is_an_input_or_a_folder_is_refused_at_once(words, message, project, tmp_path, monkeypatch,
                                                                   capsys):
     """What was paid for is not written over, nor a folder met when all is done."""
-    gecko.write_jsonl(tmp_path / "c.jsonl", [{"_id": "1", "query": "q", "text": "red"}])
+    files.write_jsonl(tmp_path / "c.jsonl", [{"_id": "1", "query": "q", "text": "red"}])
     before = (tmp_path / "c.jsonl").read_bytes()
     code, said = run(words, project, tmp_path, monkeypatch, capsys)
     assert code == 2 and said.startswith("error: ") and said.endswith(message)
@@ -249,7 +220,7 @@ def test_output_that_nobody_takes(output, code, last, project):
 
 def test_a_letter_that_the_terminal_lacks_is_escaped(project, tmp_path):
     corpus = tmp_path / "c.jsonl"
-    gecko.write_jsonl(corpus, [{"_id": "1", "text": "a café"}])
+    files.write_jsonl(corpus, [{"_id": "1", "text": "a café"}])
     code, out, _ = Command(gecko.main, "search", "red", "--corpus", corpus, "--model", project / "seed",
                            before=ascii_terminal).result()
     assert code == 0 and out.endswith("a caf\\xe9\n")
@@ -273,23 +244,3 @@ def test_ctrl_c_in_a_process_of_its_own(project, tmp_path):
     assert child.returncode == 1 and "Traceback" not in said
     assert said.splitlines()[-1] == "interrupted; run the same command again"
     assert {p.name for p in tmp_path.iterdir()} == {"long.jsonl"}
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_ctrl_c_while_packages_are_imported(module, tmp_path):
-    """Of a torch that takes forever: one line and the exit code of later stages, unless it is ignored."""
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch/__init__.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
-    words = [sys.executable, ROOT / module, "--help"]
-    for ignored in (False, True):
-        child = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(tmp_path)}, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                 preexec_fn=lambda: ignored and signal.signal(signal.SIGINT, signal.SIG_IGN))
-        assert child.stdout.readline() == "importing\n"
-        child.send_signal(signal.SIGINT)
-        if ignored:
-            with pytest.raises(subprocess.TimeoutExpired):
-                child.communicate(timeout=0.3)
-            child.kill()
-        said = child.communicate(timeout=60)[1]
-        assert ignored or (child.returncode, said) == (1, "interrupted; run the same command again\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_newcomer import MAIN, project  # noqa: F401 a fixture
 
-import gecko
+from engine import files
 
 ROOT = Path(__file__).parent.parent
 PAGE = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())      # a line that goes on after a backslash
@@ -84,7 +84,7 @@ def test_commands_that_need_the_recipe_alone_run(project, tmp_path, monkeypatch,
         if not named or others or not Path(named[0]).exists():
             continue
         monkeypatch.setattr(sys, "argv", words)
-        gecko.run(MAIN[words[0]])
+        files.run(MAIN[words[0]])
         ran.append(" ".join(words[:2]))
     assert {"llm.py show"} <= set(ran)
     assert (demo / "fret.html").is_file() and "p+ is not p_seed in" in capsys.readouterr().out

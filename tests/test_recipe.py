@@ -20,6 +20,7 @@ import data
 import gecko
 import llm
 import train
+from engine import files
 
 ROOT = Path(__file__).parent.parent
 TOPS = ("math", "os", "builtins", "shutil", "json", "random", "statistics", "itertools")
@@ -66,7 +67,7 @@ def demo(demos):
     return out, json.loads((out / "ladder.json").read_text()), printed
 
 
-def files(folder):
+def bytes_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
@@ -94,7 +95,7 @@ def test_recipe_writes_every_stage(demo, small):
 
 def test_same_seed_same_bytes(demos):
     """In another process, with another hash seed, every file is the same."""
-    first, again = (files(out) for out, _ in demos)
+    first, again = (bytes_of(out) for out, _ in demos)
     assert first.keys() == again.keys()
     assert [name for name in first if first[name] != again[name]] == []
 
@@ -114,7 +115,7 @@ def test_search_and_evaluate_run_on_what_was_written(demo):
 def test_sets_of_one_name_have_a_figure_each(demo, tmp_path, monkeypatch, capsys):
     """Two files test.jsonl, two folders `questions`: neither figure takes the other's place."""
     for name, scores in (("a", (1, 2, 3)), ("b", (3, 2, 1))):
-        gecko.write_jsonl(tmp_path / name / "test.jsonl", [
+        files.write_jsonl(tmp_path / name / "test.jsonl", [
             {"sentence1": "round a number", "sentence2": text, "score": score}
             for text, score in zip(("open a file", "the ceiling", "round up a number"), scores, strict=True)])
         shutil.copytree(demo[0] / "questions", tmp_path / name / "questions")
@@ -193,14 +194,14 @@ def test_a_mistake_is_one_line_and_exit_2(parts, demo, tmp_path, monkeypatch, ca
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "notext.jsonl").write_text('{"_id": "1", "title": "x", "text": " "}\n')
     (tmp_path / "broken.jsonl").write_text('{"_id": "1", "title": "x", "te\n')
-    before = files(tmp_path)
+    before = bytes_of(tmp_path)
     arguments = [p.format(tmp=tmp_path, demo=demo[0]) for p in parts]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as stop:
-        gecko.run(MAIN[arguments[0]])
+        files.run(MAIN[arguments[0]])
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1 and len(errors[0]) > 20
-    assert files(tmp_path) == before, "something half-written was left behind"
+    assert bytes_of(tmp_path) == before, "something half-written was left behind"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from teach import check
 
 import gecko
+from engine import files
 
 DTYPES = [torch.float32] + [torch.bfloat16] * gecko.has_bfloat16(torch.device("cpu"))
 
@@ -145,7 +146,7 @@ def test_memory_map_read_only_and_float64_are_searched(tmp_path, recwarn):
 
 
 def test_vectors_of_other_dimensions_are_refused_and_gradients_are_not_asked_for():
-    with pytest.raises(gecko.InputError, match=r"queries \(3, 4\) and passages \(5, 6\) are of other dimensions"):
+    with pytest.raises(files.InputError, match=r"queries \(3, 4\) and passages \(5, 6\) are of other dimensions"):
         gecko.topk(np.ones((3, 4), np.float32), np.ones((5, 6), np.float32), 1)
     assert gecko.topk(torch.eye(3, requires_grad=True), torch.eye(3), 1)[1].tolist() == [[0], [1], [2]]
 
@@ -158,9 +159,9 @@ def test_no_queries_have_no_neighbours():
 def test_vectors_that_cannot_be_compared_are_refused(number):
     q, p = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
     p[1, 2] = number
-    with pytest.raises(gecko.InputError, match="passage 1 "):
+    with pytest.raises(files.InputError, match="passage 1 "):
         gecko.topk(q, p, 1)
-    with pytest.raises(gecko.InputError, match="query 1 "):
+    with pytest.raises(files.InputError, match="query 1 "):
         gecko.topk(p, q, 1)
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-import gecko
 import llm
+from engine import files
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = ("</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -86,12 +86,12 @@ def test_text_of_a_hostile_record_controls_no_terminal(tmp_path, monkeypatch, ca
                                     {"candidates": [{"id": "a", "ql": 0, "rc": 0, "R": 10 ** 400}]}])
 def test_a_file_of_another_kind_is_one_line(tmp_path, monkeypatch, broken):
     path = write(tmp_path / "fret.jsonl", [row(0), {**row(1), **broken}])
-    with pytest.raises(gecko.InputError, match=f"{path}:2: no record with candidates; give a file"):
+    with pytest.raises(files.InputError, match=f"{path}:2: no record with candidates; give a file"):
         show(monkeypatch, path)
 
 
 def test_a_limit_below_nothing_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(gecko.InputError, match="--limit -1: give 0 or more"):
+    with pytest.raises(files.InputError, match="--limit -1: give 0 or more"):
         show(monkeypatch, write(tmp_path / "fret.jsonl", [row(0)]), "--limit", "-1")
 
 

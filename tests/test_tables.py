@@ -18,6 +18,7 @@ import data
 import gecko
 import llm
 import train
+from engine import files
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests/results"
@@ -28,9 +29,9 @@ def home(tmp_path_factory):
     """A BEIR folder of one's own: functions of `math`, each asked for by its first words, and a model folder."""
     folder = tmp_path_factory.mktemp("own")
     corpus = [p for p in data.builtin_corpus() if p["title"].split(".")[0] in ("math", "statistics")]
-    gecko.write_jsonl(folder / "corpus.jsonl", corpus)
+    files.write_jsonl(folder / "corpus.jsonl", corpus)
     asked = [f"{p['title'].split('.')[-1]} {' '.join(p['text'].split()[:4])}" for p in corpus]
-    gecko.write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": text} for n, text in enumerate(asked)])
+    files.write_jsonl(folder / "queries.jsonl", [{"_id": f"q{n}", "text": text} for n, text in enumerate(asked)])
     (folder / "qrels").mkdir()
     (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(
         f"q{n}\t{p['_id']}\t1\n" for n, p in enumerate(corpus)))
@@ -52,7 +53,7 @@ def lab(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     ablate(home, out, "labels")
     mined = next(out.glob("fret-*"))
-    corpus = gecko.read_passages(mined / "corpus.jsonl")
+    corpus = files.read_passages(mined / "corpus.jsonl")
     c = train.TrainConfig(batch_size=16, steps=2, dims="24,8", lr=1e-3)
     return train.Lab(c, corpus, data.read_records(mined / "fret.jsonl"), gecko.load(home / "model"), [], [],
                      {"own": train.read_beir(home)}, "question answering"), out
@@ -143,7 +144,7 @@ def test_pairs_without_words_are_left_to_no_format(home, lab, monkeypatch):
 
 def test_classes_of_ones_own_stand_beside_the_modules(home, lab, tmp_path):
     path = tmp_path / "mine/a.jsonl"
-    gecko.write_jsonl(path, [{"text": "the sine of x", "label": "sine"}, {"text": "the mean", "label": "mean"}])
+    files.write_jsonl(path, [{"text": "the sine of x", "label": "sine"}, {"text": "the mean", "label": "mean"}])
     run = next(iter(made_cases(home, lab[1], lab[0], "mixture", "--classes", path, path).values()))
     assert {"accuracy modules", "accuracy mine"} <= set(run(0))
 
@@ -279,9 +280,9 @@ def test_a_mistake_is_one_line(home, tmp_path, more, capsys, monkeypatch):
     wrong = {"sts": {**two, "score": "high"}, "empty": {**two, "sentence1": ""}, "alike": two,
              "text": {"text": "a"}}
     for name, row in wrong.items():
-        gecko.write_jsonl(tmp_path / f"in/{name}.jsonl", [row, row])
+        files.write_jsonl(tmp_path / f"in/{name}.jsonl", [row, row])
     more = [x.replace("IN", str(tmp_path / "in")) for x in more]
-    with pytest.raises(gecko.InputError, match=".{25}"):
+    with pytest.raises(files.InputError, match=".{25}"):
         ablate(home, tmp_path, *more)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
@@ -342,8 +343,8 @@ def test_interval_is_the_bootstrap_of_the_mean():
 def test_accuracy_is_of_the_nearest_texts(home, tmp_path):
     known, unknown = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     texts = [f"return the {w} of x" for w in ("sine", "cosine", "median", "mean")] * 5
-    gecko.write_jsonl(known, [{"text": t, "label": t.split()[2]} for t in texts])
-    gecko.write_jsonl(unknown, [{"text": "return the sine of x", "label": "sine"},
+    files.write_jsonl(known, [{"text": t, "label": t.split()[2]} for t in texts])
+    files.write_jsonl(unknown, [{"text": "return the sine of x", "label": "sine"},
                                 {"text": "return the mean of x", "label": "sine"}])
     model = gecko.load(home / "model")
     assert train.class_hits(model, str(known), str(unknown)).tolist() == [1, 0]

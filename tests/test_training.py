@@ -29,7 +29,9 @@ from test_losses import main_spec, mrl_spec, pre_spec
 import data
 import train
 from data import batches, mixed_schedule, read_records, record, schedule
-from gecko import InputError, load, run, save, tiny
+from engine import files
+from engine.files import InputError, run
+from gecko import load, save, tiny
 from train import TrainConfig, backward, micro_batches, seed_of
 
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
@@ -257,7 +259,7 @@ def one_of_two_commands(rank, folder, arguments):
 def test_two_processes_train_the_model_of_one(tmp_path):
     """Without dropout: the same losses and weights up to rounding, one log, one checkpoint, one best."""
     save(small_model(1, 0.0), tmp_path / "init")
-    data.write_jsonl(tmp_path / "a.jsonl", records(40))
+    files.write_jsonl(tmp_path / "a.jsonl", records(40))
     beir_folder(tmp_path / "beir", records(20), "dev")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -373,7 +375,7 @@ def run_in(folder, c):
     train.save_final(model, Path(folder))
 
 
-def files(folder):
+def bytes_of(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
             if p.is_file() and p.name != "metrics.jsonl"}
 
@@ -402,8 +404,8 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kills, flags):
     run_in(tmp_path / "killed", c)
     whole.join(60)
     assert whole.exitcode == 0
-    found = files(tmp_path / "whole")
-    assert found == files(tmp_path / "killed") and ("best/model.safetensors" in found) == ("eval" in flags)
+    found = bytes_of(tmp_path / "whole")
+    assert found == bytes_of(tmp_path / "killed") and ("best/model.safetensors" in found) == ("eval" in flags)
     rows = [[(r["step"], r.get("loss"), r.get("dev")) for r in train.read_metrics(tmp_path / name)]
             for name in ("whole", "killed")]
     assert rows[0] == rows[1]
@@ -668,15 +670,15 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, kind, row, mess
 
 
 def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
-    data.write_jsonl(tmp_path / "a.jsonl", records(40))
-    data.write_jsonl(tmp_path / "b.jsonl", records(30, 1, negatives=False))
+    files.write_jsonl(tmp_path / "a.jsonl", records(40))
+    files.write_jsonl(tmp_path / "b.jsonl", records(30, 1, negatives=False))
     arguments = ["finetune", f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1", "--init", "tiny", "--out",
                  tmp_path / "run", "--batch-size", "8", "--steps", "6", "--micro-batch", "4",
                  "--mix", "mixed", "--save-every", "3", "--precision", "bf16"]
     command(train.main, *arguments)
-    first = files(tmp_path / "run")
+    first = bytes_of(tmp_path / "run")
     command(train.main, *arguments, "--resume")                      # nothing left to do
-    assert files(tmp_path / "run") == first and "6 steps" in capsys.readouterr().out
+    assert bytes_of(tmp_path / "run") == first and "6 steps" in capsys.readouterr().out
     assert load(tmp_path / "run").dims == (384,)
     pytest.importorskip("matplotlib", reason="plot needs matplotlib")
     command(train.main, "plot", tmp_path / "run", "--out", tmp_path / "plot.png")
@@ -686,7 +688,7 @@ def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
 def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
     rows = records(5)
     rows[0]["query"] = "red " * 30
-    data.write_jsonl(tmp_path / "a.jsonl", rows)
+    files.write_jsonl(tmp_path / "a.jsonl", rows)
     save(small_model(), tmp_path / "model")
     for flags, said in (((), "1 of 13 texts are cut at 32"),
                         (("--max-length", "20"), "2 of 13 texts are cut at 20")):
@@ -704,7 +706,7 @@ def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
     (["--epochs", "inf"], "--epochs inf"), (["--lr", "-1"], "--lr -1.0"), (["--weight-decay", "-1"], "--weight-"),
     (["--seed", "-1"], "--seed -1"), (["--save-every", "-1"], "--save-every -1")])
 def test_a_bad_flag_is_one_line(tmp_path, capsys, flags, message):
-    data.write_jsonl(tmp_path / "a.jsonl", records(4))
+    files.write_jsonl(tmp_path / "a.jsonl", records(4))
     for path, more, wanted in ((tmp_path / "a.jsonl", flags, message),
                                (f"{tmp_path}/a.jsonl:0", [], "a weight is a number above 0")):
         with pytest.raises(SystemExit) as stop:

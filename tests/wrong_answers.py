@@ -84,10 +84,11 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
                             ("keepdim=True) / tau", "keepdim=True)")], "not divided by tau"),
     },
     8: {
-        "not normalised after the cut": ([("normalise(x, dim)", "normalise(x)[:, :dim]")], "not again after it"),
-        "not normalised at all": ([("normalise(x, dim)", "x[:, :dim]")], "not normalised at all"),
+        "not normalised after the cut": ([("truncate_dim(x, dim)", "truncate_dim(x)[:, :dim]")],
+                                         "not again after it"),
+        "not normalised at all": ([("truncate_dim(x, dim)", "x[:, :dim]")], "not normalised at all"),
         "the mean over dims": ([(".sum()", ".mean()")], "take the sum"),
-        "the last dimensions": ([("normalise(x, dim)", "normalise(x.flip(1), dim)")], "the last dimensions"),
+        "the last dimensions": ([("truncate_dim(x, dim)", "truncate_dim(x.flip(1), dim)")], "the last dimensions"),
         "one dimension alone": ([("for dim in dims", "for dim in dims[:1]")], "only the full"),
     },
     9: {

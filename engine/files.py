@@ -1,0 +1,216 @@
+"""Files, errors and flags: JSONL in and out, output written whole or not at all, one-line mistakes.
+
+Nothing here knows what Gecko is. A user's mistake is an InputError: one line that names the file, line or
+argument and the fix; `run` prints it and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+
+class InputError(ValueError):
+    """A user's mistake: one line that names the file, line or argument and the fix; exit code 2."""
+
+
+def read_json(path: Path, kind: type = object) -> Any:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({first_line(error)}); write or copy it again"
+                         ) from error
+    if not isinstance(content, kind):
+        raise InputError(f"{path}: not a JSON {kind.__name__}; write or copy it again")
+    return content
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def file_beside(path: str | Path) -> Iterator[Path]:
+    """A temporary path in the same folder, renamed to `path` on success, deleted otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # subtle: the ending stays last, because numpy and gzip read their format from it
+    new = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield new
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_beside(path: str | Path) -> Iterator[Path]:
+    """The same for a folder.
+
+    subtle: no call swaps two folders on every system; a kill between the renames leaves both, whole and hidden.
+    """
+    if Path(path).is_file():
+        raise InputError(f"{path}: a file stands there; name a folder")
+    path = Path(path).resolve()                                      # a link stays, and gets a new folder
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    new.chmod(0o755)
+    try:
+        yield new
+        if path.exists():
+            old = new.with_name(new.name + ".old")
+            os.replace(path, old)
+            os.replace(new, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def open_text(path: str | Path) -> Any:
+    """Open UTF-8 text, plain or .gz, to read it."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8")
+
+
+def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields ("file:line", row) for each non-empty line; an error names file:line and the fix.
+
+    `strict`: half a surrogate pair is an error too; JSON can escape it, but no tokenizer or file takes it.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; check the path")
+    n = 0
+    try:
+        with open_text(path) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                where, n = f"{path}:{number}", n + 1
+                try:
+                    row = json.loads(line)
+                    if strict and "\\ud" in line.lower():            # the escape of a half, or of both
+                        json.dumps(row, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{where}: not a JSON object; one JSON object a line")
+                yield where, row
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
+    if not n:
+        raise InputError(f"{path}: no rows; one JSON object a line is needed")
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Writes rows to a plain or .gz file, whole or not at all; the number of rows."""
+    n = 0
+    with file_beside(path) as new, open(new, "wb") as file:
+        # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
+        stream: Any = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if str(path).endswith(".gz") else file
+        with io.TextIOWrapper(stream, encoding="utf-8") as out:
+            for n, row in enumerate(rows, 1):
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return n
+
+
+def flag(default: Any, meaning: str) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    return field(default=default, metadata={"help": meaning})
+
+
+def at_least(least: float, **given: float) -> None:
+    """InputError for a flag's value that is below `least`, or no number."""
+    for name, value in given.items():
+        if not value >= least:                                       # nan neither
+            raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str] = ()) -> None:
+    """One --flag for each field of a config dataclass, with its default and meaning."""
+    for f in (f for f in fields(config) if f.name not in skip):
+        name, meaning = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (%(default)s)"
+        if isinstance(f.default, bool):
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=meaning)
+        else:
+            parser.add_argument(name, type=type(f.default), default=f.default, help=meaning)
+
+
+def from_flags(config: type, args: argparse.Namespace) -> Any:
+    return config(**{f.name: getattr(args, f.name) for f in fields(config)})
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call main(); a user's mistake or Ctrl-C becomes one line and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):                     # its encoding may lack a passage's letters
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        if callable(signal.getsignal(signal.SIGINT)):                # not where the shell has it ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        main()
+        sys.stdout.flush()                                           # here, where it can still fail in a line
+    except KeyboardInterrupt:
+        sys.exit(end_of_bar() + "interrupted; run the same command again")
+    except (InputError, OSError, SafetensorError) as error:
+        try:
+            sys.stdout.flush()
+        except OSError:                                              # as it would again at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):                       # who reads has enough, as in `| head`
+            return
+        # what a full disk says, to Python, to numpy and to safetensors
+        full = re.search("No space left|File too large|requested and .* written", str(error))
+        print(f"{end_of_bar()}error: {first_line(error)}"
+              + "; free some space, then run the same command again" * bool(full), file=sys.stderr)
+        sys.exit(2)
+
+
+def end_of_bar() -> str:
+    """A line break where a progress bar still stands on the line."""
+    return "\n" * bool(getattr(tqdm, "_instances", ()))
+
+
+def say(**configuration: Any) -> None:
+    """The configuration a command runs with, one line, to stderr."""
+    print("  ".join(f"{k}={v}" for k, v in configuration.items()), file=sys.stderr)
+
+
+def read_passages(path: str | Path) -> list[dict[str, str]]:
+    """A BEIR corpus.jsonl: rows of _id, title (may be empty) and text."""
+    rows: list[dict[str, str]] = []
+    seen: dict[str, str] = {}
+    for where, row in read_jsonl(path):
+        text, key = row.get("text"), "" if row.get("_id") is None else str(row["_id"])
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f'{where}: no "text"; every passage needs one')
+        if not key:
+            raise InputError(f'{where}: no "_id"; every passage needs one of its own')
+        if key in seen:
+            raise InputError(f'{where}: "_id" {key!r} stands already at {seen[key]}; make it unique')
+        seen[key] = where
+        rows.append({"_id": key, "title": str(row.get("title") or ""), "text": text})
+    return rows
+
+
+def utf8(text: str) -> str:
+    """A text of the command line, where Python lets any bytes pass; argparse makes the ValueError a line."""
+    text.encode()
+    return text
