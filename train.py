@@ -1451,7 +1451,7 @@ def ablate_command(args: argparse.Namespace) -> None:
     text = table_text(args.table, done)
     with file_beside(out / f"{args.table}.md") as new:
         new.write_text(text, encoding="utf-8")
-    print(f"\n{text}\nwrote {out}/{args.table}.jsonl and .md; for a chart: python tests/figures.py "
+    print(f"\n{text}\nwrote {out}/{args.table}.jsonl and .md; for a chart: python tests/lab/figures.py "
           f"{out}/{args.table}.jsonl")
 
 

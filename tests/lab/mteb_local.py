@@ -1,6 +1,6 @@
 """Tasks of the real mteb package from files on disk, for where there is no network.
 
-    python tests/mteb_local.py --model DIR [--dim N] [--out DIR] KIND:PATH...
+    python tests/lab/mteb_local.py --model DIR [--dim N] [--out DIR] KIND:PATH...
 
     KIND            PATH (JSONL, plain or .gz)
     retrieval       a BEIR folder (its test split)
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
 from engine.files import read_jsonl, run  # noqa: E402
 from gecko import load  # noqa: E402

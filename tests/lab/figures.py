@@ -1,7 +1,7 @@
 """The project's figures.
 
-    python tests/figures.py method               README's opening figure -> tests/figures/method.png
-    python tests/figures.py FILE.jsonl...        a chart beside each file that `train.py ablate` wrote
+    python tests/lab/figures.py method               README's opening figure -> tests/lab/figures/method.png
+    python tests/lab/figures.py FILE.jsonl...        a chart beside each file that `train.py ablate` wrote
                                                  or, with --out DIR, in that folder
 
 Needs matplotlib.
@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.patches import FancyBboxPatch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import llm  # noqa: E402
 import train  # noqa: E402
@@ -142,7 +142,7 @@ def main():
     args = parser.parse_args()
     for what in args.what:
         if what == "method":
-            method(Path(args.out or ROOT / "tests/figures") / "method.png")
+            method(Path(args.out or ROOT / "tests/lab/figures") / "method.png")
             continue
         rows = train.whole_rows(Path(what))
         path = Path(args.out or Path(what).parent) / f"{Path(what).stem}.png"

@@ -1,6 +1,6 @@
 """The course: each exercise is graded, by its own tests alone, and they catch well-known mistakes.
 
-    python -m pytest tests/test_course.py
+    python -m pytest tests/course/test_course.py
 
 Invariants: without the body of n, exactly the tests marked exn fail, of all that grade, with
 NotImplementedError; each wrong answer fails its own tests alone, with a message that says why.
@@ -93,7 +93,7 @@ def with_mistake(text, n, mistake):
     body = next(m[0] for m in make_course.BODY.finditer(text) if int(m[2]) == n)
     wrong = body
     for old, new in WRONG[n][mistake][0]:
-        assert wrong.count(old) == 1, f"exercise {n} has no {old!r}, or several; tests/wrong_answers.py is behind"
+        assert wrong.count(old) == 1, f"exercise {n} has no {old!r}, or several; wrong_answers.py is behind"
         wrong = wrong.replace(old, new)
     return text.replace(body, wrong)
 

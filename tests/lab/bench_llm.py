@@ -1,6 +1,6 @@
 """How busy the client keeps a server, and how its memory grows: a local server with a latency of its own.
 
-    python tests/bench_llm.py [--latency 0.1] [--calls 100000]
+    python tests/lab/bench_llm.py [--latency 0.1] [--calls 100000]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import llm  # noqa: E402
 
 

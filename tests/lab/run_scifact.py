@@ -1,12 +1,12 @@
 """Adaptation without labels: FRet on SciFact's abstracts, generated, judged and trained on a CPU.
 
-    python tests/run_scifact.py SCIFACT --init MODEL --out runs/scifact
+    python tests/lab/run_scifact.py SCIFACT --init MODEL --out runs/scifact
 
 SCIFACT is the BEIR folder (corpus.jsonl, queries.jsonl, qrels/test.tsv), MODEL the folder of
 all-MiniLM-L6-v2. Only the abstracts are trained on: no claim of either split, no label. Queries and
 judgements are `offline`'s statistics, no LLM's. Every stage leaves a file in --out, so a stopped run
 goes on. What is chosen (the settings below; how far to move from the first weights) is chosen on
-tests/scifact_dev.tsv: claims, some of them false, that a language model wrote from 98 random abstracts;
+tests/lab/scifact_dev.tsv: claims, some of them false, that a language model wrote from 98 random abstracts;
 nothing trains on them. Test is read once a run.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import llm as fret
 import train
 from data import Record

@@ -1,11 +1,11 @@
 """A course folder: the modules with the bodies of exercises taken out, and the tests that grade them.
 
-    python tests/make_course.py DIR            all exercises
-    python tests/make_course.py DIR 1 4 7      these alone; the others stay solved
+    python tests/course/make_course.py DIR            all exercises
+    python tests/course/make_course.py DIR 1 4 7      these alone; the others stay solved
 
 One source: a body stands between `# EXERCISE n (about k lines)` and `# END EXERCISE`; signature,
 docstring and shapes stay. What is graded by `python -m pytest -m exN` is marked so in the ordinary tests.
-Notes for the instructor are in tests/COURSE.md.
+Notes for the instructor are in tests/course/COURSE.md.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from engine.files import InputError, run  # noqa: E402
 
 MODULES = ("gecko.py", "data.py", "llm.py", "train.py")
 BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "LICENSE", ".gitignore")
-NOT_COPIED = ("make_course.py", "test_course.py", "wrong_answers.py", "COURSE.md", "__pycache__", "bench*")
+NOT_COPIED = ("course", "__pycache__", "bench*")
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
 
 

@@ -1,7 +1,7 @@
 """What the paper's scale costs, from a dry run and from rates measured here.
 
-    python tests/scale.py runs/demo --rows 6600000 --prompt-rate 20000 --answer-rate 2000
-    python tests/scale.py runs/demo --model DIR        rates of another encoder than the recipe's
+    python tests/lab/scale.py runs/demo --rows 6600000 --prompt-rate 20000 --answer-rate 2000
+    python tests/lab/scale.py runs/demo --model DIR        rates of another encoder than the recipe's
 
 Calls and prompt tokens are those of `llm.py generate|mine --dry-run` on the folder's corpus, scaled; bytes
 are those of its files, a row; seconds are measured, a text. --prompt-rate and --answer-rate are yours:
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import llm  # noqa: E402
 import train  # noqa: E402
 from data import read_records  # noqa: E402

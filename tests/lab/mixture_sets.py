@@ -1,6 +1,6 @@
 """The files of a real mixture table, from public sets in a folder.
 
-    python tests/mixture_sets.py DATA OUT
+    python tests/lab/mixture_sets.py DATA OUT
 
 DATA holds BEIR folders nq-open, wikiqa, medquad and squad; agnews-titlebody and reuters-titlebody
 (query, positive); sick-e-nli; banking77, subj and sst2 (text, label); stsb and sts12. OUT gets
@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np  # noqa: E402
 
 import data  # noqa: E402

@@ -1,6 +1,6 @@
 """Where does relabelling start to pay? Table 3 with questions whose answers are known.
 
-    python tests/study_labels.py BEIR-FOLDER... --encoder MODEL --out tests/results/study_labels.jsonl
+    python tests/lab/study_labels.py BEIR-FOLDER... --encoder MODEL --out tests/lab/results/study_labels.jsonl
 
 Questions written by people stand for the generated ones and their gold passage for p_seed. A stated
 share of the seeds is then replaced, in a simulation of a generator whose query fits another passage
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import data  # noqa: E402
 import llm  # noqa: E402
 import train  # noqa: E402
@@ -217,7 +217,7 @@ def main():
     parser.add_argument("folders", nargs="+", help="BEIR folders with train and test")
     parser.add_argument("--encoder", required=True, help="model folder: judge `dense`, and what is near the gold")
     parser.add_argument("--cache", default="runs/vectors", help="folder of its vectors (%(default)s)")
-    parser.add_argument("--out", default="tests/results/study_labels.jsonl", help="lines are added (%(default)s)")
+    parser.add_argument("--out", default="tests/lab/results/study_labels.jsonl", help="lines are added")
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="of each training (%(default)s)")
     parser.add_argument("--questions", type=int, default=3000, help="at most (%(default)s)")
