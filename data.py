@@ -44,19 +44,21 @@ import numpy as np
 from engine.files import (
     InputError,
     at_least,
+    beir_file,
+    check_output,
     open_text,
     read_jsonl,
     read_passages,
     run,
     write_jsonl,
 )
+from engine.search import topk
 from gecko import (
     FORMATS,
     Gecko,
     format_passage,
     format_query,
     load,
-    topk,
 )
 
 Record = dict[str, Any]  # the row described at `record`
@@ -246,20 +248,6 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
             row.pop("candidates", None)
         rows.append({"negative": None, "symmetric": False, **row})
     return rows
-
-
-def check_output(path: str, *inputs: str | Path) -> None:
-    """InputError where a folder or an input stands under an output's name, before anything is read or paid."""
-    if Path(path).is_dir():
-        raise InputError(f"{path or '.'}: a folder stands there; name a file")
-    if Path(path).resolve() in [Path(name).resolve() for name in inputs]:
-        raise InputError(f"{path}: it is an input too; name another file")
-
-
-def beir_file(folder: str | Path, name: str) -> Path:
-    """A file of a BEIR folder; its .gz where that alone is there."""
-    path = Path(folder) / name
-    return next((p for p in (path, path.with_name(name + ".gz")) if p.is_file()), path)
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:

@@ -48,27 +48,28 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Record, check_output, record, sentences, side, spoken
+from data import Record, record, sentences, side, spoken
 from engine.files import (
     InputError,
     add_flags,
     at_least,
+    check_output,
     file_beside,
     flag,
     from_flags,
+    one_line,
     read_jsonl,
     read_passages,
     run,
     say,
     write_jsonl,
 )
+from engine.search import exact_dot, topk
 from gecko import (
     Gecko,
-    exact_dot,
     fill,
     format_query,
     load,
-    topk,
 )
 
 Passage = dict[str, str]  # {"_id", "title", "text"}
@@ -627,12 +628,6 @@ class Spent:
             lines.append(f"warning: {self.bounded:,} of {self.labels:,} labels were outside the top "
                          "tokens: their log-probability is only bounded (an upper bound was taken)")
         return "\n".join(lines)
-
-
-def one_line(text: str, most: int) -> str:
-    """A text for a terminal: no line breaks, no control characters, at most so many characters."""
-    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
-    return text if len(text) <= most else text[:most - 3] + "..."
 
 
 TRIES, IN_A_ROW, LONGEST_WAIT = 6, 20, 120.0  # times a request, failed calls, seconds

@@ -54,7 +54,6 @@ import llm as fret
 from data import (
     Record,
     batches,
-    beir_file,
     builtin_corpus,
     builtin_pairs,
     convert_classification,
@@ -67,6 +66,7 @@ from engine.files import (
     InputError,
     add_flags,
     at_least,
+    beir_file,
     file_beside,
     first_line,
     flag,
@@ -79,6 +79,8 @@ from engine.files import (
     say,
     write_jsonl,
 )
+from engine.packed import length_batches
+from engine.search import topk
 from gecko import (
     FORMATS,
     PLAIN,
@@ -86,11 +88,9 @@ from gecko import (
     fetch,
     format_query,
     is_bag,
-    length_batches,
     load,
     save,
     tiny,
-    topk,
     truncate_dim,
 )
 

@@ -46,6 +46,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def one_line(text: str, most: int) -> str:
+    """A text for a terminal: no line breaks, no control characters, at most so many characters."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= most else text[:most - 3] + "..."
+
+
 @contextlib.contextmanager
 def file_beside(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to `path` on success, deleted otherwise."""
@@ -83,6 +89,14 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
             os.replace(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def check_output(path: str, *inputs: str | Path) -> None:
+    """InputError where a folder or an input stands under an output's name, before anything is read or paid."""
+    if Path(path).is_dir():
+        raise InputError(f"{path or '.'}: a folder stands there; name a file")
+    if Path(path).resolve() in [Path(name).resolve() for name in inputs]:
+        raise InputError(f"{path}: it is an input too; name another file")
 
 
 def open_text(path: str | Path) -> Any:
@@ -191,6 +205,12 @@ def end_of_bar() -> str:
 def say(**configuration: Any) -> None:
     """The configuration a command runs with, one line, to stderr."""
     print("  ".join(f"{k}={v}" for k, v in configuration.items()), file=sys.stderr)
+
+
+def beir_file(folder: str | Path, name: str) -> Path:
+    """A file of a BEIR folder; its .gz where that alone is there."""
+    path = Path(folder) / name
+    return next((p for p in (path, path.with_name(name + ".gz")) if p.is_file()), path)
 
 
 def read_passages(path: str | Path) -> list[dict[str, str]]:

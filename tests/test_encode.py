@@ -16,7 +16,7 @@ import torch
 from processes import Command
 
 import gecko
-from engine import files
+from engine import files, packed
 
 TEXTS = [" ".join(f"word{(i * j) % 17}" for j in range(1 + i * 7 % 23)) for i in range(120)]
 
@@ -45,15 +45,15 @@ def test_packed_gives_the_plain_vectors(model, batch_tokens, monkeypatch):
     """In float32 within 1e-5; with one layer's bias changed they differ, so the comparison can fail."""
     monkeypatch.setattr(gecko, "TEXTS_AHEAD", 50)
     want = plainly(model)
-    pack = gecko.packed(model.encoder, torch.float32)
+    pack = packed.packed(model.encoder, torch.float32)
     tokens = model.tokens(TEXTS)
-    for batch in gecko.length_batches([len(t) for t in tokens], batch_tokens):
+    for batch in packed.length_batches([len(t) for t in tokens], batch_tokens):
         with torch.no_grad():
             x = gecko.truncate_dim(pack([tokens[i] for i in batch])).numpy()
         np.testing.assert_allclose(x, want[batch], atol=1e-5)
     with torch.no_grad():
         model.encoder.encoder["layer"][1].attention["self"]["key"].weight += 0.1
-        changed = gecko.truncate_dim(gecko.packed(model.encoder, torch.float32)(tokens)).numpy()
+        changed = gecko.truncate_dim(packed.packed(model.encoder, torch.float32)(tokens)).numpy()
         model.encoder.encoder["layer"][1].attention["self"]["key"].weight -= 0.1
     assert np.abs(changed - want).max() > 1e-4
 
@@ -221,7 +221,7 @@ def test_softmax_times_is_the_softmax_at_any_size_of_its_scores(scale):
     q, k, v = (torch.randn(6, 5, 4, generator=generator).bfloat16() for _ in range(3))
     q[..., 0], k[..., 0] = scale, 1                                  # adds the scale to every score
     s = (q @ k.transpose(1, 2)).double()
-    got = gecko.softmax_times(q, k, v, torch.empty(6, 5, 5, dtype=torch.bfloat16))
+    got = packed.softmax_times(q, k, v, torch.empty(6, 5, 5, dtype=torch.bfloat16))
     torch.testing.assert_close(got.double(), s.softmax(-1) @ v.double(), atol=0.02, rtol=0.02)
 
 

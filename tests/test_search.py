@@ -1,4 +1,4 @@
-"""Exact search: `topk` below the fold against `nearest` above it.   pytest tests/test_search.py
+"""Exact search: `topk` of the engine against `nearest` on the page.   pytest tests/test_search.py
 
 Invariants: the same scores and indices as `nearest`, bit for bit, whatever the blocks, the precision of
 the first product and the vectors; a certificate is given only where the first search was right.
@@ -10,9 +10,9 @@ import torch
 from teach import check
 
 import gecko
-from engine import files
+from engine import files, search
 
-DTYPES = [torch.float32] + [torch.bfloat16] * gecko.has_bfloat16(torch.device("cpu"))
+DTYPES = [torch.float32] + [torch.bfloat16] * search.has_bfloat16(torch.device("cpu"))
 
 
 def gaussian(rng, n, d):
@@ -53,7 +53,7 @@ def test_topk_is_nearest_bit_for_bit(name, dtype):
     for k in (1, 10, 1500):
         want = [x.numpy() for x in gecko.nearest(torch.from_numpy(q), torch.from_numpy(p), k)]
         for budget in (1, 9 * 4 * 352, 1 << 20):
-            scores, indices, _ = gecko.certified_topk(q, p, k, budget, dtype)
+            scores, indices, _ = search.certified_topk(q, p, k, budget, dtype)
             np.testing.assert_array_equal(indices, want[1])
             np.testing.assert_array_equal(scores, want[0])
 
@@ -68,8 +68,8 @@ def test_search_by_its_steps(monkeypatch):
         s = x @ p.T
         return 2 * s[:, ::2].topk(m, dim=1).indices, s[:, 1::2].amax(1)
 
-    monkeypatch.setattr(gecko, "candidates", half_blind)
-    scores, indices, proven = (torch.from_numpy(x) for x in gecko.certified_topk(q, p, k))
+    monkeypatch.setattr(search, "candidates", half_blind)
+    scores, indices, proven = (torch.from_numpy(x) for x in search.certified_topk(q, p, k))
     want, (seen, half) = gecko.nearest(q, p, k), gecko.nearest(q, p[::2], k)
     reach = (q @ p[1::2].T).amax(1)
     sure, loose = seen[:, -1] > reach, seen[:, -1] >= reach
@@ -91,7 +91,7 @@ def test_certificate_is_given_and_withheld(dtype):
     """Spread vectors are proven by the first search; equal ones never, so the second one is what answers."""
     for name, share in (("unit", 1), ("one vector 1,500 times", 0), ("near-duplicates", 0)):
         q, p = cases()[name]
-        assert gecko.certified_topk(q, p, 5, 1 << 20, dtype)[2].mean() == share, name
+        assert search.certified_topk(q, p, 5, 1 << 20, dtype)[2].mean() == share, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -99,10 +99,10 @@ def test_error_bound_holds_and_is_not_idle(dtype):
     """No product is off by more than the bound; at a tenth of the bound some are, so it is no formality."""
     for name in ("unit", "lengths from 1e-9 to 1e9", "all negative"):
         q, p = (torch.from_numpy(x) for x in cases()[name])
-        (ql, qn, qo), (pl, pn, po) = gecko.lowered(q, dtype, ""), gecko.lowered(p, dtype, "")
-        s = gecko.product(ql, pl).float()
+        (ql, qn, qo), (pl, pn, po) = search.lowered(q, dtype, ""), search.lowered(p, dtype, "")
+        s = search.product(ql, pl).float()
         off = q.double() @ p.double().T - s
-        bound = torch.stack([gecko.error_bound(qn, qo, pn[j], po[j], s[:, j], q.shape[1], dtype)
+        bound = torch.stack([search.error_bound(qn, qo, pn[j], po[j], s[:, j], q.shape[1], dtype)
                              for j in range(len(p))], 1)
         assert (off <= bound).all()
         if dtype == torch.bfloat16:
@@ -115,19 +115,19 @@ def test_without_a_certificate_bfloat16_is_wrong(monkeypatch):
         pytest.skip("no bfloat16 product on this CPU")
     q, p = cases()["near-duplicates"]
     want = gecko.nearest(torch.from_numpy(q), torch.from_numpy(p), 10)[1].numpy()
-    monkeypatch.setattr(gecko, "error_bound", lambda *a: torch.full((len(q),), -torch.inf))
-    assert (gecko.certified_topk(q, p, 10, 1 << 20, torch.bfloat16)[1] != want).any()
+    monkeypatch.setattr(search, "error_bound", lambda *a: torch.full((len(q),), -torch.inf))
+    assert (search.certified_topk(q, p, 10, 1 << 20, torch.bfloat16)[1] != want).any()
 
 
 def test_scores_do_not_depend_on_place_or_company():
     """The same vectors at another address, in another block, beside others: the same bits."""
     rng = np.random.default_rng(1)
     q, p = unit(gaussian(rng, 40, 96)), unit(gaussian(rng, 300, 96))
-    scores, indices = gecko.topk(q, p, 7)
+    scores, indices = search.topk(q, p, 7)
     shifted = np.empty(p.size + 3, np.float32)[3:].reshape(p.shape)  # not where a vector register starts
     shifted[:] = p
     for some in (slice(0, 40), slice(5, 6), slice(13, 40)):
-        again = gecko.topk(q[some].copy(), shifted, 7)
+        again = search.topk(q[some].copy(), shifted, 7)
         np.testing.assert_array_equal(again[0], scores[some])
         np.testing.assert_array_equal(again[1], indices[some])
 
@@ -137,22 +137,22 @@ def test_memory_map_read_only_and_float64_are_searched(tmp_path, recwarn):
     q, p = gaussian(rng, 3, 8), gaussian(rng, 100, 8)
     np.save(tmp_path / "p.npy", p)
     mapped = np.load(tmp_path / "p.npy", mmap_mode="r")
-    want = gecko.topk(q, p, 4)
+    want = search.topk(q, p, 4)
     pairs = ((q, mapped), (q.astype(np.float64), p.astype(np.float64)), (torch.tensor(q), torch.tensor(p)))
     for queries, passages in pairs:
-        for x, y in zip(gecko.topk(queries, passages, 4), want, strict=True):
+        for x, y in zip(search.topk(queries, passages, 4), want, strict=True):
             np.testing.assert_array_equal(x, y)
     assert not recwarn.list
 
 
 def test_vectors_of_other_dimensions_are_refused_and_gradients_are_not_asked_for():
     with pytest.raises(files.InputError, match=r"queries \(3, 4\) and passages \(5, 6\) are of other dimensions"):
-        gecko.topk(np.ones((3, 4), np.float32), np.ones((5, 6), np.float32), 1)
-    assert gecko.topk(torch.eye(3, requires_grad=True), torch.eye(3), 1)[1].tolist() == [[0], [1], [2]]
+        search.topk(np.ones((3, 4), np.float32), np.ones((5, 6), np.float32), 1)
+    assert search.topk(torch.eye(3, requires_grad=True), torch.eye(3), 1)[1].tolist() == [[0], [1], [2]]
 
 
 def test_no_queries_have_no_neighbours():
-    assert [x.shape for x in gecko.topk(np.empty((0, 3)), np.eye(3), 2)] == [(0, 2), (0, 2)]
+    assert [x.shape for x in search.topk(np.empty((0, 3)), np.eye(3), 2)] == [(0, 2), (0, 2)]
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, 1e30])
@@ -160,39 +160,20 @@ def test_vectors_that_cannot_be_compared_are_refused(number):
     q, p = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
     p[1, 2] = number
     with pytest.raises(files.InputError, match="passage 1 "):
-        gecko.topk(q, p, 1)
+        search.topk(q, p, 1)
     with pytest.raises(files.InputError, match="query 1 "):
-        gecko.topk(p, q, 1)
-
-
-@pytest.mark.parametrize("name", ["unit", "near-duplicates", "many ties", "all negative"])
-def test_group_kernels_find_what_the_product_finds(name, monkeypatch):
-    """Triton's interpreter on a CPU, which has no bfloat16: float32 only. No group's maximum is missed."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")                      # read when triton is imported
-    pytest.importorskip("triton", reason="the CUDA kernels need triton to be interpreted: pip install triton")
-    monkeypatch.setattr(gecko, "candidates", gecko.grouped_candidates)
-    q, p = (torch.from_numpy(x) for x in cases()[name])
-    q, p = q[:3], p[:500]
-    values, columns = gecko.group_topk(q, p, 7)
-    want = (q @ p.T).topk(7, dim=1).values
-    torch.testing.assert_close(values, want, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close((q @ p.T).gather(1, columns), values, atol=1e-5, rtol=1e-5)
-    by_column = gecko.group_topk(q.T.contiguous().T, p.T.contiguous().T, 7)   # as a .npy in Fortran's order
-    assert torch.equal(by_column[0], values) and torch.equal(by_column[1], columns)
-    scores, indices, _ = gecko.certified_topk(q, p, 5, 4 * 24 * 320, torch.float32)   # two blocks
-    for x, y in zip((scores, indices), gecko.nearest(q, p, 5), strict=True):
-        np.testing.assert_array_equal(x, y.numpy())
+        search.topk(p, q, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("lowest", [-1.0, -0.0, 0.5])
 def test_above_finds_all_above_a_floor_of_any_sign(dtype, lowest):
     """In order of rows; on whole groups of columns and on others; a floor of -0 is one of 0."""
-    s = torch.randn(5, 3 * gecko.GROUP + 7, generator=torch.Generator().manual_seed(1)).to(dtype)
+    s = torch.randn(5, 3 * search.GROUP + 7, generator=torch.Generator().manual_seed(1)).to(dtype)
     s[0, :4] = torch.tensor([0.0, -0.0, 1e-30, -1e-30])
     floor = torch.tensor([lowest, 0.0, 1.0, 2.0, 0.25], dtype=dtype)
-    for part in (s[:, :3 * gecko.GROUP], s):
-        row, column = gecko.above(part.T.contiguous(), floor)
+    for part in (s[:, :3 * search.GROUP], s):
+        row, column = search.above(part.T.contiguous(), floor)
         assert row.tolist() == sorted(row.tolist())
         want = [(i, j) for i in range(5) for j in range(part.shape[1]) if part[i, j] > floor[i]]
         assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == want

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from engine.files import InputError, run  # noqa: E402
 
-MODULES = ("gecko.py", "data.py", "llm.py", "train.py")
+MODULES = ("gecko.py", "data.py", "llm.py", "train.py", "engine/search.py")
 BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "LICENSE", ".gitignore")
 NOT_COPIED = ("course", "__pycache__", "bench*")
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
@@ -71,9 +71,11 @@ def make(folder: Path, numbers: set[int]) -> None:
         raise InputError(f"exercise {min(unknown)}: give numbers from {min(exercises())} to {max(exercises())}")
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted({path for pattern in BESIDE for path in ROOT.glob(pattern)}):
-        text = path.read_text(encoding="utf-8")
-        (folder / path.name).write_text(stripped(text, numbers) if path.name in MODULES else text, encoding="utf-8")
+        shutil.copyfile(path, folder / path.name)
     shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns(*NOT_COPIED))
+    for module in MODULES:
+        text = (ROOT / module).read_text(encoding="utf-8")
+        (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns(*NOT_COPIED))
 
 

@@ -70,9 +70,9 @@ def grade(n, mistake):
     """In a child: all graded tests, on n without its body where n is given; or n's own, on n with a mistake."""
     module = EXERCISES[n][0] if n else ""
     before = (ROOT / module).read_text() if n else ""
-    for path in FOLDER.rglob("*.py"):
-        where = "engine." if path.parent.name == "engine" else ""
-        sys.modules.pop(where + path.stem, None)                     # where it was imported from, and as what
+    ours = {path.stem for path in FOLDER.rglob("*.py")} | {"engine"}
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+        del sys.modules[name]                                        # and read again, as it is now
     if n:
         (FOLDER / module).write_text(with_mistake(before, n, mistake) if mistake else
                                      make_course.stripped(before, {n}))
@@ -81,7 +81,7 @@ def grade(n, mistake):
         files = sorted({f"tests/{name}.py" for k in numbers for name in GRADERS[k]})
         pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-m",
                      " or ".join(f"ex{k}" for k in numbers), *files], plugins=[results])
-    shutil.rmtree(FOLDER / "__pycache__", ignore_errors=True)        # a module's next text may be as long as this
+    shutil.rmtree((FOLDER / module).parent / "__pycache__", ignore_errors=True)   # its next text may be as long
     if n:
         (FOLDER / module).write_text(before)
     import gecko

@@ -36,13 +36,11 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
 from data import builtin_corpus, builtin_pairs, classification_triples, formatted, table  # noqa: E402
+from engine.search import certified_topk, product  # noqa: E402
 from gecko import (  # noqa: E402
     PLAIN,
     Gecko,
-    certified_topk,
-    has_triton,
     load,
-    product,
     read_jsonl,
     truncate_dim,
     write_jsonl,
@@ -464,8 +462,7 @@ def bench_cuda(a: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         print("no CUDA device here; run this on a machine with one", file=sys.stderr)
         sys.exit(2)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, "
-          f"{'with' if has_triton(torch.device('cuda')) else 'without'} the Triton kernels")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     search_on(torch.device("cuda"), a)
     encode_on_cuda(a)
 
