@@ -22,7 +22,6 @@ Where we differ from the paper, or fill a gap in it:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import hashlib
@@ -46,7 +45,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -70,9 +68,7 @@ from engine.files import (
     file_beside,
     first_line,
     flag,
-    folder_beside,
     from_flags,
-    read_json,
     read_jsonl,
     read_passages,
     run,
@@ -80,6 +76,8 @@ from engine.files import (
     write_jsonl,
 )
 from engine.packed import length_batches
+from engine.runs import Run, digest, read_metrics, save_into, whole_rows
+from engine.scale import all_reduce_sum, derive_seed, processes
 from engine.search import topk
 from gecko import (
     FORMATS,
@@ -245,8 +243,13 @@ def train(
     optimiser = torch.optim.AdamW(trained, lr=peak, weight_decay=c.weight_decay, fused=True)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
     model.dims = tuple(dims)
-    log = Log(out, model, optimiser, c, steps, digest(stage, c, model, tokens, sides, plan))
-    losses = log.resume()                                            # of the steps that are done already
+    dev = read_beir(c.eval, "dev") if out and c.eval and processes()[0] == 0 else None
+    measure = (lambda: means(retrieval_scores(rankings(model, dev, "question answering"), dev))) if dev else None
+    same = replace(c, eval="", save_every=0, resume=False)           # flags that change no weight
+    key = digest(f"{stage} {same} {model.encoder.config}",
+                 itertools.chain([sides], plan, model.encoder.parameters(), tokens))
+    log = Run(out, model.encoder, optimiser, steps, key, functools.partial(save, model), measure)
+    losses = log.resume(c.resume)                                    # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
                total=steps, disable=processes()[0] > 0)
 
@@ -255,7 +258,7 @@ def train(
 
     for step in bar:
         model.encoder.train()
-        torch.manual_seed(seed_of(c.seed, step))                     # so a step depends on no other's dropout
+        torch.manual_seed(derive_seed(c.seed, step))                     # so a step depends on no other's dropout
         ids = torch.from_numpy(sides[plan[step]]).T.to(model.device)   # (3, B)
         q_id, p_id, n_id = ids                                       # 3 of (B); n_id -1: none
         optimiser.zero_grad(set_to_none=True)
@@ -276,13 +279,13 @@ def train(
             loss = backward(model, stage, c, dims, autocast, tokens, ids, step)
         losses.append(loss.item())
         norm = torch.nn.utils.clip_grad_norm_(trained, c.clip)
-        log.stop_unless_finite(step, losses[-1], norm.item(), plan[step], sets)
+        log.check_finite(step, losses[-1], norm.item(), plan[step], [len(rows) for rows in sets])
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, peak, c.warmup)
         optimiser.step()
-        log.step(bar, losses, len(q_id))
+        log.log(bar, losses, len(q_id))
         if out and (step + 1 == steps or c.save_every and (step + 1) % c.save_every == 0):
-            log.save(step + 1)
+            log.checkpoint(step + 1)
     model.encoder.eval()
     return losses
 
@@ -296,7 +299,7 @@ def read_dims(text: str, d: int) -> list[int]:
 
 
 def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
-              ) -> tuple[list[list[int]], np.ndarray]:
+              ) -> tuple[list[array[int]], np.ndarray]:
     """Every distinct text's tokens, and the ids of the texts of all sets' rows, (rows, 3).
 
     A row of ids is input, positive, hard negative (-1: none). Equal texts have equal ids, the places of
@@ -308,7 +311,7 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
         query, positive, negative = formatted(row, model.formats)
         own = None if negative in (query, positive) else negative    # a text is not its own negative
         sides.append([-1 if text is None else ids.setdefault(text, len(ids)) for text in (query, positive, own)])
-    tokens = model.tokens(list(ids), max_length)
+    tokens = [array("i", text) for text in model.tokens(list(ids), max_length)]
     if model.cut and processes()[0] == 0:
         tqdm.write(f"{model.cut} of {len(tokens)} texts are cut at {max_length} tokens", file=sys.stderr)
     return tokens, np.array(sides)
@@ -422,7 +425,7 @@ def backward(
 
     # EXERCISE 9 (about 20 lines)
     def embed_part(n: int) -> Tensor:                                # (texts of part n, d)
-        torch.manual_seed(seed_of(c.seed, step, rank, n))            # the second time, the same dropout
+        torch.manual_seed(derive_seed(c.seed, step, rank, n))            # the second time, the same dropout
         with autocast:
             return model.embed([texts[i] for i in parts[n]])
 
@@ -432,12 +435,12 @@ def backward(
         with torch.set_grad_enabled(n == len(parts) - 1):            # the last one's graph is kept
             kept = embed_part(n)
         x[place[parts[n]]] = kept.detach().to(x.dtype)
-    add_up(x)                                                        # every process has all vectors
+    all_reduce_sum(x)                                                        # every process has all vectors
     loss, g = streamed_loss(x.view(*wanted.shape, -1), c.tau, dims, ids, mine, stage == "finetune",
                             c.negatives == "all")
     del x
-    add_up(loss)
-    add_up(g)                                                        # what others' rows say about mine
+    all_reduce_sum(loss)
+    all_reduce_sum(g)                                                        # what others' rows say about mine
     g = g.view(wanted.numel(), -1)                                   # (S * B, d)
     for n in reversed(range(len(parts))):
         kept = kept if n == len(parts) - 1 else embed_part(n)
@@ -446,7 +449,7 @@ def backward(
     for p in model.encoder.parameters():
         if p.requires_grad:                                          # each process has its rows' part
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            add_up(p.grad)
+            all_reduce_sum(p.grad)
     return loss
 
 
@@ -547,189 +550,9 @@ def duplicates_of(ids: Tensor, keys: Sequence[int]) -> Callable[[int, Tensor, Te
     return hide
 
 
-def processes() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def add_up(x: Tensor) -> None:
-    """Sum over all processes, in place; the same bytes on each."""
-    if processes()[1] > 1:
-        dist.all_reduce(x)
-
-
-def wait() -> None:
-    """Until every process is here."""
-    if processes()[1] > 1:
-        dist.barrier()
-
-
-def seed_of(*numbers: int) -> int:
-    """One seed from several numbers, such as (seed, step): what no other choice of them shares."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# A run's folder: metrics.jsonl, checkpoint-STEP/, best/ and, at the end, the model
-
-
-HALF_WRITTEN = (".*checkpoint-*", ".best.*", ".*model*", ".*.metrics.jsonl")   # what a kill may leave
-
-
-class Log:
-    """What a run leaves behind; only the first process writes, and nothing without a folder.
-
-    Dropout is seeded by step and the order of the data by the seed alone, so weights, optimiser and
-    step are the whole state of a run: there is no random state that a checkpoint could miss.
-    """
-
-    def __init__(self, out: Path | None, model: Gecko, optimiser: torch.optim.Optimizer, c: TrainConfig,
-                 steps: int, key: str) -> None:
-        self.out, self.model, self.optimiser = out, model, optimiser
-        self.c, self.steps, self.key = c, steps, key
-        self.first = processes()[0] == 0
-        self.beir = read_beir(c.eval, "dev") if out and c.eval and self.first else None
-        self.best, self.clock = -1.0, time.time()
-
-    def last(self) -> Path | None:
-        """The last whole checkpoint: its folder got its name when it was complete."""
-        return max(self.out.glob("checkpoint-*"), default=None) if self.out else None
-
-    def resume(self) -> list[float]:
-        """Load the last checkpoint if asked to; the losses of the steps that it holds."""
-        last, done = self.last(), 0
-        if last:
-            state = read_json(last / "state.json", dict)
-            if not self.c.resume and state["step"] < state["steps"]:
-                raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
-            if self.c.resume and state["key"] != self.key:
-                raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
-            if self.c.resume:
-                read_checkpoint(last, self.model, self.optimiser)
-                done, self.best = state["step"], state["best"]
-        wait()                                                       # all have read what the first now removes
-        if not (self.out and self.first):
-            return [math.nan] * done
-        for name in HALF_WRITTEN if self.c.resume else ("checkpoint-*", "best", *HALF_WRITTEN):
-            for path in self.out.glob(name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        rows = [r for r in read_metrics(self.out) if r["step"] <= done] if done else []
-        write_jsonl(self.out / "metrics.jsonl", rows)
-        losses = [r["loss"] for r in rows if "loss" in r]
-        return losses + [math.nan] * (done - len(losses))            # a log may have been removed
-
-    def row(self, **values: Any) -> None:
-        """One more line of metrics.jsonl."""
-        if self.out and self.first:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
-
-    def step(self, bar: Any, losses: Sequence[float], examples: int) -> None:
-        """The row of a step, and the numbers beside the bar."""
-        lr = self.optimiser.param_groups[0]["lr"]
-        rate = examples / max(1e-9, time.time() - self.clock)
-        self.clock = time.time()
-        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", lr=f"{lr:.1e}", examples_s=f"{rate:.0f}",
-                        refresh=False)
-        self.row(step=len(losses), loss=losses[-1], lr=lr, examples_s=round(rate, 1))
-
-    def stop_unless_finite(self, step: int, loss: float, norm: float, rows: np.ndarray,
-                           sets: Sequence[Sequence[Record]]) -> None:
-        """Before the optimiser takes the gradient, so the weights are still good."""
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-
-        def place(row: int) -> str:                                  # of a row that is counted through all sets
-            for s, of in enumerate(sets, 1):
-                if row < len(of):
-                    return f"{s}:{row + 1}"
-                row -= len(of)
-            raise AssertionError(f"row {row} stands behind the last set")
-
-        raise InputError(
-            f"the loss is {loss}, its gradient's norm {norm} at step {step + 1}, rows "
-            f"{', '.join(map(place, rows[:5]))}{' ...' * (len(rows) > 5)} (set:row); "
-            f"lower --lr or raise --tau; last good checkpoint: {self.last() or 'none'}")
-
-    def save(self, step: int) -> None:
-        """Measure, keep the best, write the checkpoint, then drop those before it."""
-        if self.out and self.first:
-            if self.beir:
-                found = rankings(self.model, self.beir, "question answering")
-                dev = means(retrieval_scores(found, self.beir))
-                self.row(step=step, dev=dev)
-                tqdm.write(f"step {step}: dev {dev}", file=sys.stderr)
-                if dev["ndcg@10"] > self.best:
-                    self.best = dev["ndcg@10"]
-                    save(self.model, self.out / "best")
-            state = {"step": step, "steps": self.steps, "best": self.best, "key": self.key}
-            write_checkpoint(self.out / f"checkpoint-{step:08d}", self.model, self.optimiser, state)
-            for before in set(self.out.glob("checkpoint-*")) - {self.last()}:   # a kill may have left two
-                shutil.rmtree(before)
-        wait()
-        self.clock = time.time()
-
-
-def write_checkpoint(folder: Path, model: Gecko, optimiser: torch.optim.Optimizer, state: dict[str, Any],
-                     ) -> None:
-    """A model folder with optimiser.safetensors and state.json; named only when whole."""
-    with folder_beside(folder) as new:
-        save(model, new)
-        moments = {f"{i}.{name}": value.detach().cpu().contiguous()
-                   for i, part in optimiser.state_dict()["state"].items() for name, value in part.items()}
-        save_file(moments, str(new / "optimiser.safetensors"))
-        (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-
-
-def read_checkpoint(folder: Path, model: Gecko, optimiser: torch.optim.Optimizer) -> None:
-    """What write_checkpoint wrote, into the model and the optimiser."""
-    try:
-        model.encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in load_file(str(folder / "optimiser.safetensors")).items():
-            number, _, kind = name.partition(".")
-            moments.setdefault(int(number), {})[kind] = value
-    except Exception as error:  # safetensors raises types of its own
-        raise InputError(f"{folder}: not a readable checkpoint ({error}); use another --out") from error
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
-
-
-def digest(stage: str, c: TrainConfig, model: Gecko, tokens: Sequence[Sequence[int]], sides: np.ndarray,
-           plan: Sequence[np.ndarray]) -> str:
-    """What a run is: flags, first weights and data, as tokens. A checkpoint of another run is not continued."""
-    same = replace(c, eval="", save_every=0, resume=False)
-    total = hashlib.sha256(f"{stage} {same} {model.encoder.config}".encode() + sides.tobytes())
-    for p in model.encoder.parameters():
-        total.update(p.detach().cpu().numpy().tobytes())
-    for text in tokens:                                              # `sides` says only which texts are equal
-        total.update(array("q", [len(text), *text]).tobytes())
-    for rows in plan:
-        total.update(rows.tobytes())
-    return total.hexdigest()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows {step, loss, lr, examples_s} and {step, dev} of a run."""
-    return whole_rows(folder / "metrics.jsonl")
-
-
-def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSONL file that grows; a kill may leave half a line at its end."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def save_final(model: Gecko, out: Path) -> None:
-    """The model's files into a folder that holds the run's others too, each by one rename."""
-    save(model, out / ".model")
-    for new in sorted((out / ".model").iterdir()):
-        if (out / new.name).is_dir():
-            shutil.rmtree(out / new.name)
-        os.replace(new, out / new.name)
-    (out / ".model").rmdir()
+    """The model's files into a folder that holds the run's others too."""
+    save_into(functools.partial(save, model), out)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import random
 import signal
 import socket
 import time
+from array import array
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from test_losses import main_spec, mrl_spec, pre_spec
 import data
 import train
 from data import batches, mixed_schedule, read_records, record, schedule
-from engine import files
+from engine import files, runs
 from engine.files import InputError, run
+from engine.scale import derive_seed
 from gecko import load, save, tiny
-from train import TrainConfig, backward, micro_batches, seed_of
+from train import TrainConfig, backward, micro_batches
 
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
 
@@ -68,7 +70,7 @@ def small_model(layers=1, dropout=0.2, seed=0):
 # One gradient, whatever the machinery
 
 B = 7
-TOKENS = [[2 + (i * k) % 60 for k in range(1, 2 + i % 5)] for i in range(40)]
+TOKENS = [array("i", [2 + (i * k) % 60 for k in range(1, 2 + i % 5)]) for i in range(40)]
 IDS = {"distinct": torch.stack([torch.arange(B), torch.arange(B) + 10, torch.arange(B) + 20]),
        "duplicates": torch.tensor([[0, 1, 2, 3, 4, 2, 6], [10, 11, 12, 13, 11, 15, 3],
                                    [20, 21, 22, 23, 24, 21, 20]])}
@@ -98,7 +100,7 @@ def spec_gradient(stage, dims, duplicates, missing, micro_batch, size, every=Fal
         place = [(s, i) for s in range(len(sides)) for i in mine if sides[s, i] >= 0]
         texts = [TOKENS[sides[s, i]] for s, i in place]
         for n, part in enumerate(micro_batches([len(t) for t in texts], micro_batch)):
-            torch.manual_seed(seed_of(seed, STEP, rank, n))
+            torch.manual_seed(derive_seed(seed, STEP, rank, n))
             for k, vector in zip(part, model.embed([texts[k] for k in part]), strict=True):
                 x[place[k]] = vector
     zero = torch.zeros(8, dtype=torch.float64) + 0.1
@@ -163,9 +165,9 @@ def test_all_hard_negatives_through_the_machinery():
 
 def test_replay_without_the_same_dropout_is_another_gradient(monkeypatch):
     seeds = itertools.count(1)
-    monkeypatch.setattr(train, "seed_of", lambda *numbers: next(seeds))
+    monkeypatch.setattr(train, "derive_seed", lambda *numbers: next(seeds))
     ours = our_gradient("finetune", (8,), text_ids(False, False), 2, 1 << 20)
-    monkeypatch.setattr(train, "seed_of", seed_of)
+    monkeypatch.setattr(train, "derive_seed", derive_seed)
     assert not close(ours, our_gradient("finetune", (8,), text_ids(False, False), 2, 1 << 20))
 
 
@@ -187,7 +189,7 @@ def test_the_loop_without_machinery_has_the_plain_gradient(monkeypatch, stage, d
     def spec(seed, dims=dims, ids=ids):
         twin = small_model()
         twin.encoder.double().train()
-        torch.manual_seed(seed_of(seed, 0))
+        torch.manual_seed(derive_seed(seed, 0))
         q, p = (twin.embed([TOKENS[i] for i in side]) for side in ids[:2].tolist())
         lists = [row.tolist() for row in ids]
         if stage == "prefinetune":
@@ -276,7 +278,7 @@ def test_two_processes_train_the_model_of_one(tmp_path):
         for child in children:
             child.join(60)
             assert child.exitcode == 0
-    one, two = (train.read_metrics(tmp_path / name) for name in ("one", "two"))
+    one, two = (runs.read_metrics(tmp_path / name) for name in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] and len(two) == 10
     losses = [[r["loss"] for r in rows if "loss" in r] for rows in (one, two)]
     assert losses[0] != losses[1] and np.allclose(*losses, rtol=1e-4) and losses[0][-1] < 0.9 * losses[0][0]
@@ -406,7 +408,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(tmp_path, kills, flags):
     assert whole.exitcode == 0
     found = bytes_of(tmp_path / "whole")
     assert found == bytes_of(tmp_path / "killed") and ("best/model.safetensors" in found) == ("eval" in flags)
-    rows = [[(r["step"], r.get("loss"), r.get("dev")) for r in train.read_metrics(tmp_path / name)]
+    rows = [[(r["step"], r.get("loss"), r.get("dev")) for r in runs.read_metrics(tmp_path / name)]
             for name in ("whole", "killed")]
     assert rows[0] == rows[1]
     assert not list((tmp_path / "killed").glob(".*"))
@@ -444,7 +446,7 @@ def test_the_best_on_dev_is_kept(tmp_path):
     beir_folder(tmp_path / "beir", rows, "dev")
     c = replace(LOOP, steps=30, lr=3e-2, save_every=5, eval=str(tmp_path / "beir"))
     train.train(small_model(0, 0.0), "finetune", [rows], c, out=tmp_path / "run")
-    dev = [r["dev"]["ndcg@10"] for r in train.read_metrics(tmp_path / "run") if "dev" in r]
+    dev = [r["dev"]["ndcg@10"] for r in runs.read_metrics(tmp_path / "run") if "dev" in r]
     assert len(dev) == 6 and max(dev) > dev[0]
     beir = train.read_beir(tmp_path / "beir", "dev")
     best = load(tmp_path / "run/best")

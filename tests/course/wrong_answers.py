@@ -92,7 +92,7 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "one dimension alone": ([("for dim in dims", "for dim in dims[:1]")], "only the full"),
     },
     9: {
-        "new dropout the second time": ([("torch.manual_seed(seed_of(c.seed, step, rank, n))", "pass")],
+        "new dropout the second time": ([("torch.manual_seed(derive_seed(c.seed, step, rank, n))", "pass")],
                                         "another dropout"),
         "the last micro-batch alone": ([("for n in reversed(range(len(parts)))", "for n in [len(parts) - 1]")],
                                        "only one micro-batch"),

@@ -36,6 +36,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
 from data import builtin_corpus, builtin_pairs, classification_triples, formatted, table  # noqa: E402
+from engine import runs  # noqa: E402
 from engine.search import certified_topk, product  # noqa: E402
 from gecko import (  # noqa: E402
     PLAIN,
@@ -214,7 +215,7 @@ def bench_processes(a: argparse.Namespace) -> None:
                         *(f"--{name}={value}" for name, value in flags.items())],
                        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n))})
-        rows = train.read_metrics(Path(out))
+        rows = runs.read_metrics(Path(out))
         speed = statistics.median(r["examples_s"] for r in rows[1:])
         print(f"  {n} process{'es' * (n > 1)}: {speed:.1f} examples/s (median of {a.steps} steps of "
               f"{a.batch}), losses {rows[0]['loss']:.4f} ... {rows[-1]['loss']:.4f}", flush=True)
