@@ -183,23 +183,6 @@ def test_tables_of_spreadsheets_and_broken_archives(tmp_path):
             list(data.table(str(tmp_path / "t.csv.gz")))
 
 
-def test_qrels_errors_name_the_line(tmp_path):
-    path = tmp_path / "test.tsv"
-    path.write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n2\tb\n")
-    with pytest.raises(InputError, match=":3: want"):
-        data.read_qrels(path)
-    path.write_text("query-id\tcorpus-id\tscore\n1\ta\t2\n1\tb\t0\n")
-    assert data.read_qrels(path) == {"1": {"a": 2}}
-    path.write_text("1\ta\t0\n1\tb\t-1\n")
-    with pytest.raises(InputError, match="no relevant passage"):
-        data.read_qrels(path)
-    path.write_text("video 1\ta\t2\n")                               # no header: this "id" is in a query's
-    assert data.read_qrels(path) == {"video 1": {"a": 2}}
-    path.write_bytes(b"1\ta\xff\t1\n")
-    with pytest.raises(InputError, match="not UTF-8 text"):
-        data.read_qrels(path)
-
-
 def test_a_seed_below_zero_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", "convert", "classification", "in", "out", "--seed", "-1"])
     with pytest.raises(InputError, match="--seed -1: give 0 or more"):

@@ -13,7 +13,8 @@ import pytest
 
 import gecko
 import train
-from engine import files
+from engine import evaluate, files
+from engine.mteb import KINDS, TABLE_9, ForMteb, mteb_scores, mteb_tasks, table_9
 
 pytest.importorskip("mteb", reason="pip install mteb")
 import mteb  # noqa: E402
@@ -41,7 +42,7 @@ def seen(model, made, **how):
     texts, encode = [], model.encode
     model.encode = lambda batch, **k: (texts.extend(batch), encode(batch, **k))[1]
     try:
-        return texts, train.mteb_scores(train.ForMteb(model, "m", **how), [made])
+        return texts, mteb_scores(ForMteb(model, "m", gecko.format_query, **how), [made])
     finally:
         del model.encode
 
@@ -49,14 +50,14 @@ def seen(model, made, **how):
 def test_table_9_holds_the_papers_sets():
     """The 56 sets of mteb's first English benchmark, each with the task of its kind or its own."""
     tasks = {t.metadata.name: t.metadata.type for t in mteb.get_benchmark("MTEB(eng, v1)").tasks}
-    assert set(tasks) == set(train.TABLE_9) and len(tasks) == 56
+    assert set(tasks) == set(TABLE_9) and len(tasks) == 56
     for name, kind in tasks.items():
-        assert train.table_9(name, kind) == train.TABLE_9[name]
-        if kind in train.KINDS:
-            assert train.TABLE_9[name] == train.KINDS[kind]
-    assert train.table_9("scifact") == ("fact checking", False)
-    assert train.table_9("quora") == ("search result", True)
-    assert train.table_9("CQADupstackGamingRetrieval") == ("question answering", False)
+        assert table_9(name, kind) == TABLE_9[name]
+        if kind in KINDS:
+            assert TABLE_9[name] == KINDS[kind]
+    assert table_9("scifact") == ("fact checking", False)
+    assert table_9("quora") == ("search result", True)
+    assert table_9("CQADupstackGamingRetrieval") == ("question answering", False)
 
 
 @pytest.mark.parametrize("name, task, symmetric", [
@@ -69,8 +70,9 @@ def test_mteb_sees_the_formats_and_gives_our_figure(model, name, task, symmetric
     passages = ["task: search result | query: Dog all about the dog and its kind",
                 "title: Dog | text: all about the dog", "title: none | text: all about the cat"]
     assert [any(t.startswith(p) for t in texts) for p in passages] == [symmetric, not symmetric, not symmetric]
-    beir = train.Beir(CORPUS, QUERIES, QRELS)
-    ours = train.retrieval_scores(train.rankings(model, beir, task, symmetric=symmetric), beir)["ndcg@10"]
+    beir = evaluate.Beir(CORPUS, QUERIES, QRELS)
+    q, P = evaluate.encode_beir(model, beir, task, symmetric=symmetric)
+    ours = evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir)["ndcg@10"]
     assert abs(scores[name]["ndcg_at_10"] - np.mean(ours)) < 1e-5
 
 
@@ -82,7 +84,7 @@ def test_measures_are_trec_evals():
     qrels = {q: {f"p{i}": int(rng.integers(1, 4)) for i in rng.permutation(300)[:rng.integers(1, 20)]}
              for q in queries}
     ranked = {q: [f"p{i}" for i in rng.permutation(250)[:100]] for q in queries}
-    ours = train.retrieval_scores(ranked, train.Beir([], queries, qrels))
+    ours = evaluate.retrieval_scores(ranked, evaluate.Beir([], queries, qrels))
     theirs = trec.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "recip_rank"}).evaluate(
         {q: {p: -float(r) for r, p in enumerate(ids)} for q, ids in ranked.items()})
     for name, their in names.items():
@@ -112,22 +114,22 @@ def test_every_kind_runs(model, made, task):
 
 def test_results_are_mtebs_own_and_of_one_model(model, tmp_path, monkeypatch):
     """Its JSON, in float32; a second run reads it; another dimension or weight is another revision."""
-    made, full = local.sts("s", PAIRS), train.ForMteb(model, "m")
-    scores = train.mteb_scores(full, [made], str(tmp_path))
+    made, full = local.sts("s", PAIRS), ForMteb(model, "m", gecko.format_query)
+    scores = mteb_scores(full, [made], str(tmp_path))
     path = tmp_path / f"results/gecko__m/{full.mteb_model_meta.revision}/s.json"
     stored = json.loads(path.read_text())
     assert stored["task_name"] == "s"
     assert abs(stored["scores"]["test"][0]["main_score"] - scores["s"]["cosine_spearman"]) < 1e-5
     assert str(tmp_path) not in path.with_name("model_meta.json").read_text()
     monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("encoded again"))
-    again = train.mteb_scores(full, [made], str(tmp_path))
+    again = mteb_scores(full, [made], str(tmp_path))
     assert abs(again["s"]["cosine_spearman"] - scores["s"]["cosine_spearman"]) < 1e-5
     monkeypatch.undo()
-    cut = train.ForMteb(model, "m", dim=8)
+    cut = ForMteb(model, "m", gecko.format_query, dim=8)
     assert cut.mteb_model_meta.revision != full.mteb_model_meta.revision
     x = cut.encode([{"text": ["a cat", ""]}], task_metadata=made.metadata)  # some sets have empty texts
     assert x.shape == (2, 8) and x.dtype == np.float32
-    np.testing.assert_allclose(np.diag(cut.similarity(x, x)), cut.similarity_pairwise(x, x))
+    np.testing.assert_allclose(np.diag(cut.similarity(x, x)), cut.similarity_pairwise(x, x), atol=1e-6)
 
 
 def test_command_line_and_its_mistakes(model, tmp_path, monkeypatch, capsys):
@@ -150,5 +152,5 @@ def test_command_line_and_its_mistakes(model, tmp_path, monkeypatch, capsys):
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert stop.value.code == 2 and len(errors) == 1
         assert re.search(message, errors[0])
-    assert [t.metadata.name for t in train.mteb_tasks(["STS17"])] == ["STS17"]
-    assert train.mteb_tasks(["STS17"])[0].hf_subsets == ["en-en"], "the benchmark's own, English"
+    assert [t.metadata.name for t in mteb_tasks(["STS17"])] == ["STS17"]
+    assert mteb_tasks(["STS17"])[0].hf_subsets == ["en-en"], "the benchmark's own, English"

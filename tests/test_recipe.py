@@ -5,7 +5,6 @@ bytes; a user's mistake is one line and exit code 2, with nothing half-written.
 """
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -202,66 +201,3 @@ def test_a_mistake_is_one_line_and_exit_2(parts, demo, tmp_path, monkeypatch, ca
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1 and len(errors[0]) > 20
     assert bytes_of(tmp_path) == before, "something half-written was left behind"
-
-
-# --------------------------------------------------------------------------------------------------
-# Measures, by hand
-
-
-def test_measures_by_hand():
-    relevant = {"a": 2, "b": 1}
-    ranked = ["x", "b", "a"]
-    ideal = 2 / math.log2(2) + 1 / math.log2(3)
-    assert math.isclose(train.ndcg(ranked, relevant), (1 / math.log2(3) + 2 / math.log2(4)) / ideal)
-    assert train.ndcg(["a", "b"], relevant) == 1 and train.ndcg(["x"] * 10 + ["a"], relevant) == 0
-    assert train.recall(ranked, relevant) == 1 and train.recall(ranked, relevant, 2) == 0.5
-    assert train.mrr(ranked, relevant) == 0.5 and train.mrr(["x"], relevant) == 0
-
-
-def test_a_query_without_a_relevant_passage_counts_as_nothing(tmp_path):
-    """As in trec_eval: it stays in the mean, which is half of what it would be without it."""
-    (tmp_path / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n1\ta\t1\n2\ta\t0\n")
-    qrels = data.read_qrels(tmp_path / "qrels.tsv")
-    ranked = {"1": ["a", "b"], "2": ["a", "b"]}
-    ours = train.retrieval_scores(ranked, train.Beir([], {"1": "x", "2": "y"}, qrels))
-    assert ours == {"ndcg@10": [1, 0], "recall@100": [1, 0], "mrr@10": [1, 0]}
-    pytrec_eval = pytest.importorskip("pytrec_eval", reason="the other side; it comes with mteb")
-    theirs = pytrec_eval.RelevanceEvaluator({"1": {"a": 1}, "2": {"a": 0}}, {"ndcg_cut.10", "recall.100"}).evaluate(
-        {query: {i: 1 / n for n, i in enumerate(ids, 1)} for query, ids in ranked.items()})
-    assert [list(theirs[q].values()) for q in "12"] == [[1, 1], [0, 0]]
-
-
-def test_a_query_that_stands_in_the_corpus_does_not_find_itself():
-    """BEIR leaves out the passage of the query's own id (ArguAna), for vectors and for BM25; 100 others stay."""
-    corpus = [{"_id": str(i), "title": "", "text": f"word{i} word{(i + 1) % 150}"} for i in range(150)]
-    x = np.eye(150, dtype=np.float32) + 0.5 * np.eye(150, k=1, dtype=np.float32)   # each nearest to itself
-    beir = train.Beir(corpus, {str(i): corpus[i]["text"] for i in range(150)}, {str(i): {str(i ^ 1): 1}
-                                                                                for i in range(150)})
-    for found in (train.nearest_ids(beir, x, x), train.BM25(corpus).rankings(beir)):
-        assert all(query not in ids and len(ids) == 100 for query, ids in found.items())
-        assert sum(i + 1 == int(ids[0]) or int(ids[0]) == i - 1 for i, ids in enumerate(found.values())) > 140
-    beir.qrels["7"]["7"] = 1                                         # judged: a passage like any other
-    assert train.nearest_ids(beir, x, x)["7"][0] == "7"
-
-
-def test_spearman_shares_ranks_of_equal_values():
-    """Against the definition: Pearson's correlation of mean ranks."""
-    x, y = [1, 2, 2, 3], [4, 1, 1, 0]
-    assert math.isclose(train.spearman_terms(x, y).mean(), -1)
-    assert math.isclose(train.spearman_terms([1, 2, 2, 4], [1, 3, 2, 4]).mean(), 4.5 / math.sqrt(4.5 * 5))
-
-
-def test_paired_bootstrap_brackets_the_mean_gain():
-    rng = np.random.default_rng(0)
-    x = rng.random(200)
-    low, high = train.paired_bootstrap(x, x + 0.1 + rng.normal(0, 0.05, 200))
-    assert 0.08 < low < 0.1 < high < 0.12
-    assert train.paired_bootstrap(x, x) == (0, 0)
-
-
-def test_bm25_by_hand():
-    corpus = [{"_id": str(i), "title": "", "text": t} for i, t in enumerate(["a b b", "b c", "c c c d"])]
-    bm25 = train.BM25(corpus)
-    idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
-    want = [idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * n / 3)) for tf, n in ((2, 3), (1, 2))]
-    np.testing.assert_allclose(bm25.scores("b"), [*want, 0])

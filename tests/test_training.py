@@ -30,7 +30,7 @@ from test_losses import main_spec, mrl_spec, pre_spec
 import data
 import train
 from data import batches, mixed_schedule, read_records, record, schedule
-from engine import files, runs
+from engine import evaluate, files, runs
 from engine.files import InputError, run
 from engine.scale import derive_seed
 from gecko import load, save, tiny
@@ -448,9 +448,10 @@ def test_the_best_on_dev_is_kept(tmp_path):
     train.train(small_model(0, 0.0), "finetune", [rows], c, out=tmp_path / "run")
     dev = [r["dev"]["ndcg@10"] for r in runs.read_metrics(tmp_path / "run") if "dev" in r]
     assert len(dev) == 6 and max(dev) > dev[0]
-    beir = train.read_beir(tmp_path / "beir", "dev")
+    beir = evaluate.read_beir(tmp_path / "beir", "dev")
     best = load(tmp_path / "run/best")
-    score = np.mean(train.retrieval_scores(train.rankings(best, beir, "question answering"), beir)["ndcg@10"])
+    q, P = evaluate.encode_beir(best, beir, "question answering")
+    score = np.mean(evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir)["ndcg@10"])
     assert score == pytest.approx(max(dev), abs=1e-4)
 
 
@@ -611,13 +612,13 @@ def test_a_beir_folder_may_be_packed(tmp_path):
     """Its .gz files are read as the plain ones; a file that is not there at all is named without .gz."""
     rows = records(12)
     beir_folder(tmp_path / "beir", rows, "train")
-    plain = train.read_beir(tmp_path / "beir", "train"), list(data.convert_beir([tmp_path / "beir"], Counter()))
+    plain = evaluate.read_beir(tmp_path / "beir", "train"), list(data.convert_beir([tmp_path / "beir"], Counter()))
     for path in (tmp_path / "beir").glob("*.jsonl"):
         path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    packed = train.read_beir(tmp_path / "beir", "train"), list(data.convert_beir([tmp_path / "beir"], Counter()))
+    packed = evaluate.read_beir(tmp_path / "beir", "train"), list(data.convert_beir([tmp_path / "beir"], Counter()))
     assert packed == plain and len(plain[1]) == 12
-    for read in (train.read_beir, lambda folder: list(data.convert_beir([folder], Counter()))):
+    for read in (evaluate.read_beir, lambda folder: list(data.convert_beir([folder], Counter()))):
         with pytest.raises(InputError, match="none/corpus.jsonl: no such file"):
             read(tmp_path / "none")
 
@@ -671,7 +672,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, kind, row, mess
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
+def test_the_command_line_trains_and_resumes(tmp_path, capsys):
     files.write_jsonl(tmp_path / "a.jsonl", records(40))
     files.write_jsonl(tmp_path / "b.jsonl", records(30, 1, negatives=False))
     arguments = ["finetune", f"{tmp_path}/a.jsonl:2", f"{tmp_path}/b.jsonl:1", "--init", "tiny", "--out",
@@ -682,9 +683,6 @@ def test_the_command_line_trains_resumes_and_plots(tmp_path, capsys):
     command(train.main, *arguments, "--resume")                      # nothing left to do
     assert bytes_of(tmp_path / "run") == first and "6 steps" in capsys.readouterr().out
     assert load(tmp_path / "run").dims == (384,)
-    pytest.importorskip("matplotlib", reason="plot needs matplotlib")
-    command(train.main, "plot", tmp_path / "run", "--out", tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
@@ -725,10 +723,3 @@ def test_a_flag_before_the_command_is_one_line(capsys):
             command(train.main, *flags, "finetune", "a.jsonl", "--init", "tiny", "--out", "y")
         error = capsys.readouterr().err.strip()
         assert stop.value.code == 2 and f"{flags[0]} before finetune: " in error and "\n" not in error
-
-
-def test_plot_without_matplotlib_names_the_package(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(SystemExit) as stop:
-        command(train.main, "plot", tmp_path)
-    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """The project's figures.
 
     python tests/lab/figures.py method               README's opening figure -> tests/lab/figures/method.png
-    python tests/lab/figures.py FILE.jsonl...        a chart beside each file that `train.py ablate` wrote
+    python tests/lab/figures.py FILE.jsonl...        a chart beside each file that `tables.py` wrote
                                                  or, with --out DIR, in that folder
 
 Needs matplotlib.
@@ -20,8 +20,10 @@ from matplotlib.patches import FancyBboxPatch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
+import tables  # noqa: E402
+
 import llm  # noqa: E402
-import train  # noqa: E402
+from engine import runs  # noqa: E402
 from engine.files import file_beside  # noqa: E402
 
 INK, LLM, MODEL, GOOD, BAD, PALE = "#222222", "#f3d9a4", "#b9d3ee", "#9fd3a0", "#eaa9a0", "#f4f4f4"
@@ -105,7 +107,7 @@ def method(path):
 def chart(rows, path):
     """Points over the table's first row: the paper's, and ours with their intervals."""
     name = rows[0]["table"]
-    table, first, bars = train.TABLES[name], None, {}
+    table, first, bars = tables.TABLES[name], None, {}
     names = [row for row in table.paper if any(r["row"] == row for r in rows)]
     first, names = names[0], names[1:]
     for n, column in enumerate(table.columns):
@@ -113,7 +115,7 @@ def chart(rows, path):
             own = [table.paper[row][n] if table.paper[row] else math.nan for row in names]
             bars[f"paper: {column}"] = [(value - table.paper[first][n], 0, 0) for value in own]
     for column in rows[0]["scores"]:
-        found = [train.gain(rows, row, first, column) for row in names]
+        found = [tables.gain(rows, row, first, column) for row in names]
         bars[f"here: {column}"] = [(m, m - low, high - m) for m, low, high in found]
     figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.18 * len(bars) * len(names)), layout="constrained")
     height, ours = 0.8 / len(bars), 0
@@ -144,7 +146,7 @@ def main():
         if what == "method":
             method(Path(args.out or ROOT / "tests/lab/figures") / "method.png")
             continue
-        rows = train.whole_rows(Path(what))
+        rows = runs.whole_rows(Path(what))
         path = Path(args.out or Path(what).parent) / f"{Path(what).stem}.png"
         if "table" in rows[0]:
             chart([r for r in rows if r["key"] == rows[-1]["key"]], path)

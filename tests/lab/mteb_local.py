@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import train  # noqa: E402
+from engine.evaluate import read_beir  # noqa: E402
 from engine.files import read_jsonl, run  # noqa: E402
-from gecko import load  # noqa: E402
+from engine.mteb import ForMteb, mteb_scores, table_9  # noqa: E402
+from gecko import format_query, load  # noqa: E402
 
 
 def task(kind, name, data, main_score):
@@ -103,7 +104,7 @@ def from_path(item):
         return [row for _, row in read_jsonl(file if file.exists() else file.with_name(file.name + ".gz"))]
 
     if kind == "retrieval":
-        beir = train.read_beir(path)
+        beir = read_beir(path)
         return retrieval(name, beir.corpus, beir.queries, beir.qrels)
     if kind == "classification":
         return classification(name, rows(path / "train.jsonl"), rows(path / "test.jsonl"))
@@ -117,11 +118,11 @@ def main():
     parser.add_argument("--dim", type=int)
     parser.add_argument("--out")
     args = parser.parse_args()
-    model = train.ForMteb(load(args.model), Path(args.model).resolve().name, args.dim)
+    model = ForMteb(load(args.model), Path(args.model).resolve().name, format_query, args.dim)
     for item in args.tasks:
         made = from_path(item)
-        for name, score in train.mteb_scores(model, [made], args.out).items():
-            task_9 = train.table_9(name, made.metadata.type)
+        for name, score in mteb_scores(model, [made], args.out).items():
+            task_9 = table_9(name, made.metadata.type)
             print(f"{made.metadata.type:18} {name:20} {task_9[0]:20} "
                   + "  ".join(f"{k} {v:.4f}" for k, v in score.items()), flush=True)
 

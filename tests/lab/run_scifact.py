@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import llm as fret
 import train
 from data import Record
+from engine import evaluate
 from engine.files import file_beside, read_jsonl, read_passages, run
-from gecko import Gecko, load, save, topk
+from engine.search import topk
+from gecko import Gecko, load, save
 
 TASK = "fact checking"      # Table 9's for SciFact; an encoder without prompts ignores it
 QUERIES, N = 6000, 20
@@ -114,23 +116,23 @@ def averaged(a: Gecko, b: Gecko, alpha: float) -> Gecko:
 # Measuring
 
 
-def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> train.Beir:
+def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> evaluate.Beir:
     """The written claims against a part of the corpus: what BM25 or the embedder ranks high, and the golds."""
     lines = Path(__file__).with_name("scifact_dev.tsv").read_text(encoding="utf-8").splitlines()
     claims = dict(reversed(line.split("\t")) for line in lines)      # claim -> id
-    bm25 = train.BM25(corpus)
+    bm25 = evaluate.BM25(corpus)
     _, near = topk(first.encode_queries(list(claims), TASK), P, 20)
     kept = set(near.flatten().tolist()) | {i for q in claims for i in np.argsort(-bm25.scores(q))[:8].tolist()}
     part = [p for i, p in enumerate(corpus) if i in kept or p["_id"] in claims.values()]
-    return train.Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
+    return evaluate.Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
 
 
-def measure(models: dict[str, Gecko], beir: train.Beir, judge: fret.Offline) -> dict[str, Any]:
+def measure(models: dict[str, Gecko], beir: evaluate.Beir, judge: fret.Offline) -> dict[str, Any]:
     """nDCG@10 and recall@100 of each, with the 95 % interval of the gain over the first of the models."""
     by_id = {p["_id"]: p for p in beir.corpus}
-    ranked: dict[str, dict[str, list[str]]] = {"BM25": train.BM25(beir.corpus).rankings(beir)}
+    ranked: dict[str, dict[str, list[str]]] = {"BM25": evaluate.BM25(beir.corpus).rankings(beir)}
     for name, model in models.items():
-        ranked[name] = train.rankings(model, beir, TASK)
+        ranked[name] = evaluate.rankings(beir, *evaluate.encode_beir(model, beir, TASK))
         if len(ranked) == 2:                                         # the teacher: its top 100, ranked again
             pairs = {q: [(text, by_id[i]) for i in ranked[name][q]] for q, text in beir.queries.items()}
             scores = {q: fret.rrf(judge.query_likelihood(p), judge.relevance(p)) for q, p in pairs.items()}
@@ -139,10 +141,10 @@ def measure(models: dict[str, Gecko], beir: train.Beir, judge: fret.Offline) -> 
                 for q, s in scores.items()}
     print(f"{len(beir.queries)} claims, {len(by_id)} abstracts: nDCG@10, recall@100, [gain over the first model]")
     table: dict[str, Any] = {}
-    base = train.retrieval_scores(ranked[next(iter(models))], beir)["ndcg@10"]
+    base = evaluate.retrieval_scores(ranked[next(iter(models))], beir)["ndcg@10"]
     for name, lists in ranked.items():
-        scores = train.retrieval_scores(lists, beir)
-        low, high = train.paired_bootstrap(base, scores["ndcg@10"])
+        scores = evaluate.retrieval_scores(lists, beir)
+        low, high = evaluate.paired_bootstrap(base, scores["ndcg@10"])
         table[name] = {k: round(float(np.mean(scores[k])), 4) for k in ("ndcg@10", "recall@100")} | {
             "gain": [round(low, 4), round(high, 4)]}
         print(f"  {name:28} " + "  ".join(f"{table[name][k]:.4f}" for k in ("ndcg@10", "recall@100"))
@@ -217,7 +219,7 @@ def main() -> None:
         best = max(models, key=lambda name: figures["dev"][name]["ndcg@10"])
         save(models[best], out / "gecko")
         figures["test"] = measure({"all-MiniLM-L6-v2": first, best: models[best]},
-                                  train.read_beir(args.scifact), judge)
+                                  evaluate.read_beir(args.scifact), judge)
         stage("measure on test")
     with file_beside(out / "scifact.json") as new:
         new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import data  # noqa: E402
 import llm  # noqa: E402
 import train  # noqa: E402
+from engine import evaluate, runs  # noqa: E402
 from engine.files import file_beside  # noqa: E402
-from gecko import load, topk  # noqa: E402
+from engine.search import topk  # noqa: E402
+from gecko import load  # noqa: E402
 
 SHARES = (0.0, 0.15, 0.3, 0.5)
 JUDGES = ("first embedder", "QL", "BM25", "dense", "QL + dense", "gold")
@@ -36,7 +38,7 @@ C = train.TrainConfig(batch_size=256, tau=0.1, lr=2e-3, max_length=128)
 
 def study_set(folder, questions, passages):
     """The set's train and test questions, over a corpus of their gold passages and others, at most `passages`."""
-    known, test = train.read_beir(folder, "train"), train.read_beir(folder, "test")
+    known, test = evaluate.read_beir(folder, "train"), evaluate.read_beir(folder, "test")
     rng = np.random.default_rng(0)
 
     def some(beir, n):
@@ -60,7 +62,7 @@ def vectors(folder, known, encoder, cache):
         model = load(encoder)
         model.max_length = C.max_length
         with torch.autocast("cpu", torch.bfloat16):
-            q, P = train.encoded(model, known, "question answering", progress="passages")
+            q, P = evaluate.encode_beir(model, known, "question answering", progress="passages")
         with file_beside(path) as new:
             np.savez(new, q=q, P=P)
     found = np.load(path)
@@ -109,7 +111,7 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
     pairs = title_body_pairs(known.corpus, seed)
     pre = train.untrained(known.corpus, pairs, seed)
     train.train(pre, "prefinetune", [pairs], replace(C, lr=1e-2, steps=150, seed=seed), title=f"{name}: pre")
-    bm25, offline = train.BM25(known.corpus), llm.Offline(known.corpus)
+    bm25, offline = evaluate.BM25(known.corpus), llm.Offline(known.corpus)
 
     def trained(positives, title):
         """The encoder trained on these labels, without hard negatives, and its nDCG@10 on the test questions."""
@@ -117,8 +119,8 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
                 for text, p in zip(questions, positives, strict=True)]
         model = copy.deepcopy(pre)
         train.train(model, "finetune", [rows], replace(C, steps=steps, seed=seed), title=title)
-        ranked = train.rankings(model, test, "question answering")
-        return model, float(np.mean(train.retrieval_scores(ranked, test)["ndcg@10"]))
+        ranked = evaluate.rankings(test, *evaluate.encode_beir(model, test, "question answering"))
+        return model, float(np.mean(evaluate.retrieval_scores(ranked, test)["ndcg@10"]))
 
     for share in shares:
         if all((name, seed, share, judge) in done for judge in JUDGES):
@@ -126,7 +128,7 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
         start = time.time()
         seeds, gold = wrong_seeds(known, P, share, seed, bm25 if errors == "lexical" else None)
         first, p_seed = trained(seeds, f"{name} {share:.0%} p_seed")
-        own = train.encoded(first, known, "question answering")
+        own = evaluate.encode_beir(first, known, "question answering")
         _, near = topk(*own, N)
         candidates = [llm.with_seed(list(map(int, row)), s) for row, s in zip(near, seeds, strict=True)]
         for judge, scores in judged(known, candidates, gold, own, q, P, bm25, offline).items():
@@ -135,7 +137,7 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
             picked = [llm.relabel(s, [texts[i] for i in row]) for s, row in zip(scores, candidates, strict=True)]
             p_1 = [row[a] for row, (a, _) in zip(candidates, picked, strict=True)]
             order = [[row[i] for i in np.argsort(-np.array(s))] for s, row in zip(scores, candidates, strict=True)]
-            quality = [train.ndcg(row, dict.fromkeys(right, 1)) for row, right in zip(order, gold, strict=True)]
+            quality = [evaluate.ndcg(row, dict.fromkeys(right, 1)) for row, right in zip(order, gold, strict=True)]
             row = {"set": name, "seed": seed, "wrong": share, "judge": judge, "questions": len(questions),
                    "judge_ndcg": np.mean(quality),
                    "seed_right": np.mean([i in right for i, right in zip(seeds, gold, strict=True)]),
@@ -235,9 +237,9 @@ def main():
     out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for folder in args.folders:
-            done = {(r["set"], r["seed"], r["wrong"], r["judge"]) for r in train.whole_rows(out)}
+            done = {(r["set"], r["seed"], r["wrong"], r["judge"]) for r in runs.whole_rows(out)}
             run(folder, sizes, args.encoder, cache, seed, out, done, args.steps, args.errors)
-    print(study_text(train.whole_rows(out)))
+    print(study_text(runs.whole_rows(out)))
 
 
 if __name__ == "__main__":

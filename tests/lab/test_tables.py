@@ -12,13 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tables
 import torch
 
 import data
 import gecko
 import llm
 import train
-from engine import files
+from engine import evaluate, files, runs
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "tests/lab/results"
@@ -39,11 +40,11 @@ def home(tmp_path_factory):
     return folder
 
 
-def ablate(home, out, table, *more, seeds=1):
+def run(home, out, table, *more, seeds=1):
     """The command in this process."""
-    sys.argv = ["train.py", "ablate", table, *f"--corpus {home} --init {home}/model --out {out} --steps 3 "
+    sys.argv = ["tables.py", table, *f"--corpus {home} --init {home}/model --out {out} --steps 3 "
                 f"--batch-size 16 --dims 24,8 --queries 150 --seeds {seeds}".split(), *map(str, more)]
-    train.main()
+    tables.main()
     return [json.loads(line) for line in (out / f"{table}.jsonl").read_text().splitlines()]
 
 
@@ -51,12 +52,12 @@ def ablate(home, out, table, *more, seeds=1):
 def lab(home, tmp_path_factory):
     """What the rows are made from, and the `out` that its FRet file stands in."""
     out = tmp_path_factory.mktemp("out")
-    ablate(home, out, "labels")
+    run(home, out, "labels")
     mined = next(out.glob("fret-*"))
     corpus = files.read_passages(mined / "corpus.jsonl")
     c = train.TrainConfig(batch_size=16, steps=2, dims="24,8", lr=1e-3)
-    return train.Lab(c, corpus, data.read_records(mined / "fret.jsonl"), gecko.load(home / "model"), [], [],
-                     {"own": train.read_beir(home)}, "question answering"), out
+    return tables.Lab(c, corpus, data.read_records(mined / "fret.jsonl"), gecko.load(home / "model"), [], [],
+                     {"own": evaluate.read_beir(home)}, "question answering"), out
 
 
 @pytest.fixture(autouse=True)
@@ -75,8 +76,8 @@ def test_six_rows_come_from_one_mined_file(lab, monkeypatch):
     lab, _ = lab
     monkeypatch.setattr(llm.Offline, "query_likelihood", None)
     text = {p["_id"]: p["text"] for p in lab.corpus}
-    made = {row: make(0)[0] for row, (make, _) in train.cases("labels", lab).items()}
-    assert list(made) == list(train.TABLES["labels"].paper) and len({len(rows) for rows in made.values()}) == 1
+    made = {row: case.sets(0)[0] for row, case in tables.cases("labels", lab).items()}
+    assert list(made) == list(tables.TABLES["labels"].paper) and len({len(rows) for rows in made.values()}) == 1
     for row, rows in made.items():
         for ours, mined in zip(rows, lab.rows, strict=True):
             assert ours["positive"]["text"] == text[mined["seed_id" if "seed" in row else "positive_id"]]
@@ -87,8 +88,8 @@ def test_six_rows_come_from_one_mined_file(lab, monkeypatch):
 
 
 def test_tasks_have_as_many_rows_each(lab):
-    made = {row: make(0)[0] for row, (make, _) in train.cases("tasks", lab[0]).items()}
-    assert list(made) == list(train.TABLES["tasks"].paper)
+    made = {row: case.sets(0)[0] for row, case in tables.cases("tasks", lab[0]).items()}
+    assert list(made) == list(tables.TABLES["tasks"].paper)
     sizes = {row: len(rows) for row, rows in made.items()}
     assert max(sizes.values()) - min(sizes.values()) < 4
     for kind in llm.TASKS:
@@ -104,9 +105,9 @@ def test_formats_are_trained_and_encoded_with(lab, monkeypatch):
     monkeypatch.setattr(gecko.Gecko, "tokens",
                         lambda self, texts, *a: (seen.extend(texts), tokens(self, texts, *a))[1])
     starts = {"unified": ("task: ", "title: "), "sentence": ("The task is ", "The title is ")}
-    for row, case in train.cases("formats", lab).items():
+    for row, case in tables.cases("formats", lab).items():
         seen.clear()
-        train.case_scores(lab, case, 0, row, (24,))
+        tables.case_scores(lab, case, row, (24,), 0)
         queries = len(lab.rows) + len(lab.beir["own"].queries)
         if row in starts:
             assert all(t.startswith(starts[row]) for t in seen)
@@ -118,8 +119,8 @@ def test_formats_are_trained_and_encoded_with(lab, monkeypatch):
 
 def test_mixture_adds_a_set_a_row(lab):
     four = replace(lab[0], data=[[{"n": n}] for n in range(4)])
-    made = {row: make(0) for row, (make, _) in train.cases("mixture", four).items()}
-    assert list(made) == list(train.TABLES["mixture"].paper)
+    made = {row: case.sets(0) for row, case in tables.cases("mixture", four).items()}
+    assert list(made) == list(tables.TABLES["mixture"].paper)
     assert [[rows[0]["n"] for rows in sets] for sets in made.values()] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
@@ -127,17 +128,17 @@ def made_cases(home, out, lab, table, *more):
     """What the command makes of the recipe's own files: `training_cases` without a run."""
     args = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ablate_command", args.append)
-        patch.setattr(sys, "argv", ["train.py", "ablate", table, "--out", str(out), *map(str, more)])
-        train.main()
+        patch.setattr(tables, "table_command", args.append)
+        patch.setattr(sys, "argv", ["tables.py", table, "--out", str(out), *map(str, more)])
+        tables.main()
     mined = next(out.glob("fret-*"))
-    return train.training_cases(args[0], lab.c, gecko.load(home / "model"), mined, False, lab.beir)
+    return tables.training_cases(args[0], lab.c, gecko.load(home / "model"), mined, False, lab.beir)
 
 
 def test_pairs_without_words_are_left_to_no_format(home, lab, monkeypatch):
     """Of the built-in pairs some have a query without a letter, which PLAIN would make a text of no tokens."""
     blank = data.record("search result", " ", {"title": "math.ceil", "text": "the ceiling of x"})
-    monkeypatch.setattr(train, "builtin_pairs", lambda *a: [blank, {**blank, "query": "round up"}] * 8)
+    monkeypatch.setattr(tables, "builtin_pairs", lambda *a: [blank, {**blank, "query": "round up"}] * 8)
     for run in made_cases(home, lab[1], lab[0], "formats").values():
         assert run(0)
 
@@ -153,11 +154,11 @@ def test_dims_are_cut_and_normalised_again(lab, monkeypatch):
     """With MRL the loss has two dimensions, without one; both are measured at all cuts of unit vectors."""
     trained, lengths = [], []
     monkeypatch.setattr(train, "train", lambda model, stage, sets, c, **k: trained.append(c.dims))
-    find = train.topk
-    monkeypatch.setattr(train, "topk", lambda q, P, k: lengths.append(
+    find = evaluate.topk
+    monkeypatch.setattr(evaluate, "topk", lambda q, P, k: lengths.append(
         (P.shape[1], np.abs(np.linalg.norm(P, axis=1) - 1).max())) or find(q, P, k))
-    for row, case in train.cases("dims", lab[0]).items():
-        scores = train.case_scores(lab[0], case, 0, row, (24, 8, 4))
+    for row, case in tables.cases("dims", lab[0]).items():
+        scores = tables.case_scores(lab[0], case, row, (24, 8, 4), 0)
         assert list(scores) == ["nDCG@10 own", "nDCG@10 own at 8", "nDCG@10 own at 4"]
     assert trained == ["", "24,8"] and [d for d, _ in lengths] == [24, 8, 4] * 2
     assert max(off for _, off in lengths) < 1e-5
@@ -166,13 +167,13 @@ def test_dims_are_cut_and_normalised_again(lab, monkeypatch):
 def test_no_cut_has_no_dimension(home, tmp_path):
     """The table divides d by up to 24; a small model has fewer cuts."""
     gecko.save(gecko.tiny(["the sine of x"], hidden_size=12), tmp_path / "small")
-    rows = ablate(home, tmp_path, "dims", "--init", tmp_path / "small", "--dims", "12")
+    rows = run(home, tmp_path, "dims", "--init", tmp_path / "small", "--dims", "12")
     assert [column.partition(" at ")[2] for column in rows[0]["scores"]] == ["", "4", "2", "1"]
 
 
 def test_rerank_rows_by_hand(home, monkeypatch):
     """A judge that knows the answer puts it first by QL; a relevance that is its reverse puts it last."""
-    beir, first = train.read_beir(home), gecko.load(home / "model")
+    beir, first = evaluate.read_beir(home), gecko.load(home / "model")
     answer = {beir.queries[q]: next(iter(judged)) for q, judged in beir.qrels.items()}
 
     class Knows:
@@ -185,8 +186,8 @@ def test_rerank_rows_by_hand(home, monkeypatch):
             return [-float(answer[q] == p["_id"]) for q, p in pairs]
 
     scores = train.rerank_scores(Knows(), first, beir, 4, "question answering")
-    found = [q for q, near in train.rankings(first, beir, "question answering").items()
-             if set(near[:4]) & set(beir.qrels[q])]
+    ranked = evaluate.rankings(beir, *evaluate.encode_beir(first, beir, "question answering"))
+    found = [q for q, near in ranked.items() if set(near[:4]) & set(beir.qrels[q])]
     assert 0 < len(found) < len(beir.queries)
     assert np.isclose(np.mean(scores["QL"]), len(found) / len(beir.queries))
     assert np.isclose(np.mean(scores["RC"]) * len(beir.queries), len(found) / np.log2(5))
@@ -214,12 +215,12 @@ def test_finished_rows_are_not_run_again(home, lab, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(train, "train", None)
     monkeypatch.setattr(llm, "generate", None)
-    assert len(ablate(home, out, "labels")) == 6 and (out / "labels.jsonl").read_bytes() == before
+    assert len(run(home, out, "labels")) == 6 and (out / "labels.jsonl").read_bytes() == before
     assert (out / "labels.md").read_text() in capsys.readouterr().out
     with pytest.raises(TypeError):                                   # train is None: this one it would run
-        ablate(home, out, "labels", seeds=2)
+        run(home, out, "labels", seeds=2)
     with pytest.raises(TypeError):
-        ablate(home, out, "labels", "--tau", "0.2")
+        run(home, out, "labels", "--tau", "0.2")
 
 
 def test_a_stopped_table_goes_on(tmp_path):
@@ -235,21 +236,21 @@ def test_a_stopped_table_goes_on(tmp_path):
         return scores
 
     with pytest.raises(KeyboardInterrupt):
-        train.ablate("labels", tmp_path, "a", "offline", range(2), {"p": row("p"), "q": row("q", True)})
+        tables.run_table("labels", tmp_path, "a", "offline", range(2), {"p": row("p"), "q": row("q", True)})
     with open(tmp_path / "labels.jsonl", "a") as file:
         file.write('{"table": "labels", "row": "q", "se')
-    rows = train.ablate("labels", tmp_path, "a", "offline", range(2), {"p": row("p"), "q": row("q")})
+    rows = tables.run_table("labels", tmp_path, "a", "offline", range(2), {"p": row("p"), "q": row("q")})
     assert ran == [("p", 0), ("q", 0), ("p", 1), ("q", 1)] and len(rows) == 4
-    other = train.ablate("labels", tmp_path, "b", "offline", range(1), {"p": row("p")})
-    assert len(other) == 1 and other[0]["key"] == "b" and len(train.whole_rows(tmp_path / "labels.jsonl")) == 5
+    other = tables.run_table("labels", tmp_path, "b", "offline", range(1), {"p": row("p")})
+    assert len(other) == 1 and other[0]["key"] == "b" and len(runs.whole_rows(tmp_path / "labels.jsonl")) == 5
 
 
 def test_a_key_is_of_bytes_and_settings(tmp_path):
     (tmp_path / "x").write_text("1")
-    key = train.files_key([tmp_path], 1)
-    assert key == train.files_key([tmp_path], 1) != train.files_key([tmp_path], 2)
+    key = tables.files_key([tmp_path], 1)
+    assert key == tables.files_key([tmp_path], 1) != tables.files_key([tmp_path], 2)
     (tmp_path / "x").write_text("2")
-    assert train.files_key([tmp_path], 1) != key
+    assert tables.files_key([tmp_path], 1) != key
 
 
 @pytest.mark.parametrize("table", ["labels", "rerank"])
@@ -260,12 +261,12 @@ def test_bf16_is_for_the_row_and_not_around_it(table, home, tmp_path, monkeypatc
         around.append(torch.is_autocast_enabled("cpu")), f(*a, **k))[1])
     monkeypatch.setattr(gecko, "fastest_embed", lambda model, precision, n, f=gecko.fastest_embed: (
         precisions.add(precision), f(model, precision, n))[1])
-    ablate(home, tmp_path, table, "--precision", "bf16", "--micro-batch", "8")
+    run(home, tmp_path, table, "--precision", "bf16", "--micro-batch", "8")
     assert around == [False] * (7 if table == "labels" else 0) and "bf16" in precisions
 
 
 @pytest.mark.parametrize("more", [
-    ["mixture", "--data", *"abcd"], ["labels", "--data", *"abcd"], ["rerank", "--init", "no"],
+    ["mixture", "--data", *"abcd"], ["rerank", "--init", "no"],
     ["labels", "--init", "no"], ["rerank", "--beir", "no"], ["labels", "--mix", "set"], ["labels", "--tau", "0"],
     ["labels", "--negatives", "each"], ["labels", "--precision", "half"], ["labels", "--seed", "-1"],
     ["labels", "--seeds", "0"], ["labels", "--queries", "-1"], ["labels", "--dims", "99"],
@@ -283,7 +284,7 @@ def test_a_mistake_is_one_line(home, tmp_path, more, capsys, monkeypatch):
         files.write_jsonl(tmp_path / f"in/{name}.jsonl", [row, row])
     more = [x.replace("IN", str(tmp_path / "in")) for x in more]
     with pytest.raises(files.InputError, match=".{25}"):
-        ablate(home, tmp_path, *more)
+        run(home, tmp_path, *more)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -304,12 +305,12 @@ def test_a_claim_holds_only_where_an_interval_says_so(monkeypatch):
     rows = results(**{"p_seed, none": [base], "p_seed, sampled": [base], "p_seed, p_20": [base],
                       "p_1, none": [base + 0.1], "p_1, sampled": [base - 0.1],
                       "p_1, p_20": [base + rng.normal(0, 0.3, 300)]})
-    text = train.table_text("labels", rows)
+    text = tables.table_text("labels", rows)
     assert "- p_1, none over p_seed, none (nDCG): yes +10.0 [+10.0, +10.0]" in text
     assert "- p_1, sampled over p_seed, sampled (nDCG): no, the reverse -10.0" in text
     assert "- p_1, p_20 over p_seed, p_20 (nDCG): not decided" in text
     assert "| p_1, p_20 | 53.39 | 83.14 |" in text
-    missing = train.table_text("labels", [r for r in rows if r["row"] != "p_1, none"])
+    missing = tables.table_text("labels", [r for r in rows if r["row"] != "p_1, none"])
     assert "- p_1, none over p_seed, none (nDCG): not measured" in missing
 
 
@@ -317,24 +318,24 @@ def test_seeds_that_disagree_widen_the_interval():
     """Three seeds, two of which gain and one of which loses, decide nothing, however many queries there are."""
     zero = np.zeros(5000)
     apart = results(**{"p_seed, none": [zero] * 3, "p_1, none": [zero + 0.1, zero + 0.1, zero - 0.1]})
-    mean, low, high = train.gain(apart, "p_1, none", "p_seed, none", "nDCG")
+    mean, low, high = tables.gain(apart, "p_1, none", "p_seed, none", "nDCG")
     assert np.isclose(mean, 10 / 3) and low < 0 < high
     alike = results(**{"p_seed, none": [zero] * 3, "p_1, none": [zero + 0.1, zero + 0.1, zero + 0.09]})
-    assert train.gain(alike, "p_1, none", "p_seed, none", "nDCG")[1] > 8
+    assert tables.gain(alike, "p_1, none", "p_seed, none", "nDCG")[1] > 8
 
 
 def test_a_column_that_begins_as_another_is_not_the_mean_of_both():
     cut = [{"row": row, "seed": 0, "scores": {"nDCG@10 q": [full] * 9, "nDCG@10 q at 8": [half] * 9}}
            for row, full, half in (("with", 0.5, 0.4), ("without", 0.5, 0.2))]
-    assert train.gain(cut, "with", "without", "nDCG@10 q")[0] == 0
-    assert np.isclose(train.gain(cut, "with", "without", "nDCG")[0], 10)
+    assert tables.gain(cut, "with", "without", "nDCG@10 q")[0] == 0
+    assert np.isclose(tables.gain(cut, "with", "without", "nDCG")[0], 10)
 
 
 def test_interval_is_the_bootstrap_of_the_mean():
     """Against the normal interval of a mean over two sets of different sizes."""
     rng = np.random.default_rng(0)
     sets = [rng.normal(1, 1, (1, 400)), rng.normal(0, 2, (1, 900))]
-    low, high = train.interval(sets)
+    low, high = evaluate.interval(sets)
     error = np.sqrt(sum(g.var() / g.size for g in sets)) / 2
     mean = np.mean([g.mean() for g in sets])
     np.testing.assert_allclose([low, high], [mean - 1.96 * error, mean + 1.96 * error], atol=0.1 * error)
@@ -347,17 +348,35 @@ def test_accuracy_is_of_the_nearest_texts(home, tmp_path):
     files.write_jsonl(unknown, [{"text": "return the sine of x", "label": "sine"},
                                 {"text": "return the mean of x", "label": "sine"}])
     model = gecko.load(home / "model")
-    assert train.class_hits(model, str(known), str(unknown)).tolist() == [1, 0]
+    assert tables.class_hits(model, str(known), str(unknown)).tolist() == [1, 0]
     (tmp_path / "test.csv").write_text("text,category\nreturn the sine of x,sine\n")   # as `convert classification`
-    assert train.class_hits(model, str(known), str(tmp_path / "test.csv")).tolist() == [1]
+    assert tables.class_hits(model, str(known), str(tmp_path / "test.csv")).tolist() == [1]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda p: p.stem)
 def test_readme_shows_what_the_result_files_say(path):
     """README's tables are made of the committed files: the same text, line for line."""
-    rows = train.whole_rows(path)
-    text = train.table_text(rows[0]["table"], rows) if "table" in rows[0] else None
+    rows = runs.whole_rows(path)
+    text = tables.table_text(rows[0]["table"], rows) if "table" in rows[0] else None
     if text is None:
         from study_labels import study_text
         text = study_text(rows)
     assert text in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------------------------------
+# Curves of training runs
+
+
+def test_plot_writes_a_png_or_names_the_package(tmp_path, monkeypatch):
+    losses = [{"step": n, "loss": 1 / n} for n in (1, 2)]
+    files.write_jsonl(tmp_path / "run/metrics.jsonl", [*losses, {"step": 2, "dev": {"ndcg@10": 0.5}}])
+    out = tmp_path / "plot.png"
+    monkeypatch.setattr(sys, "argv", ["tables.py", "plot", str(tmp_path / "run"), "--out", str(out)])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(files.InputError, match="pip install matplotlib"):
+            tables.main()
+    pytest.importorskip("matplotlib", reason="plot needs matplotlib")
+    tables.main()
+    assert out.read_bytes().startswith(b"\x89PNG")

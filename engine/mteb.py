@@ -1,0 +1,163 @@
+"""MTEB by the package mteb: the paper's Table 9 (the task of each set), and a model as mteb wants it.
+
+    pip install mteb; python train.py evaluate --model DIR --mteb SciFact STS12 --out runs/mteb
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.files import InputError, first_line
+
+# --------------------------------------------------------------------------------------------------
+# Table 9: the task of each set, and whether it is symmetric (targets have the format of inputs)
+
+
+TABLE_9: dict[str, tuple[str, bool]] = {}
+for task, symmetric, names in (
+    ("classification", True, """AmazonCounterfactualClassification AmazonPolarityClassification
+        AmazonReviewsClassification Banking77Classification EmotionClassification ImdbClassification
+        MassiveIntentClassification MassiveScenarioClassification MTOPDomainClassification
+        MTOPIntentClassification ToxicConversationsClassification
+        TweetSentimentExtractionClassification"""),
+    ("semantic similarity", True, """BIOSSES SICK-R STS12 STS13 STS14 STS15 STS16 STS17 STS22
+        STSBenchmark SprintDuplicateQuestions TwitterSemEval2015 TwitterURLCorpus"""),
+    ("search result", True, """ArxivClusteringP2P ArxivClusteringS2S BiorxivClusteringP2P
+        BiorxivClusteringS2S MedrxivClusteringP2P MedrxivClusteringS2S RedditClustering
+        RedditClusteringP2P StackExchangeClustering StackExchangeClusteringP2P
+        TwentyNewsgroupsClustering QuoraRetrieval"""),
+    ("question answering", False, """AskUbuntuDupQuestions SciDocsRR CQADupstackRetrieval DBPedia
+        FiQA2018 MSMARCO NQ SCIDOCS Touche2020"""),
+    ("semantic similarity", False, "MindSmallReranking ArguAna"),
+    ("search result", False, """StackOverflowDupQuestions ClimateFEVER FEVER HotpotQA TRECCOVID
+        SummEval"""),
+    ("fact checking", False, "NFCorpus SciFact"),
+):
+    TABLE_9.update(dict.fromkeys(names.split(), (task, symmetric)))
+
+# A set that the table does not name has what the table has for most sets of its kind.
+KINDS = {
+    "Classification": ("classification", True),
+    "MultilabelClassification": ("classification", True),
+    "STS": ("semantic similarity", True),
+    "PairClassification": ("semantic similarity", True),
+    "BitextMining": ("semantic similarity", True),
+    "Clustering": ("search result", True),
+    "Summarization": ("search result", False),
+}
+
+
+def table_9(name: str, kind: str = "Retrieval") -> tuple[str, bool]:
+    """The task and symmetry of a set, by the name that mteb or its folder has (scifact, trec-covid).
+
+    >>> table_9("trec-covid"), table_9("my-questions"), table_9("FEVERHardNegatives")
+    (('search result', False), ('question answering', False), ('search result', False))
+    """
+    for known, task_and_symmetry in TABLE_9.items():
+        if bare(known) == bare(name):
+            return task_and_symmetry
+    return KINDS.get(kind, ("question answering", False))
+
+
+def bare(name: str) -> str:
+    """A set's name without version, digits, punctuation and the words that mteb adds."""
+    return re.sub(r"\.v\d+$|HardNegatives|Retrieval|[\W\d_]", "", name, flags=re.IGNORECASE).lower()
+
+
+# --------------------------------------------------------------------------------------------------
+# A model as mteb's EncoderProtocol asks for it
+
+
+class ForMteb:
+    """float32 vectors in appendix B's formats, with Table 9's tasks (or `task` for all sets)."""
+
+    def __init__(
+        self,
+        model: Any,                               # a Gecko
+        name: str,
+        format_query: Callable[[str, str, dict[str, str]], str],  # of a text, its task and the model's formats
+        dim: int | None = None,
+        task: str | None = None,
+    ) -> None:
+        from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+        self.model, self.format_query, self.dim, self.task = model, format_query, dim, task
+        # mteb keeps results by name and revision, so the revision changes with whatever changes them
+        revision = hashlib.sha256(repr((model.formats, model.max_length, dim, task)).encode())
+        for p in model.encoder.state_dict().values():
+            revision.update(p.float().cpu().numpy().tobytes())
+        self.mteb_model_meta = ModelMeta.create_empty({
+            "name": f"gecko/{name}",
+            "revision": revision.hexdigest()[:16],
+            "max_tokens": model.max_length,
+            "embed_dim": dim or model.encoder.config.hidden_size,
+            "similarity_fn_name": ScoringFunction.COSINE,
+        })
+
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
+        """inputs: batches {"text": [...]}; passages have "title" and "body" too -> (texts, dim)."""
+        task, symmetric = table_9(task_metadata.name, task_metadata.type)
+        columns: dict[str, list[str]] = {}
+        for batch in inputs:
+            for key, values in batch.items():
+                columns.setdefault(key, []).extend(values)
+        if prompt_type is not None and prompt_type.value == "document" and not symmetric:
+            return self.model.encode_passages(columns["body"], columns.get("title"), dim=self.dim)
+        # not encode_queries, which refuses empty texts: some of mteb's sets have them
+        texts = [self.format_query(text, self.task or task, self.model.formats) for text in columns["text"]]
+        return self.model.encode(texts, dim=self.dim)
+
+    def similarity(self, x: Any, y: Any) -> Any:
+        return np.asarray(x) @ np.asarray(y).T                       # (B, C)
+
+    def similarity_pairwise(self, x: Any, y: Any) -> Any:
+        return (np.asarray(x) * np.asarray(y)).sum(-1)               # (B)
+
+
+# --------------------------------------------------------------------------------------------------
+# mteb's protocol
+
+
+def mteb_tasks(names: Sequence[str]) -> list[Any]:
+    """mteb's tasks by name, or all of a benchmark's; those of the paper's benchmark as it has them, English."""
+    try:
+        import mteb
+    except ImportError as error:
+        raise InputError("--mteb needs the package mteb; install it: pip install mteb") from error
+    papers = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
+    benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
+    tasks: list[Any] = []
+    for name in names:
+        try:
+            if name in papers:
+                tasks.append(papers[name])
+            elif name in benchmarks:
+                tasks.extend(mteb.get_benchmark(name).tasks)
+            else:
+                tasks.append(mteb.get_task(name))
+        except KeyError as error:
+            raise InputError("--mteb: " + str(error.args[0]).removeprefix("KeyError: ")) from error
+    return tasks
+
+
+def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None) -> dict[str, dict[str, float]]:
+    """Each task's main score; mteb's own JSON goes under `out`, where a second run goes on."""
+    import mteb
+
+    cache = mteb.ResultCache(out) if out else None
+    scores = {}
+    for task in tqdm(tasks, desc="mteb", unit="task", disable=len(tasks) < 2):
+        name = task.metadata.name
+        try:
+            result = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False)
+        except OSError as error:                                     # what its clients raise without a network
+            raise InputError(f"--mteb {name}: its data is not here, nor to be had from the Hugging Face hub "
+                             f"({first_line(error)}); run it where there is a network") from error
+        scores[name] = {task.metadata.main_score: float(result.task_results[0].get_score())}
+    return scores
