@@ -127,7 +127,7 @@ def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> evalu
     return evaluate.Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
 
 
-def measure(models: dict[str, Gecko], beir: evaluate.Beir, judge: fret.Offline) -> dict[str, Any]:
+def measure(models: dict[str, Gecko], beir: evaluate.Beir, ranker: fret.Offline) -> dict[str, Any]:
     """nDCG@10 and recall@100 of each, with the 95 % interval of the gain over the first of the models."""
     by_id = {p["_id"]: p for p in beir.corpus}
     ranked: dict[str, dict[str, list[str]]] = {"BM25": evaluate.BM25(beir.corpus).rankings(beir)}
@@ -135,8 +135,8 @@ def measure(models: dict[str, Gecko], beir: evaluate.Beir, judge: fret.Offline) 
         ranked[name] = evaluate.rankings(beir, *evaluate.encode_beir(model, beir, TASK))
         if len(ranked) == 2:                                         # the teacher: its top 100, ranked again
             pairs = {q: [(text, by_id[i]) for i in ranked[name][q]] for q, text in beir.queries.items()}
-            scores = {q: fret.rrf(judge.query_likelihood(p), judge.relevance(p)) for q, p in pairs.items()}
-            ranked["the judge on its top 100"] = {
+            scores = {q: fret.rrf(ranker.query_likelihood(p), ranker.relevance(p)) for q, p in pairs.items()}
+            ranked["the ranker on its top 100"] = {
                 q: [ranked[name][q][i] for i in np.argsort(-np.array(s), kind="stable")]
                 for q, s in scores.items()}
     print(f"{len(beir.queries)} claims, {len(by_id)} abstracts: nDCG@10, recall@100, [gain over the first model]")
@@ -153,7 +153,7 @@ def measure(models: dict[str, Gecko], beir: evaluate.Beir, judge: fret.Offline) 
 
 
 def table_text(figures: dict[str, Any]) -> str:
-    """README's table: a row a system, in percent, [95 % interval of its gain over all-MiniLM-L6-v2]."""
+    """The table of RESULTS.md: a row a system, in percent, [95 % interval of its gain over all-MiniLM-L6-v2]."""
     lines = ["| | nDCG@10 dev | nDCG@10 test | recall@100 test | gain on test, points |", "|---|---|---|---|---|"]
     for name, dev in figures["dev"].items():
         test, shown = figures["test"].get(name), ["", "", ""]
@@ -192,14 +192,14 @@ def main() -> None:
     first = Cached(load(args.init), out / "vectors.npz")
     P = encoded(first, corpus)
     stage("encode the abstracts")
-    judge = fret.Offline(corpus, first)
+    ranker = fret.Offline(corpus, first)
     if not (out / "queries.jsonl").is_file():
-        fret.write_kept(out / "queries.jsonl", fret.generate(judge, corpus, QUERIES), QUERIES, "generate")
+        fret.write_kept(out / "queries.jsonl", fret.generate(ranker, corpus, QUERIES), QUERIES, "generate")
     stage("generate")
     if not (out / "mined.jsonl").is_file():
         queries = [row for _, row in read_jsonl(out / "queries.jsonl")]
         first.encode_queries([row["query"] for row in queries], TASK)
-        fret.write_kept(out / "mined.jsonl", fret.mine(judge, first, corpus, queries, N), len(queries), "mine")
+        fret.write_kept(out / "mined.jsonl", fret.mine(ranker, first, corpus, queries, N), len(queries), "mine")
     mined = [row for _, row in read_jsonl(out / "mined.jsonl")]
     at = {p["_id"]: i for i, p in enumerate(corpus)}
     rows = fret.labelled(mined, corpus, "p1", "none")                # p- would cost near half as much again
@@ -213,13 +213,13 @@ def main() -> None:
     models = {f"+ FRet, weight {a:g}": Cached(averaged(first, tuned, a), out / f"weight-{a:g}.npz")
               for a in ALPHAS}                                       # 1: the tuned model itself
     figures: dict[str, Any] = {"seconds": seconds, "queries": len(mined), "p+ differs": round(float(changed), 4)}
-    figures["dev"] = measure({"all-MiniLM-L6-v2": first, **models}, dev_set(corpus, first, P), judge)
+    figures["dev"] = measure({"all-MiniLM-L6-v2": first, **models}, dev_set(corpus, first, P), ranker)
     stage("measure on dev")
     if not args.dev:
         best = max(models, key=lambda name: figures["dev"][name]["ndcg@10"])
         save(models[best], out / "gecko")
         figures["test"] = measure({"all-MiniLM-L6-v2": first, best: models[best]},
-                                  evaluate.read_beir(args.scifact), judge)
+                                  evaluate.read_beir(args.scifact), ranker)
         stage("measure on test")
     with file_beside(out / "scifact.json") as new:
         new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -4,9 +4,9 @@
 
 Questions written by people stand for the generated ones and their gold passage for p_seed. A stated
 share of the seeds is then replaced, in a simulation of a generator whose query fits another passage
-better: by near neighbours of the gold passage, or (--errors lexical) by what BM25 finds first. Judges
-of different strength rank the 20 candidates; a small encoder is trained on p_seed or on each judge's
-p_1, and measured on the set's test questions. No language model takes part: the judges are
+better: by near neighbours of the gold passage, or (--errors lexical) by what BM25 finds first. Rankers
+of different strength rank the 20 candidates; a small encoder is trained on p_seed or on each ranker's
+p_1, and measured on the set's test questions. No language model takes part: the rankers are
 statistics, an embedding model, and, as the ceiling, the gold itself.
 """
 
@@ -31,7 +31,7 @@ from engine.search import topk  # noqa: E402
 from gecko import load  # noqa: E402
 
 SHARES = (0.0, 0.15, 0.3, 0.5)
-JUDGES = ("first embedder", "QL", "BM25", "dense", "QL + dense", "gold")
+RANKERS = ("initial retriever", "QL", "BM25", "dense", "QL + dense", "gold")
 N, NEIGHBOURS, PAIRS = 20, 3, 30_000
 C = train.TrainConfig(batch_size=256, tau=0.1, lr=2e-3, max_length=128)
 
@@ -86,24 +86,24 @@ def wrong_seeds(known, P, share, seed, bm25=None):
     return seeds, gold
 
 
-def judged(known, candidates, gold, first, q, P, bm25, offline):
-    """{judge: scores of each question's candidates}; first and q, P: vectors of two embedders."""
-    out = {name: [] for name in JUDGES}
+def ranker_scores(known, candidates, gold, first, q, P, bm25, offline):
+    """{ranker: scores of each question's candidates}; first and q, P: vectors of two embedders."""
+    out = {name: [] for name in RANKERS}
     for n, (text, row, right) in enumerate(zip(known.queries.values(), candidates, gold, strict=True)):
         lexical = bm25.scores(text)[row].tolist()
         ql = offline.query_likelihood([(text, known.corpus[i]) for i in row])
         own, dense = ((passages[row] @ queries[n]).tolist() for queries, passages in (first, (q, P)))
-        for name, s in zip(JUDGES, (own, ql, lexical, dense, llm.rrf(ql, dense),
+        for name, s in zip(RANKERS, (own, ql, lexical, dense, llm.rrf(ql, dense),
                                     [s + 9 * (i in right) for s, i in zip(dense, row, strict=True)]), strict=True):
             out[name].append(s)
     return out
 
 
 def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
-    """All shares of wrong seeds and all judges on one set under one seed; each judge is a line of `out`."""
+    """All shares of wrong seeds and all rankers on one set under one seed; each ranker is a line of `out`."""
     name = Path(folder).resolve().name + ", lexical errors" * (errors == "lexical")
     shares = SHARES[errors == "lexical":]                            # without errors both are the same
-    if all((name, seed, share, judge) in done for share in shares for judge in JUDGES):
+    if all((name, seed, share, ranker) in done for share in shares for ranker in RANKERS):
         return
     known, test = study_set(folder, *sizes)
     q, P = vectors(folder, known, encoder, cache)
@@ -123,7 +123,7 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
         return model, float(np.mean(evaluate.retrieval_scores(ranked, test)["ndcg@10"]))
 
     for share in shares:
-        if all((name, seed, share, judge) in done for judge in JUDGES):
+        if all((name, seed, share, ranker) in done for ranker in RANKERS):
             continue
         start = time.time()
         seeds, gold = wrong_seeds(known, P, share, seed, bm25 if errors == "lexical" else None)
@@ -131,19 +131,19 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
         own = evaluate.encode_beir(first, known, "question answering")
         _, near = topk(*own, N)
         candidates = [llm.with_seed(list(map(int, row)), s) for row, s in zip(near, seeds, strict=True)]
-        for judge, scores in judged(known, candidates, gold, own, q, P, bm25, offline).items():
-            if (name, seed, share, judge) in done:
+        for ranker, scores in ranker_scores(known, candidates, gold, own, q, P, bm25, offline).items():
+            if (name, seed, share, ranker) in done:
                 continue
             picked = [llm.relabel(s, [texts[i] for i in row]) for s, row in zip(scores, candidates, strict=True)]
             p_1 = [row[a] for row, (a, _) in zip(candidates, picked, strict=True)]
             order = [[row[i] for i in np.argsort(-np.array(s))] for s, row in zip(scores, candidates, strict=True)]
             quality = [evaluate.ndcg(row, dict.fromkeys(right, 1)) for row, right in zip(order, gold, strict=True)]
-            row = {"set": name, "seed": seed, "wrong": share, "judge": judge, "questions": len(questions),
-                   "judge_ndcg": np.mean(quality),
+            row = {"set": name, "seed": seed, "wrong": share, "ranker": ranker, "questions": len(questions),
+                   "ranker_ndcg": np.mean(quality),
                    "seed_right": np.mean([i in right for i, right in zip(seeds, gold, strict=True)]),
                    "p1_right": np.mean([i in right for i, right in zip(p_1, gold, strict=True)]),
                    "changed": np.mean(np.array(p_1) != np.array(seeds)), "p_seed": p_seed,
-                   "p_1": trained(p_1, f"{name} {share:.0%} {judge}")[1]}
+                   "p_1": trained(p_1, f"{name} {share:.0%} {ranker}")[1]}
             row = {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
             print(json.dumps(row), flush=True)
             with open(out, "a", encoding="utf-8") as file:
@@ -163,26 +163,26 @@ def title_body_pairs(corpus, seed):
 
 
 def means(rows):
-    """{(set, wrong, judge): {measure: mean over seeds}}, with the gain of p_1 over p_seed in points."""
+    """{(set, wrong, ranker): {measure: mean over seeds}}, with the gain of p_1 over p_seed in points."""
     groups = {}
     for r in rows:
-        groups.setdefault((r["set"], r["wrong"], r["judge"]), []).append(r)
-    return {key: {**{m: float(np.mean([r[m] for r in group])) for m in ("judge_ndcg", "seed_right", "p1_right")},
+        groups.setdefault((r["set"], r["wrong"], r["ranker"]), []).append(r)
+    return {key: {**{m: float(np.mean([r[m] for r in group])) for m in ("ranker_ndcg", "seed_right", "p1_right")},
                   "gain": float(np.mean([100 * (r["p_1"] - r["p_seed"]) for r in group])),
                   "spread": float(np.std([100 * (r["p_1"] - r["p_seed"]) for r in group], ddof=1))
                   if len(group) > 1 else 0.0} for key, group in groups.items()}
 
 
 def study_text(rows):
-    """The study as a Markdown table: the judge, how often it is right, and what relabelling gains."""
+    """The study as a Markdown table: the ranker, how often it is right, and what relabelling gains."""
     found = means(rows)
-    lines = ["| set | judge | its nDCG@10 | its p_1 is right | " + " | ".join(
+    lines = ["| set | ranker | its nDCG@10 | its p_1 is right | " + " | ".join(
         f"gain, {share:.0%} wrong" for share in SHARES) + " |", "|---" * (4 + len(SHARES)) + "|"]
     for name in dict.fromkeys(s for s, _, _ in found):
-        for judge in JUDGES:
-            cells = [found.get((name, share, judge)) for share in SHARES]
+        for ranker in RANKERS:
+            cells = [found.get((name, share, ranker)) for share in SHARES]
             there = [c for c in cells if c]
-            lines.append(f"| {name} | {judge} | {np.mean([c['judge_ndcg'] for c in there]):.3f} | "
+            lines.append(f"| {name} | {ranker} | {np.mean([c['ranker_ndcg'] for c in there]):.3f} | "
                          f"{np.mean([c['p1_right'] for c in there]):.0%} | " + " | ".join(
                              f"{c['gain']:+.1f}" + f" ± {c['spread']:.1f}" * (c["spread"] > 0) if c else ""
                              for c in cells) + " |")
@@ -190,7 +190,7 @@ def study_text(rows):
 
 
 def chart(rows):
-    """Gain against the judge's nDCG, and against how much oftener than the seed its p_1 is right."""
+    """Gain against the ranker's nDCG, and against how much more often than the seed its p_1 is right."""
     from matplotlib import pyplot
 
     found = means(rows)
@@ -198,10 +198,11 @@ def chart(rows):
     colors = dict(zip(SHARES, ("#2c7bb6", "#7fbf7b", "#fdae61", "#d7191c"), strict=True))
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained", sharey=True)
     for (name, share, _), v in found.items():
-        for axis, x in zip(axes, (v["judge_ndcg"], v["p1_right"] - v["seed_right"]), strict=True):
+        for axis, x in zip(axes, (v["ranker_ndcg"], v["p1_right"] - v["seed_right"]), strict=True):
             axis.scatter(x, v["gain"], color=colors[share], marker="os^D"[names.index(name) % 4], s=34,
                          edgecolor="black", linewidth=0.4)
-    axes[0].set(xlabel="the judge's nDCG@10 on the candidates", ylabel="points of p_1 over p_seed, nDCG@10 on test")
+    axes[0].set(xlabel="the ranker's nDCG@10 on the candidates",
+                ylabel="points of p_1 over p_seed, nDCG@10 on test")
     axes[1].set(xlabel="share of p_1 that is right, less share of seeds that is right")
     for axis in axes:
         axis.axhline(0, color="black", linewidth=0.8)
@@ -217,7 +218,7 @@ def chart(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folders", nargs="+", help="BEIR folders with train and test")
-    parser.add_argument("--encoder", required=True, help="model folder: judge `dense`, and what is near the gold")
+    parser.add_argument("--encoder", required=True, help="model folder: ranker `dense`, and what is near the gold")
     parser.add_argument("--cache", default="runs/vectors", help="folder of its vectors (%(default)s)")
     parser.add_argument("--out", default="tests/lab/results/study_labels.jsonl", help="lines are added")
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (%(default)s)")
@@ -237,7 +238,7 @@ def main():
     out.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for folder in args.folders:
-            done = {(r["set"], r["seed"], r["wrong"], r["judge"]) for r in runs.whole_rows(out)}
+            done = {(r["set"], r["seed"], r["wrong"], r["ranker"]) for r in runs.whole_rows(out)}
             run(folder, sizes, args.encoder, cache, seed, out, done, args.steps, args.errors)
     print(study_text(runs.whole_rows(out)))
 

@@ -446,11 +446,11 @@ def table_command(args: argparse.Namespace) -> None:
                     replace(c, seed=0))
     say(table=args.table, fret=mined, init=init, sets=", ".join(beir), llm=o.llm, key=key[:8], **vars(c))
     if args.table == "rerank":
-        by = f"judged by {o.model or o.llm}"
+        by = f"ranked by {o.model or o.llm}"
         retriever = model if args.init else load(home / "seed")
         run_cases = rerank_cases(ranker, retriever, beir, args.task, c.precision)
     else:
-        by = f"generated and judged by {o.model or o.llm}"
+        by = f"generated and ranked by {o.model or o.llm}"
         run_cases = training_cases(args, c, model, mined, own, beir)
     if args.data:
         by = f"records of {', '.join(Path(path).name for path in args.data)}"

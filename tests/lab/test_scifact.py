@@ -1,4 +1,4 @@
-"""SciFact without labels: README's table, and how its rows are grouped.   pytest tests/lab/test_scifact.py"""
+"""SciFact without labels: RESULTS.md's table, and how rows are grouped.   pytest tests/lab/test_scifact.py"""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from run_scifact import table_text, topical
 HERE = Path(__file__).parent
 
 
-def test_readme_shows_scifacts_file():
+def test_results_show_scifacts_file():
     figures = json.loads((HERE / "results/scifact.json").read_text(encoding="utf-8"))
-    assert table_text(figures) in (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert table_text(figures) in (HERE / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_topical_groups_hold_every_row_once_and_neighbours_together():

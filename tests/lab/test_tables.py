@@ -2,7 +2,7 @@
 
 Invariants: a row is trained and encoded in the way that its name says; finished rows are not run again
 and rows of other data or settings are not mixed in; a claim holds only where an interval says so;
-README shows what the result files say.
+RESULTS.md shows what the result files say.
 """
 
 import json
@@ -21,8 +21,8 @@ import llm
 import train
 from engine import evaluate, files, runs
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "tests/lab/results"
+LAB = Path(__file__).parent
+RESULTS = LAB / "results"
 
 
 @pytest.fixture(scope="module")
@@ -354,14 +354,14 @@ def test_accuracy_is_of_the_nearest_texts(home, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda p: p.stem)
-def test_readme_shows_what_the_result_files_say(path):
-    """README's tables are made of the committed files: the same text, line for line."""
+def test_results_show_what_their_files_say(path):
+    """RESULTS.md's tables are made of the committed files: the same text, line for line."""
     rows = runs.whole_rows(path)
     text = tables.table_text(rows[0]["table"], rows) if "table" in rows[0] else None
     if text is None:
         from study_labels import study_text
         text = study_text(rows)
-    assert text in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text in (LAB / "RESULTS.md").read_text(encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
