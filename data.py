@@ -20,19 +20,9 @@ Where we fill a gap in the paper:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
-import functools
-import importlib.util
-import inspect
-import io
 import itertools
-import pkgutil
 import re
-import sys
-import sysconfig
-import types
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from engine import pairs
+from engine.corpus import builtin_corpus as builtin_corpus
 from engine.files import (
     InputError,
     at_least,
@@ -52,6 +44,7 @@ from engine.files import (
     run,
     write_jsonl,
 )
+from engine.pairs import SOURCES
 from engine.search import topk
 from gecko import (
     FORMATS,
@@ -93,6 +86,9 @@ def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str,
     """The three texts that the encoder sees: input, positive and (or None) negative target.
 
     Symmetric rows give their targets the input's format, task and all (appendix B).
+
+    >>> formatted(record("question answering", "who", {"title": "T", "text": "p"}))
+    ('task: question answering | query: who', 'title: T | text: p', None)
     """
     def target(p: dict[str, str]) -> str:
         if row["symmetric"]:
@@ -482,339 +478,16 @@ def convert(args: argparse.Namespace) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The built-in corpus: documentation, read from the running interpreter
+# Title-body pairs for pre-finetuning (section 3.1)
 
-# Importing these does something (prints, opens a browser, patches), or they hold no public names.
-NOT_IMPORTED = set("""antigravity distutils encodings ensurepip idlelib lib2to3 nt ntpath pydoc_data
-    test this turtledemo venv""".split())
-# The same objects under names that nobody types: they give way to os and os.path.
-LAST = ("posix", "posixpath", "genericpath")
-LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
-    torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
-    torch.optim.lr_scheduler torch.distributions torch.utils.data torch.autograd""".split()
-# Packages whose source is read as text; those that torch does not bring here are passed over.
-SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
-
-
-def builtin_corpus() -> list[dict[str, str]]:
-    """The standard library's documentation: modules, classes, functions, methods, language topics.
-
-    Rows {"_id", "title", "text"}: _id = title = the qualified name; one row an object and a text.
-    The same interpreter gives the same rows.
-    """
-    from pydoc_data.topics import topics
-
-    rows = documentation(stdlib_modules())
-    found = {row["text"] for row in rows}
-    for name, text in sorted(topics.items()):
-        if text.strip() not in found:
-            rows.append(passage(f"topics.{name}", text))
-            found.add(text.strip())
-    return rows
-
-
-def passage(name: str, text: str) -> dict[str, str]:
-    return {"_id": name, "title": name, "text": text.strip()}
-
-
-def stdlib_modules() -> dict[str, types.ModuleType]:
-    """Every public module of the standard library that imports here, by name."""
-    found: dict[str, types.ModuleType] = {}
-
-    def visit(name: str) -> None:
-        try:
-            found[name] = quiet_import(name)
-        except ImportError:                                          # another platform's module
-            return
-        for child in pkgutil.iter_modules(getattr(found[name], "__path__", [])):
-            if not child.name.startswith("_") and child.name not in ("test", "tests"):
-                visit(f"{name}.{child.name}")
-
-    for name in sorted(sys.stdlib_module_names):
-        if not name.startswith("_") and name not in NOT_IMPORTED:
-            visit(name)
-    found["os.path"] = quiet_import("os.path")
-    return found
-
-
-def quiet_import(name: str) -> types.ModuleType:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return importlib.import_module(name)
-
-
-def documentation(modules: dict[str, types.ModuleType]) -> list[dict[str, str]]:
-    """What pydoc would show of each public object, once, under its shortest public name."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                              # deprecated names, on access
-        found = sorted(objects(modules), key=lambda pair: name_order(pair[0]))
-        rows: dict[str, dict[str, str]] = {}                         # text -> row
-        names: set[str] = set()
-        seen: set[int] = set()
-        kept = []                                                    # alive, so that ids stay unique
-        for name, thing in found:
-            thing = getattr(thing, "__func__", thing)                # a bound method's function
-            text = doc_text(name, thing, modules)
-            if text and text not in rows and name not in names and id(thing) not in seen:
-                rows[text] = passage(name, text)
-                names.add(name)
-            seen.add(id(thing))
-            kept.append(thing)
-    return sorted(rows.values(), key=lambda row: row["_id"])
-
-
-def name_order(name: str) -> tuple[Any, ...]:
-    """Of several names for one object the corpus keeps the first in this order."""
-    return (name.split(".")[0] in LAST, name.count("."), not name.startswith("builtins."), len(name), name)
-
-
-def objects(modules: dict[str, types.ModuleType]) -> Iterator[tuple[str, Any]]:
-    """(qualified name, object) of modules, their public functions and classes, and methods."""
-    for module_name, module in modules.items():
-        yield module_name, module
-        for name in public_names(module_name, module):
-            thing = getattr(module, name, None)
-            if inspect.isclass(thing):
-                yield f"{module_name}.{name}", thing
-                yield from members(f"{module_name}.{name}", thing)
-            elif callable(thing):
-                yield f"{module_name}.{name}", thing
-
-
-def public_names(module_name: str, module: types.ModuleType) -> list[str]:
-    """`__all__`, or else what the module (or a private one behind it) defines itself."""
-    if hasattr(module, "__all__"):
-        return sorted(name for name in module.__all__ if not name.startswith("_"))
-    root = module_name.split(".")[0]
-
-    def own(thing: Any) -> bool:
-        home = getattr(thing, "__module__", None)
-        return (not isinstance(home, str) or module_name == "builtins" or home in LAST
-                or home == "builtins" or home.startswith("_") or home.split(".")[0] == root)
-
-    return sorted(name for name, thing in vars(module).items() if not name.startswith("_")
-                  and not isinstance(thing, types.ModuleType) and own(thing))
-
-
-def members(class_name: str, cls: type, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Public methods, properties and nested classes of a class, and of private classes behind it."""
-    for base in cls.__mro__:
-        private = base.__name__.startswith("_") or str(base.__module__).startswith("_")
-        if base is not cls and not private:
-            continue
-        for name, thing in sorted(vars(base).items()):
-            thing = getattr(thing, "__func__", thing)                # static and class methods
-            if name.startswith("_"):
-                continue
-            if inspect.isclass(thing):
-                if thing.__qualname__.startswith(cls.__qualname__ + ".") and depth < 2:
-                    yield f"{class_name}.{name}", thing
-                    yield from members(f"{class_name}.{name}", thing, depth + 1)
-            elif callable(thing) or inspect.isdatadescriptor(thing):
-                yield f"{class_name}.{name}", thing
-
-
-def doc_text(name: str, thing: Any, modules: dict[str, types.ModuleType]) -> str:
-    """The docstring; a class may have it on __init__; an exported name without one, its signature."""
-    if not (isinstance(thing, types.ModuleType) or callable(thing) or inspect.isdatadescriptor(thing)):
-        return ""
-    own = vars(thing).get("__doc__") if inspect.isclass(thing) else getattr(thing, "__doc__", None)
-    if not own and inspect.isclass(thing):
-        own = getattr(vars(thing).get("__init__"), "__doc__", None)
-    if isinstance(own, str) and own.strip():
-        text = inspect.cleandoc(own)
-    else:
-        module, _, last = name.rpartition(".")
-        if last not in getattr(modules.get(module), "__all__", ()):
-            return ""
-        try:
-            text = f"{last}{inspect.signature(thing)}"
-        except (ValueError, TypeError):
-            return ""
-        text = "" if text.endswith(("()", "(*args, **kwargs)")) else text
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text).strip()           # addresses differ from run to run
-
-
-# --------------------------------------------------------------------------------------------------
-# Title-body pairs for pre-finetuning (section 3.1), from documentation and source code
+PAIR_TASKS = ("search result", "question answering")  # section 3.1: short strings, one a set
 
 
 def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0,
                   sources: Sequence[str] = SOURCES) -> list[Record]:
-    """`count` unlabelled pairs of four kinds, out of documentation and source code.
-
-    Their shares were chosen on the dev questions. What people write about code that calls a function
-    says in everyday words what the function is for; its documentation says it in its own.
-    """
-    rng, of_calls = np.random.default_rng(seed), calls(corpus)
-    written = source_texts(sources)
-    libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
-    libraries += [passage(name, text) for kind, name, text in written if kind == "docstring"]
-    bodies = {"own": [c for p in corpus for c in chunks(p)], "library": [c for p in libraries for c in chunks(p)]}
-    commented = [(words, code) for kind, words, code in written if kind == "comment"]
-    calling: dict[str, list[tuple[str, list[int]]]] = {"comment": [], "function": []}  # words, what is called
-    for kind, words, code in written:
-        if kind in calling and 0 < len(names := of_calls(code)) <= 6:
-            calling[kind].append((words, names))
-    often = Counter(i for pairs in calling.values() for _, names in pairs for i in names)
-    shares = [0.4, 0.15, 0.15, 0.3] if all(calling.values()) else [0.5, 0.3, 0.2, 0]
-    rows = []
-    for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=shares):
-        title = ""
-        if kind in bodies:
-            query, text, title = title_body_pair(bodies[kind][rng.integers(len(bodies[kind]))], rng)
-        elif kind == "commented":
-            query, text = commented[rng.integers(len(commented))]
-        else:
-            pairs = calling[("comment", "function")[rng.integers(2)]]
-            query, names = pairs[rng.integers(len(pairs))]
-            weight = np.array([often[i] ** -0.7 for i in names])     # rather the rare call than len()
-            found = corpus[names[rng.choice(len(names), p=weight / weight.sum())]]
-            text = " ".join(found["text"].split()[:120])
-            title = found["title"] if rng.random() < 0.7 else ""
-        task = ("search result", "question answering")[rng.integers(2)]  # the tasks of section 3.1
-        rows.append(record(task, query, {"title": title, "text": text}))
-    return rows
-
-
-def chunks(row: dict[str, str]) -> list[dict[str, str]]:
-    """A long passage in pieces of whole paragraphs, as many as a small encoder reads, under its title."""
-    pieces: list[list[str]] = [[]]
-    for paragraph in filter(str.strip, re.split(r"\n\s*\n", row["text"])):
-        if pieces[-1] and len(" ".join(pieces[-1] + [paragraph]).split()) > 60:  # words
-            pieces.append([])
-        pieces[-1].append(paragraph)
-    return [passage(row["title"], "\n\n".join(piece)) for piece in pieces]
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of a text, at least three words each.
-
-    >>> sentences("Return x. This is the smallest\\ninteger. It may be big!")
-    ['This is the smallest integer.', 'It may be big!']
-    """
-    out = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        line = " ".join(paragraph.split())
-        out += [s for s in re.split(r"(?<=[.!?:])\s+(?=[A-Z`\"'(])", line) if len(s.split()) >= 3]
-    return out
-
-
-def spoken(name: str) -> str:
-    """A qualified name as words.
-
-    >>> spoken("csv.DictReader.line_num")
-    'csv Dict Reader line num'
-    """
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace(".", " ").replace("_", " ")
-
-
-def title_body_pair(row: dict[str, str], rng: np.random.Generator) -> tuple[str, str, str]:
-    """(query, text, title): the name, a sentence or a span of words, against the rest."""
-    title, words = row["title"], row["text"].split()
-    found, kind = sentences(row["text"]), rng.random()
-    if kind >= 0.7 and len(words) > 3:
-        n = int(rng.integers(3, min(11, len(words))))
-        a = int(rng.integers(len(words) - n + 1))
-        rest = words[:a] + words[a + n:]
-        return " ".join(words[a:a + n]), " ".join(rest) if rng.random() < 0.5 else row["text"], title
-    if kind >= 0.4 and len(found) > 1:
-        i = 0 if rng.random() < 0.5 else int(rng.integers(len(found)))
-        return found[i], " ".join(found[:i] + found[i + 1:]), title if rng.random() < 0.7 else ""
-    name = spoken(title)
-    query = name if rng.random() < 0.5 else " ".join(name.split()[-2:])
-    return query, row["text"], title if rng.random() < 0.3 else ""
-
-
-@functools.cache
-def source_texts(sources: Sequence[str]) -> list[tuple[str, str, str]]:
-    """What people write about code, with the code, of every Python file; nothing is imported.
-
-    ("comment" or "function", words, code) and ("docstring", name, text), each once.
-    """
-    found: dict[tuple[str, str, str], None] = {}                     # a set that keeps its order
-    for name in sources:
-        if name == "stdlib":
-            root = Path(sysconfig.get_paths()["stdlib"])
-        elif (spec := importlib.util.find_spec(name)) and spec.origin:
-            root = Path(spec.origin).parent
-        else:
-            continue                                                 # a package that is not here
-        for path in sorted(root.rglob("*.py")):
-            if "site-packages" not in path.relative_to(root).parts:
-                with contextlib.suppress(UnicodeDecodeError, OSError):
-                    lines = path.read_text(encoding="utf-8").split("\n")
-                    found.update(dict.fromkeys(("comment", *pair) for pair in comments(lines)))
-                    found.update(dict.fromkeys(functions(lines)))
-    return list(found)
-
-
-def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """A block of comment lines with up to six lines of code below it."""
-    i = 0
-    while i < len(lines):
-        comment, code = list[str](), list[str]()
-        while i < len(lines) and lines[i].lstrip().startswith("#"):
-            comment.append(lines[i].strip().lstrip("#! "))
-            i += 1
-        while comment and i < len(lines) and len(code) < 6 and (line := lines[i].strip()) and line[0] != "#":
-            code.append(line)
-            i += 1
-        words = " ".join(comment)
-        if code and 3 <= len(re.findall(r"[a-z]{2,}", words)) <= 60:
-            yield words, " ".join(code)[:400]
-        if not code:                                                 # a line of code, or one after a comment
-            i += 1
-
-
-def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
-    """A function's name as words, and its docstring's first sentence, each with its body; docstrings.
-
-    No body is read beyond its first lines. The kinds are those of `source_texts`.
-    """
-    for i, line in enumerate(lines):
-        if not (start := re.match(r"\s*(?:async def|def|class) (\w+)", line)):
-            continue
-        name, indent = start[1], len(line) - len(line.lstrip())
-        text = "\n".join(itertools.takewhile(
-            lambda x: not x.strip() or len(x) - len(x.lstrip()) > indent, lines[i + 1:i + 30]))
-        before, _, rest = text.partition('"""')
-        doc, _, code = rest.partition('"""') if before.strip() in ("", "r") else ("", "", text)
-        first = " ".join(re.split(r"\n\s*\n", doc.strip())[0].split())
-        if "class " not in start[0]:
-            yield "function", spoken(name).strip(), code
-            if len(first.split()) >= 4:
-                yield "function", first, code
-        if len(doc.split()) >= 4:
-            yield "docstring", name, inspect.cleandoc(doc)
-
-
-def calls(corpus: Sequence[dict[str, str]]) -> Callable[[str], list[int]]:
-    """A function from code to the passages of what it calls, as far as a name alone tells.
-
-    >>> calls([passage("os.remove", ""), passage("builtins.str.split", "")])("os.remove(x.split()[0])")
-    [0, 1]
-    """
-    full: dict[str, int] = {}
-    last: dict[str, list[int]] = {}
-    kinds = ["str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray"]
-    for i, p in enumerate(corpus):
-        name = p["_id"].removeprefix("builtins.")
-        full[name] = i
-        last.setdefault(name.rpartition(".")[2], []).append(i)
-    modules = {name.partition(".")[0] for name in full} - set(kinds)
-
-    def found(call: str) -> list[int]:
-        first, dot, _ = call.partition(".")
-        if call in full or not dot or first in modules:
-            return [full[call]] if call in full else []
-        method = call.rpartition(".")[2]
-        builtin = [full[name] for kind in kinds if (name := f"{kind}.{method}") in full]
-        some = last.get(method, [])
-        return builtin[:1] or (some if len(some) <= 2 else [])
-
-    return lambda code: list(dict.fromkeys(
-        i for call in re.findall(r"([A-Za-z_][\w.]*)\(", code) for i in found(call)))
+    """`count` unlabelled pairs out of documentation and source code, each with one of section 3.1's tasks."""
+    return [record(task, query, {"title": title, "text": text})
+            for task, query, title, text in pairs.builtin_pairs(corpus, count, seed, PAIR_TASKS, sources)]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Record, record, sentences, side, spoken
+from data import Record, record, side
+from engine.corpus import terms  # noqa: F401
 from engine.files import (
     InputError,
     add_flags,
@@ -64,6 +65,7 @@ from engine.files import (
     say,
     write_jsonl,
 )
+from engine.offline import Offline, Similarity
 from engine.search import exact_dot, topk
 from gecko import (
     Gecko,
@@ -401,157 +403,21 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
 ENGINE = Path(__file__).parent / "engine"
 
 
-# --------------------------------------------------------------------------------------------------
-# offline: statistics in the place of a language model
+def similarity(embedder: Gecko, known: dict[str, np.ndarray] | None = None) -> Similarity:
+    """The cosine of each query with the passage beside it; a passage is encoded once. known: vectors by id."""
+    known = known or {}
 
-@functools.cache
-def thesaurus() -> dict[str, list[str]]:
-    """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
-    lines = (ENGINE / "thesaurus.txt").read_text(encoding="utf-8").splitlines()
-    entries = (line.split(":") for line in lines if not line.startswith("#"))
-    return {term.strip(): [words.strip() for words in others.split(",")] for term, others in entries}
-
-
-STOP = set("a an the of to is in it if and or for this that with be are by on as at from not which "
-           "when can will has its one into than".split())
-ASKED = ("how do i {}", "how to {}", "{}", "what can i use to {}", "i want to {}",
-         "is there a way to {}?", "{} in python")
-
-
-class Offline:
-    """Statistics, not a language model of the large kind: what the recipe uses when there is none.
-
-    generate: templates over the passage's own sentences, with words exchanged for everyday ones.
-    query_likelihood: a unigram model of the passage, Dirichlet-smoothed (Ponte and Croft 1998; Zhai
-    and Lafferty 2001), which may translate a passage's words into everyday ones (Berger and
-    Lafferty 1999): p(w | p) = (tf(w) + lam * tf(words that w paraphrases) + mu p(w | C)) / (|p| + mu).
-    relevance: the cosine of the first embedder, which errs differently from word counts.
-    """
-
-    mu, lam = 100.0, 0.3  # pseudo-counts of the collection; weight of a paraphrase (dev questions)
-
-    def __init__(self, corpus: Sequence[Passage], embedder: Gecko | None = None, seed: int = 0) -> None:
-        self.embedder, self.seed = embedder, seed
-        self.drawn: Counter[str] = Counter()
-        self.counts = {p["_id"]: Counter(terms(as_text(p))) for p in corpus}
-        collection: Counter[str] = Counter()
-        for counts in self.counts.values():
-            collection.update(counts)
-        self.collection, self.total = collection, max(1, sum(collection.values()))
-        self.vectors: dict[str, np.ndarray] = {}
-        self.paraphrased: dict[str, set[str]] = {}                   # everyday word -> words it says
-        for word, others in thesaurus().items():
-            for other in {w for phrase in others for w in terms(phrase)} - STOP:
-                self.paraphrased.setdefault(other, set()).update(terms(word))
-
-    def generate(self, passages: Sequence[Passage]) -> list[str | None]:
-        out: list[str | None] = []
-        for p in passages:
-            self.drawn[p["_id"]] += 1
-            rng = random.Random(f"{self.seed} {p['_id']} {self.drawn[p['_id']]}")
-            out.append("Task: {}\nQuery: {}".format(*templated_query(p, rng)))
-        return out
-
-    def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
-        return [self.log_likelihood(terms(q), self.counts[p["_id"]]) for q, p in pairs]
-
-    def log_likelihood(self, query: Sequence[str], counts: Counter[str]) -> float:
-        """sum over the query's words of log p(w | passage)."""
-        length, total = sum(counts.values()), 0.0
-        for w in query:
-            tf = counts[w] + self.lam * sum(counts[u] for u in self.paraphrased.get(w, ()))
-            p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
-            total += math.log((tf + self.mu * p_collection) / (length + self.mu))
-        return total
-
-    def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
-        if self.embedder is None:
-            raise InputError("offline relevance needs the first embedder; give --model-dir")
-        new = {p["_id"]: p for _, p in pairs if p["_id"] not in self.vectors}
-        self.vectors |= zip(new, self.embedder.encode_passages(
-            [p["text"] for p in new.values()], [p["title"] for p in new.values()]), strict=True)
-        queries = list(dict.fromkeys(q for q, _ in pairs))
-        vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
-        q = torch.from_numpy(np.stack([vectors[query] for query, _ in pairs]))          # (pairs, d)
-        p = torch.from_numpy(np.stack([self.vectors[p["_id"]] for _, p in pairs]))      # (pairs, d)
+    def cosines(queries: Sequence[str], passages: Sequence[Passage]) -> list[float]:
+        new = {p["_id"]: p for p in passages if p["_id"] not in known}
+        known.update(zip(new, embedder.encode_passages(
+            [p["text"] for p in new.values()], [p["title"] for p in new.values()]), strict=True))
+        texts = list(dict.fromkeys(queries))
+        vectors = dict(zip(texts, embedder.encode_queries(texts), strict=True))
+        q = torch.from_numpy(np.stack([vectors[text] for text in queries]))             # (pairs, d)
+        p = torch.from_numpy(np.stack([known[p["_id"]] for p in passages]))             # (pairs, d)
         return exact_dot(q, p).tolist()
 
-
-def terms(text: str) -> list[str]:
-    """Lower-cased words, identifiers in their parts.
-
-    >>> terms("csv.DictReader reads")
-    ['csv', 'dict', 'reader', 'reads']
-    """
-    return re.findall(r"[a-z0-9]+", spoken(text).lower())
-
-
-@functools.cache
-def thesaurus_terms() -> re.Pattern[str]:
-    """What matches any term of the thesaurus."""
-    longest_first = sorted(map(re.escape, thesaurus()), key=len, reverse=True)
-    return re.compile(rf"\b({'|'.join(longest_first)})\b")
-
-
-def everyday(text: str, rng: random.Random, p: float) -> str:
-    """Each term of the thesaurus exchanged for everyday words with probability p."""
-    return thesaurus_terms().sub(
-        lambda m: rng.choice(thesaurus()[m[1]]) if rng.random() < p else m[1], text)
-
-
-def templated_query(p: Passage, rng: random.Random) -> tuple[str, str]:
-    """One of the four frequent tasks and a query for it, from one sentence of the passage."""
-    if not re.fullmatch(r"[\w.-]+", p["title"]):                      # the title is no qualified name
-        return prose_query(p, rng)
-    found = sentences(p["text"][:1500]) or [p["text"][:200]]
-    said = found[0] if rng.random() < 0.6 else rng.choice(found)
-    said = re.split(r"-+>", said)[-1]                                # "f(x) -> what it returns"
-    said = re.sub(r"\([^()]*\)|[`*'\"]", " ", said).lower()
-    words = said.strip(" .:").split() or terms(p["title"])
-    task = rng.choice(list(TASKS))
-    if task == "question answering":
-        text = re.sub(r"^returns? (true|false)( if| iff| when)", "check whether", " ".join(words))
-        text = everyday(re.sub(r"^returns? ", "get ", text), rng, 0.6)
-        query = rng.choice(ASKED).format(" ".join(text.split()[:14]))
-    elif task == "search result":
-        content = [w for w in words if w not in STOP] or words
-        n = rng.randint(2, 5)
-        a = rng.randrange(max(1, len(content) - n + 1))
-        query = everyday(" ".join(content[a:a + n]), rng, 0.6)
-    elif task == "fact checking":
-        query = everyday(" ".join(words), rng, 0.3)
-    else:
-        query = everyday(" ".join(w for w in words if rng.random() > 0.25), rng, 0.6)
-    return task, query.strip() or " ".join(words)
-
-
-SECTION = re.compile(r"^[A-Z][A-Z/&,-]+(?:\s+[A-Z/&,-]{2,})*\s*:?\s+(?=[A-Z])")     # "CONCLUSIONS We ..."
-LINKING = re.compile(r"^(?:in (?:conclusion|summary|addition|contrast|particular)|taken together|here|thus|"
-                     r"\w*together|therefore|hence|however|moreover|overall|\w{5,}ly)\s*,?\s+", re.I)
-STATING = re.compile(r"^.{0,90}?\b(?:suggest|indicat|show|demonstrat|conclud|reveal|f[io]u?nd|report|propos|"
-                     r"establish|hypothesi[sz])(?:e|es|ed|s|ing|n)?\s+that\s+", re.I)  # "Our data show that ..."
-
-
-def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
-    """A query for an article: what its title or a sentence, more often a late one, states."""
-    most = 18                                                        # words of a query
-    found, pick = sentences(p["text"]) or [p["text"]], rng.random()
-    said = rng.choice(found[-3:]) if pick < 0.45 else rng.choice(found)
-    if pick > 0.7 and len(p["title"].split()) > 3:
-        said = p["title"]
-    said = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", SECTION.sub("", said))
-    said = STATING.sub("", LINKING.sub("", LINKING.sub("", said))).strip(" .;:,")
-    if len(said.split()) > most:                                     # a clause of it, or its beginning
-        clauses = re.split(r"[,;:]\s+|\s+(?:which|whereas|while|thereby|although|because|but)\s+", said)
-        said = rng.choice([c for c in clauses if 6 <= len(c.split()) <= most] or [said])
-    words = said.split()[:most] or p["text"].split()[:most]
-    task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
-    if task == "search result":
-        words = [w for w in words if w.lower() not in STOP] or words
-        a = rng.randrange(max(1, len(words) - 4))
-        return task, " ".join(words[a:a + rng.randint(3, 6)])
-    kept = [w for w in words if rng.random() > 0.2]
-    return task, " ".join(kept if task == "sentence similarity" and len(kept) > 3 else words)
+    return cosines
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1542,7 +1408,7 @@ def generate_command(args: argparse.Namespace) -> None:
         drawn = [sizes[i] for i in seed_draws(len(corpus), limit, o.seed)]
         head = tokens_in(P_QG.partition("{passage}")[0])
         return estimate("generate", limit, sum(drawn), head * (limit - 1), max(drawn), o.price)
-    llm: LLM = Offline(corpus, seed=o.seed) if o.llm == "offline" else endpoint(o, args.queries)
+    llm: LLM = Offline(corpus, None, list(TASKS), o.seed) if o.llm == "offline" else endpoint(o, args.queries)
     with accounted(llm, o.price):
         if isinstance(llm, Endpoint):
             able(llm, "generate")
@@ -1565,7 +1431,7 @@ def mine_command(args: argparse.Namespace) -> None:
         labels = len(LABELS) if args.score == "expected" else 1
         return estimate_mine(corpus, queries, args.N, args.rank, labels, o)
     embedder = load(args.model_dir)
-    llm: LLM = Offline(corpus, embedder, o.seed) if o.llm == "offline" else endpoint(
+    llm: LLM = Offline(corpus, similarity(embedder), list(TASKS), o.seed) if o.llm == "offline" else endpoint(
         o, args.fret, args.score, args.scorer_llm, args.scorer_model)
     with accounted(llm, o.price):
         by = {}

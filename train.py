@@ -52,7 +52,6 @@ from data import (
     formatted,
     read_records,
 )
-from engine import evaluate
 from engine.evaluate import (
     BM25,
     Beir,
@@ -78,6 +77,7 @@ from engine.files import (
     write_jsonl,
 )
 from engine.mteb import ForMteb, mteb_scores, mteb_tasks, table_9
+from engine.offline import Offline
 from engine.packed import length_batches
 from engine.runs import Run, digest, save_into
 from engine.scale import all_reduce_sum, derive_seed, processes
@@ -90,8 +90,6 @@ from gecko import (
     tiny,
     truncate_dim,
 )
-
-evaluate.terms = fret.terms
 
 # B rows in a batch, d the model's dimension, tau the temperature, s = cos / tau. The vectors of a loss,
 # q, p_pos and p_neg, are (B, d) with rows of length 1, so that the cosine is their inner product.
@@ -358,7 +356,7 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     print("3.2  FRet, step 1: a task and a query for passages, then the first embedder on (q, p_seed)")
     drawn = n.queries * len(corpus)
     fret.write_kept(out / "queries.jsonl", fret.generate(
-        fret.Offline(corpus, seed=seed), corpus, drawn, seed), drawn, "generate")
+        Offline(corpus, None, list(fret.TASKS), seed), corpus, drawn, seed), drawn, "generate")
     queries = fret.read_queries(out / "queries.jsonl", corpus)
     first = copy.deepcopy(pre)
     mixture = [1.0, n.pair_weight]                                   # generated queries, pairs
@@ -367,7 +365,7 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     save(pre, out / "pre")                                           # where the rows of tests/lab/tables.py start
 
     print("3.2  FRet, step 2: the top 20, ranked twice, fused, relabelled")
-    judge = fret.Offline(corpus, first, seed)                        # the same "LLM" ranks, by QL and by RC
+    judge = Offline(corpus, fret.similarity(first), list(fret.TASKS), seed)  # the same "LLM"
     fret.write_kept(out / "fret.jsonl", fret.mine(judge, first, corpus, queries, seed=seed),
                     len(queries), "mine")
     rows = [row for _, row in read_jsonl(out / "fret.jsonl")]
@@ -588,7 +586,7 @@ def show_relabelled(rows: Sequence[Record], corpus: Sequence[dict[str, str]]) ->
     print(*fret.in_short(row, fret.passages_of([row], corpus)), sep="\n")
 
 
-def ladder(out: Path, corpus: list[dict[str, str]], judge: fret.Offline,
+def ladder(out: Path, corpus: list[dict[str, str]], judge: Offline,
            models: dict[str, Gecko]) -> dict[str, dict[str, Any]]:
     """Each rung on the test questions; the judge on the dev questions. Writes ladder.json."""
     folder = questions_beir(out, corpus)
@@ -623,8 +621,8 @@ def rerank_scores(judge: fret.LLM, first: Gecko, beir: Beir, N: int, task: str, 
     """nDCG@10 of each query: the retriever's first N as they come, by QL, by RC and by their fusion."""
     by_id = {p["_id"]: p for p in beir.corpus}
     q, P = encode_beir(first, beir, task, precision=precision)
-    if isinstance(judge, fret.Offline):
-        judge.vectors = dict(zip(by_id, P, strict=True))             # the same, so not made again
+    if isinstance(judge, Offline):
+        judge.similarity = fret.similarity(first, dict(zip(by_id, P, strict=True)))  # not made again
     nearest = {query: ids[:N] for query, ids in rankings(beir, q, P).items()}
     pairs = [(beir.queries[query], by_id[i]) for query, ids in nearest.items() for i in ids]
     QL, RC = judge.query_likelihood(pairs), judge.relevance(pairs)

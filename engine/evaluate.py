@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from engine.corpus import terms
 from engine.files import InputError, beir_file, read_jsonl, read_passages
 from engine.search import topk
-
-terms: Any = None  # train.py sets it until engine/corpus.py is there
 
 # Q queries, P passages, d the dimension of their vectors, whose rows have length 1.
 

@@ -1,7 +1,7 @@
-"""data.py: records, classification triples, the schedule, the built-in corpus.   pytest tests/test_data.py
+"""data.py: records, classification triples, the schedule, converters.   pytest tests/test_data.py
 
 Invariants: one unique id on x, x+ and x- and on no other triple; symmetric targets have the input's
-format; every row of a set is drawn once an epoch; the corpus has names and texts once.
+format; every row of a set is drawn once an epoch.
 """
 
 import gzip
@@ -17,11 +17,6 @@ from engine import files
 from engine.files import InputError
 
 GOOD = {"task": "t", "query": "q", "positive": {"title": "T", "text": "p"}, "negative": None}
-
-
-@pytest.fixture(scope="module")
-def corpus():
-    return data.builtin_corpus()
 
 
 def test_formatted_symmetric_and_asymmetric():
@@ -189,58 +184,8 @@ def test_a_seed_below_zero_is_one_line(tmp_path, monkeypatch):
         data.main()
 
 
-def test_corpus_has_names_and_texts_once(corpus):
-    assert len(corpus) > 5000
-    assert len({p["_id"] for p in corpus}) == len({p["text"] for p in corpus}) == len(corpus)
-    assert all(p["_id"] == p["title"] and p["text"].strip() for p in corpus)
-    assert not any(part.startswith("_") for p in corpus for part in p["title"].split("."))
-    assert not any(" at 0x" in p["text"] for p in corpus), "an address differs from run to run"
-    names = {p["title"] for p in corpus}
-    assert {"math.ceil", "os.remove", "builtins.dict.get", "builtins.round", "os.path.join",
-            "builtins.open", "random.shuffle", "topics.with", "asyncio.sleep", "json"} <= names
-    assert not {"posix.remove", "asyncio.tasks.sleep", "io.open"} & names, "an alias stands twice"
-
-
-def test_corpus_imports_nothing_with_side_effects(corpus):
-    tops = {p["title"].split(".")[0] for p in corpus}
-    assert not tops & {"antigravity", "this", "turtledemo", "idlelib", "test", "lib2to3"}
-
-
-def test_pairs_are_seeded_and_never_their_own_answer(corpus):
-    small = corpus[:300]
-    a, b, other = (data.builtin_pairs(small, 400, seed, ("numpy",)) for seed in (3, 3, 4))
-    assert a == b != other
-    assert {r["task"] for r in a} == {"search result", "question answering"}
-    assert sum(r["query"] == r["positive"]["text"] for r in a) <= 8
-    assert all(r["query"].strip() and r["positive"]["text"].strip() for r in a)
-
-
-def test_functions_pair_with_their_bodies():
-    lines = ["class A:", "    def tear_down(self):", '        """Delete the whole folder.', "", '        Slow."""',
-             "        shutil.rmtree(self.folder)", "x = 1"]
-    found = list(data.functions(lines))
-    assert [pair[:2] for pair in found] == [
-        ("function", "tear down"), ("function", "Delete the whole folder."), ("docstring", "tear_down")]
-    assert "shutil.rmtree" in found[1][2] and "x = 1" not in found[1][2]
-    assert found[2][2] == "Delete the whole folder.\n\nSlow."
-
-
-def test_calls_are_found_by_name_alone_and_only_where_that_is_safe():
-    names = ["os.remove", "builtins.len", "builtins.str.split", "re.Pattern.split", "queue.Queue.get",
-             "asyncio.Queue.get", "contextvars.ContextVar.get", "shutil.rmtree", "mailbox.Maildir.clean"]
-    of = data.calls([data.passage(name, "") for name in names])
-    for code, want in (("os.remove(p)", ["os.remove"]), ("len(x)", ["builtins.len"]), ("q.get()", []),
-                       ("x.split(y)", ["builtins.str.split"]), ("box.clean()", ["mailbox.Maildir.clean"]),
-                       ("os.clean()", []), ("rmtree(p)", [])):
-        assert [names[i] for i in of(code)] == want, code
-
-
-def test_comments_pair_with_the_code_below():
-    lines = ["x = 1", "# round the number up to a whole one", "y = math.ceil(x)", "", "# no code follows here"]
-    assert list(data.comments(lines)) == [("round the number up to a whole one", "y = math.ceil(x)")]
-
-
-def test_chunks_keep_every_paragraph():
-    text = "\n\n".join(f"paragraph {i} " + "word " * 30 for i in range(5))
-    pieces = data.chunks(data.passage("t", text))
-    assert len(pieces) > 1 and "\n\n".join(p["text"] for p in pieces).split() == text.split()
+def test_builtin_pairs_are_records_of_the_two_tasks():
+    corpus = data.builtin_corpus()[:300]
+    rows = data.builtin_pairs(corpus, 40, 3, ("numpy",))
+    assert len(rows) == 40 and {r["task"] for r in rows} == {"search result", "question answering"}
+    assert all(r["negative"] is None and not r["symmetric"] for r in rows)

@@ -1,4 +1,4 @@
-"""llm.py: generation, fusion, relabelling, the offline stand-in.   pytest tests/test_llm.py
+"""llm.py: generation, fusion, relabelling.   pytest tests/test_llm.py
 
 Invariants: R uses ranks from 1 and nothing else; p+ = p_1; p- is never p+'s text; the seed is among
 the candidates; a failed call is never a score; a passage changes nothing but its own record.
@@ -201,57 +201,6 @@ def test_labelled_gives_the_rows_of_table_3(embedder):
     again = llm.labelled(rows, CORPUS, "p1", "last")
     assert [(r["positive"], r["negative"]) for r in again] == [(r["positive"], r["negative"]) for r in rows]
     assert all(r["negative"] is None for r in llm.labelled(rows, CORPUS, "p1", "none"))
-
-
-def test_offline_query_likelihood_is_the_dirichlet_sum():
-    """log((tf + lam * paraphrases + mu p(w|C)) / (|p| + mu)), summed over the query's words by hand."""
-    judge = llm.Offline(CORPUS)
-    words = [w for p in CORPUS for w in llm.terms(llm.as_text(p))]
-    own = llm.terms(llm.as_text(CORPUS[2]))
-    total = 0.0
-    assert "remove" in judge.paraphrased["delete"]
-    for w in ("delete", "file"):
-        tf = own.count(w) + judge.lam * sum(own.count(u) for u in judge.paraphrased.get(w, ()))
-        total += math.log((tf + judge.mu * (words.count(w) + 0.5) / len(words)) / (len(own) + judge.mu))
-    assert math.isclose(judge.query_likelihood([("delete file", CORPUS[2])])[0], total)
-    scores = judge.query_likelihood([("delete a file", p) for p in CORPUS])
-    assert scores.index(max(scores)) == 2
-
-
-def test_offline_has_no_word_of_other_alphabets_and_says_so():
-    """A corpus without one a-z or digit gives equal scores, which `mine` refuses, and no division by zero."""
-    judge = llm.Offline([{"_id": "1", "title": "", "text": "茶在热水里。"}])
-    assert judge.query_likelihood([("茶", {"_id": "1"})]) == [0.0]
-    assert math.isfinite(judge.query_likelihood([("tea", {"_id": "1"})])[0])
-
-
-def test_offline_relevance_is_the_embedders_cosine(embedder):
-    judge = llm.Offline(CORPUS, embedder)
-    got = judge.relevance([("sort the list", p) for p in CORPUS])
-    q = embedder.encode_queries(["sort the list"])[0]
-    P = embedder.encode_passages([p["text"] for p in CORPUS], [p["title"] for p in CORPUS])
-    assert got == pytest.approx((P @ q).tolist(), abs=1e-6)
-    with pytest.raises(files.InputError, match="--model-dir"):
-        llm.Offline(CORPUS).relevance([("q", CORPUS[0])])
-
-
-def test_offline_generation_is_seeded_and_varies():
-    a, b, other = (list(llm.generate(llm.Offline(CORPUS, seed=s), CORPUS, 60, s)) for s in (0, 0, 1))
-    assert a == b != other and not any("failed" in r for r in a)
-    assert {r["kind"] for r in a} == set(llm.TASKS)
-
-
-def test_offline_queries_for_prose_state_what_the_article_does():
-    """Lead-ins, section names and brackets go, long sentences are cut, and API rows keep their templates."""
-    article = {"_id": "7", "title": "Sleep and the heart: a cohort study", "text":
-               "BACKGROUND Sleep varies. CONCLUSIONS Taken together, our data show that short sleep (6 h) raises "
-               "blood pressure in the men of this cohort, whereas the women of the same cohort who slept "
-               "little had no higher blood pressure than those who slept long."}
-    queries = {llm.prose_query(article, random.Random(n))[1] for n in range(60)}
-    assert "short sleep raises blood pressure in the men of this cohort" in queries
-    assert all(len(q.split()) <= 18 and "show that" not in q and "(" not in q for q in queries)
-    assert all(llm.templated_query(CORPUS[0], random.Random(n))[0] in llm.TASKS for n in range(9))
-    assert "python" not in " ".join(llm.templated_query(article, random.Random(n))[1] for n in range(60))
 
 
 def test_write_kept_says_how_many_and_refuses_equal_scores(tmp_path, capsys, embedder):

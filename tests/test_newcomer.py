@@ -22,7 +22,8 @@ import data
 import gecko
 import llm
 import train
-from engine import files
+from engine import corpus as corpus_module
+from engine import evaluate, files, offline
 
 ROOT = Path(__file__).parent.parent
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
@@ -38,7 +39,7 @@ def project(tmp_path_factory):
     files.write_jsonl(folder / "corpus.jsonl", corpus)
     model = gecko.tiny([p["text"] for p in corpus], hidden_size=64)
     gecko.save(model, folder / "seed")
-    judge = llm.Offline(corpus, model)
+    judge = llm.Offline(corpus, llm.similarity(model), list(llm.TASKS))
     llm.write_kept(folder / "queries.jsonl", llm.generate(judge, corpus, 300), 300, "generate")
     queries = llm.read_queries(folder / "queries.jsonl", corpus)
     llm.write_kept(folder / "fret.jsonl", llm.mine(judge, model, corpus, queries), 300, "mine")
@@ -102,15 +103,15 @@ def test_a_full_disk_is_one_line(name, project, tmp_path, monkeypatch, capsys):
 
 
 STAGES = {
-    "corpus": (data, "documentation", 0),
+    "corpus": (corpus_module, "documentation", 0),
     "convert": (data, "record", 3),
-    "generate": (llm, "templated_query", 5),
+    "generate": (offline, "templated_query", 5),
     "mine": (llm, "relabel", 3),
     "show": (llm, "in_order", 3),
     "prefinetune": (train, "learning_rate", 2),
     "finetune": (train, "learning_rate", 2),
     "encode": (gecko, "truncate_dim", 0),
-    "evaluate": (gecko, "topk", 0),
+    "evaluate": (evaluate, "topk", 0),
 }
 
 
@@ -133,7 +134,7 @@ def interrupt(monkeypatch, module, name, after):
             raise KeyboardInterrupt
         return original(*args, **how)
 
-    for where in (gecko, data, llm, train):                          # also where it was imported by name
+    for where in (module, gecko, data, llm, train):                  # also where it was imported by name
         if getattr(where, name, None) is original:
             monkeypatch.setattr(where, name, called)
 
@@ -153,7 +154,7 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
     small = train.Sizes(pairs=100, pre_steps=3, queries=2, steps=3)
     monkeypatch.setattr(train, "Sizes", lambda: small)
     name, after = RECIPE[stage]
-    interrupt(monkeypatch, next(m for m in (train, llm, gecko) if hasattr(m, name)), name, after)
+    interrupt(monkeypatch, next(m for m in (train, llm, gecko, offline) if hasattr(m, name)), name, after)
     command = "train.py --out OUT/demo"
     assert run(command, project, tmp_path, monkeypatch, capsys) == (1, "interrupted; run the same command again")
     assert not half_written(tmp_path)

@@ -18,6 +18,7 @@ import numpy as np  # noqa: E402
 
 import data  # noqa: E402
 from engine.files import read_jsonl, read_passages, write_jsonl  # noqa: E402
+from engine.pairs import chunks, title_body_pair  # noqa: E402
 
 CLASSES, RETRIEVAL, STS = ("banking77", "subj", "sst2"), ("nq-open", "wikiqa", "medquad"), ("stsb", "sts12")
 
@@ -47,9 +48,9 @@ def main():
         print(f"{name}: {write_jsonl(out / name, kept)} rows, {len(rows) - len(kept)} left out")
 
     rng, left_out, spans = np.random.default_rng(0), Counter(), []
-    pieces = [c for name in RETRIEVAL for p in read_passages(file(name, "corpus")) for c in data.chunks(p)]
+    pieces = [c for name in RETRIEVAL for p in read_passages(file(name, "corpus")) for c in chunks(p)]
     for i in rng.permutation(len(pieces))[:50_000]:
-        query, text, title = data.title_body_pair(pieces[i], rng)
+        query, title, text = title_body_pair(pieces[i], rng)
         spans += [data.record("search result", query, {"title": title, "text": text})] * bool(query and text)
     bodies = [file(f"{name}-titlebody", "train") for name in ("agnews", "reuters")]
     titles = list(data.convert_pairs(bodies, left_out))

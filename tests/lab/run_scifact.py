@@ -192,7 +192,7 @@ def main() -> None:
     first = Cached(load(args.init), out / "vectors.npz")
     P = encoded(first, corpus)
     stage("encode the abstracts")
-    ranker = fret.Offline(corpus, first)
+    ranker = fret.Offline(corpus, fret.similarity(first), list(fret.TASKS))
     if not (out / "queries.jsonl").is_file():
         fret.write_kept(out / "queries.jsonl", fret.generate(ranker, corpus, QUERIES), QUERIES, "generate")
     stage("generate")

@@ -27,6 +27,7 @@ import llm  # noqa: E402
 import train  # noqa: E402
 from engine import evaluate, runs  # noqa: E402
 from engine.files import file_beside  # noqa: E402
+from engine.pairs import chunks, title_body_pair  # noqa: E402
 from engine.search import topk  # noqa: E402
 from gecko import load  # noqa: E402
 
@@ -111,7 +112,7 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
     pairs = title_body_pairs(known.corpus, seed)
     pre = train.untrained(known.corpus, pairs, seed)
     train.train(pre, "prefinetune", [pairs], replace(C, lr=1e-2, steps=150, seed=seed), title=f"{name}: pre")
-    bm25, offline = evaluate.BM25(known.corpus), llm.Offline(known.corpus)
+    bm25, offline = evaluate.BM25(known.corpus), llm.Offline(known.corpus, None, list(llm.TASKS))
 
     def trained(positives, title):
         """The encoder trained on these labels, without hard negatives, and its nDCG@10 on the test questions."""
@@ -152,10 +153,10 @@ def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
 
 
 def title_body_pairs(corpus, seed):
-    rng, pieces = np.random.default_rng(seed), [c for p in corpus for c in data.chunks(p)]
-    made = (data.title_body_pair(pieces[i], rng) for i in rng.integers(len(pieces), size=PAIRS))
+    rng, pieces = np.random.default_rng(seed), [c for p in corpus for c in chunks(p)]
+    made = (title_body_pair(pieces[i], rng) for i in rng.integers(len(pieces), size=PAIRS))
     return [data.record("search result", query, {"title": title, "text": text})
-            for query, text, title in made if query.strip() and text.strip()]
+            for query, title, text in made if query.strip() and text.strip()]
 
 
 # --------------------------------------------------------------------------------------------------

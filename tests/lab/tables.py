@@ -433,7 +433,8 @@ def table_command(args: argparse.Namespace) -> None:
 
     def ranker(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> llm.LLM:
         if o.llm == "offline":
-            return llm.Offline(corpus, embedder, c.seed)
+            similarity = llm.similarity(embedder) if embedder else None
+            return llm.Offline(corpus, similarity, list(llm.TASKS), c.seed)
         return llm.endpoint(o, str(out / "llm.jsonl"))
 
     own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()

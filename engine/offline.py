@@ -1,0 +1,173 @@
+"""Statistics in the place of a language model, for where there is none.
+
+    generate: templates over a passage's own sentences, with words exchanged for everyday ones
+    query_likelihood: a unigram model of the passage, Dirichlet-smoothed (Ponte and Croft 1998; Zhai and
+        Lafferty 2001), which may translate a passage's words into everyday ones (Berger and Lafferty 1999):
+        p(w | p) = (tf(w) + lam * tf(words that w paraphrases) + mu * p(w | C)) / (|p| + mu)
+    relevance: the similarity that it is given, a cosine, which errs differently from word counts
+
+The everyday words stand in thesaurus.txt. A passage is {"_id", "title", "text"}.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from engine.corpus import Passage, sentences, terms
+from engine.files import InputError
+
+# (queries, passages) -> one number for each query and the passage beside it
+Similarity = Callable[[Sequence[str], Sequence[Passage]], list[float]]
+
+STOP = set("a an the of to is in it if and or for this that with be are by on as at from not which "
+           "when can will has its one into than".split())
+ASKED = ("how do i {}", "how to {}", "{}", "what can i use to {}", "i want to {}",
+         "is there a way to {}?", "{} in python")
+
+
+class Offline:
+    """The three calls of llm.py's LLM."""
+
+    mu, lam = 100.0, 0.3  # pseudo-counts of the collection; weight of a paraphrase (dev questions)
+
+    def __init__(self, corpus: Sequence[Passage], similarity: Similarity | None, tasks: Sequence[str],
+                 seed: int = 0) -> None:
+        self.similarity, self.tasks, self.seed = similarity, tasks, seed
+        self.drawn: Counter[str] = Counter()                         # queries so far, by the passage's id
+        self.counts: dict[str, Counter[str]] = {}
+        self.collection: Counter[str] = Counter()
+        for p in corpus:
+            self.counts[p["_id"]] = Counter(terms(f"{p['title']}\n{p['text']}"))
+            self.collection.update(self.counts[p["_id"]])
+        self.total = max(1, sum(self.collection.values()))
+        self.paraphrased: dict[str, set[str]] = {}                   # everyday word -> words it says
+        for word, phrases in thesaurus().items():
+            for everyday_word in set(terms(" ".join(phrases))) - STOP:
+                self.paraphrased.setdefault(everyday_word, set()).update(terms(word))
+
+    def generate(self, passages: Sequence[Passage]) -> list[str | None]:
+        answers: list[str | None] = []
+        for p in passages:
+            self.drawn[p["_id"]] += 1
+            rng = random.Random(f"{self.seed} {p['_id']} {self.drawn[p['_id']]}")
+            task, query = templated_query(p, self.tasks, rng)
+            answers.append(f"Task: {task}\nQuery: {query}")
+        return answers
+
+    def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+        return [self.log_likelihood(terms(q), self.counts[p["_id"]]) for q, p in pairs]
+
+    def log_likelihood(self, query: Sequence[str], counts: Counter[str]) -> float:
+        """sum over the query's words of log p(w | passage)."""
+        length, total = sum(counts.values()), 0.0
+        for w in query:
+            tf = counts[w] + self.lam * sum(counts[u] for u in self.paraphrased.get(w, ()))
+            p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
+            total += math.log((tf + self.mu * p_collection) / (length + self.mu))
+        return total
+
+    def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+        if self.similarity is None:
+            raise InputError("offline relevance needs the initial retriever; give --model-dir")
+        return [*self.similarity([q for q, _ in pairs], [p for _, p in pairs])]
+
+
+# --------------------------------------------------------------------------------------------------
+# Everyday words
+
+
+@functools.cache
+def thesaurus() -> dict[str, list[str]]:
+    """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
+    lines = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8").splitlines()
+    found = {}
+    for line in lines:
+        if not line.startswith("#"):
+            term, phrases = line.split(":")
+            found[term.strip()] = [phrase.strip() for phrase in phrases.split(",")]
+    return found
+
+
+@functools.cache
+def thesaurus_pattern() -> re.Pattern[str]:
+    longest_first = sorted(map(re.escape, thesaurus()), key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(longest_first)})\b")
+
+
+def everyday(text: str, rng: random.Random, p: float) -> str:
+    """Each term of the thesaurus exchanged for everyday words with probability p."""
+    def exchange(match: re.Match[str]) -> str:
+        return rng.choice(thesaurus()[match[1]]) if rng.random() < p else match[1]
+
+    return thesaurus_pattern().sub(exchange, text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Templates: (task, query) from one sentence of the passage
+
+
+def templated_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
+    if re.fullmatch(r"[\w.-]+", p["title"]):                         # a qualified name: documentation
+        return api_query(p, tasks, rng)
+    return prose_query(p, rng)
+
+
+def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
+    """One of the tasks and a query for it, from the documentation of a function or class."""
+    found = sentences(p["text"][:1500]) or [p["text"][:200]]
+    said = found[0] if rng.random() < 0.6 else rng.choice(found)
+    said = re.split(r"-+>", said)[-1]                                # "f(x) -> what it returns"
+    said = re.sub(r"\([^()]*\)|[`*'\"]", " ", said).lower()
+    words = said.strip(" .:").split() or terms(p["title"])
+    task = rng.choice(tasks)
+    if task == "question answering":
+        text = re.sub(r"^returns? (true|false)( if| iff| when)", "check whether", " ".join(words))
+        text = everyday(re.sub(r"^returns? ", "get ", text), rng, 0.6)
+        query = rng.choice(ASKED).format(" ".join(text.split()[:14]))
+    elif task == "search result":
+        content = [w for w in words if w not in STOP] or words
+        n = rng.randint(2, 5)
+        start = rng.randrange(max(1, len(content) - n + 1))
+        query = everyday(" ".join(content[start:start + n]), rng, 0.6)
+    elif task == "fact checking":
+        query = everyday(" ".join(words), rng, 0.3)
+    else:                                                            # sentence similarity
+        query = everyday(" ".join(w for w in words if rng.random() > 0.25), rng, 0.6)
+    return task, query.strip() or " ".join(words)
+
+
+SECTION = re.compile(r"^[A-Z][A-Z/&,-]+(?:\s+[A-Z/&,-]{2,})*\s*:?\s+(?=[A-Z])")     # "CONCLUSIONS We ..."
+LINKING = re.compile(r"^(?:in (?:conclusion|summary|addition|contrast|particular)|taken together|here|thus|"
+                     r"\w*together|therefore|hence|however|moreover|overall|\w{5,}ly)\s*,?\s+", re.I)
+STATING = re.compile(r"^.{0,90}?\b(?:suggest|indicat|show|demonstrat|conclud|reveal|f[io]u?nd|report|propos|"
+                     r"establish|hypothesi[sz])(?:e|es|ed|s|ing|n)?\s+that\s+", re.I)  # "Our data show that ..."
+CLAUSES = re.compile(r"[,;:]\s+|\s+(?:which|whereas|while|thereby|although|because|but)\s+")
+
+
+def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
+    """A query for an article: what its title or a sentence, more often a late one, states."""
+    max_words = 18
+    found, pick = sentences(p["text"]) or [p["text"]], rng.random()
+    said = rng.choice(found[-3:] if pick < 0.45 else found)
+    if pick > 0.7 and len(p["title"].split()) > 3:
+        said = p["title"]
+    said = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", SECTION.sub("", said))
+    said = STATING.sub("", LINKING.sub("", LINKING.sub("", said))).strip(" .;:,")
+    if len(said.split()) > max_words:                                # one of its clauses, or its beginning
+        clauses = [c for c in CLAUSES.split(said) if 6 <= len(c.split()) <= max_words]
+        said = rng.choice(clauses or [said])
+    words = said.split()[:max_words] or p["text"].split()[:max_words]
+    # a question would need grammar; a statement is said twice as often as the others
+    task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
+    if task == "search result":
+        words = [w for w in words if w.lower() not in STOP] or words
+        start = rng.randrange(max(1, len(words) - 4))
+        return task, " ".join(words[start:start + rng.randint(3, 6)])
+    kept = [w for w in words if rng.random() > 0.2]
+    return task, " ".join(kept if task == "sentence similarity" and len(kept) > 3 else words)

@@ -1,0 +1,223 @@
+"""Title-body pairs for pre-finetuning (section 3.1), out of documentation and source code.
+
+The paper's were crawled from the web. Ours need no download: a name, a sentence or a span of words against the
+rest of its passage, a comment against the code below it, and what people write about code against the
+documentation of what that code calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import itertools
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.corpus import Passage, documentation, paragraphs, passage, quiet_import, sentences, spoken
+
+LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
+    torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
+    torch.optim.lr_scheduler torch.distributions torch.utils.data torch.autograd""".split()
+# Packages whose source is read as text; those that torch does not bring here are skipped.
+SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
+
+
+def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int, tasks: Sequence[str],
+                  sources: Sequence[str] = SOURCES) -> Iterator[tuple[str, str, str, str]]:
+    """`count` times (task, query, title, text), of four kinds, each with one of the tasks.
+
+    own, library: a name, sentence or span of words and the rest of its passage. commented: a comment and
+    the code below it. calling: what people write about code that calls a function, in everyday words, and
+    the documentation of that function. The shares were chosen on the dev questions.
+    """
+    rng = np.random.default_rng(seed)
+    source = source_texts(sources)
+    libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
+    libraries += [passage(name, text) for name, text in source["docstring"]]
+    own_pieces, library_pieces = pieces(corpus), pieces(libraries)
+    callees = Callees(corpus)
+    calling = [callees.of_all(source["comment"]), callees.of_all(source["function"])]
+    times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
+    shares = [0.4, 0.15, 0.15, 0.3] if all(calling) else [0.5, 0.3, 0.2, 0]
+    for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=shares):
+        title = ""
+        if kind == "own":
+            query, title, text = title_body_pair(pick(own_pieces, rng), rng)
+        elif kind == "library":
+            query, title, text = title_body_pair(pick(library_pieces, rng), rng)
+        elif kind == "commented":
+            query, text = pick(source["comment"], rng)
+        else:
+            query, called = pick(pick(calling, rng), rng)
+            rareness = np.array([times_called[i] ** -0.7 for i in called])  # prefer a rare call to len()
+            row = corpus[called[rng.choice(len(called), p=rareness / rareness.sum())]]
+            text = " ".join(row["text"].split()[:120])
+            if rng.random() < 0.7:
+                title = row["title"]
+        yield pick(tasks, rng), query, title, text
+
+
+def pick(items: Sequence[Any], rng: np.random.Generator) -> Any:
+    return items[int(rng.integers(len(items)))]
+
+
+def pieces(rows: Iterable[Passage]) -> list[Passage]:
+    return [piece for row in rows for piece in chunks(row)]
+
+
+def chunks(row: Passage) -> list[Passage]:
+    """A long passage in pieces of whole paragraphs, as many as a small encoder reads, under its title."""
+    groups: list[list[str]] = [[]]
+    for paragraph in filter(str.strip, paragraphs(row["text"])):
+        if groups[-1] and len(" ".join([*groups[-1], paragraph]).split()) > 60:  # words
+            groups.append([])
+        groups[-1].append(paragraph)
+    return [passage(row["title"], "\n\n".join(group)) for group in groups]
+
+
+def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, str]:
+    """(query, title, text): a name, a sentence or a span of words, against the rest of the passage."""
+    title, text = row["title"], row["text"]
+    words, found, kind = text.split(), sentences(text), rng.random()
+    if kind >= 0.7 and len(words) > 3:
+        n = int(rng.integers(3, min(11, len(words))))
+        start = int(rng.integers(len(words) - n + 1))
+        span, rest = words[start:start + n], words[:start] + words[start + n:]
+        return " ".join(span), title, " ".join(rest) if rng.random() < 0.5 else text
+    if kind >= 0.4 and len(found) > 1:
+        i = 0 if rng.random() < 0.5 else int(rng.integers(len(found)))
+        rest = found[:i] + found[i + 1:]
+        return found[i], title if rng.random() < 0.7 else "", " ".join(rest)
+    name = spoken(title)
+    query = name if rng.random() < 0.5 else " ".join(name.split()[-2:])
+    return query, title if rng.random() < 0.3 else "", text
+
+
+@functools.cache
+def source_texts(sources: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+    """What people write about code, of every Python file, each once; nothing is imported.
+
+    {"comment": (words, code), "function": (its name or docstring, its body), "docstring": (name, text)}
+    """
+    found: dict[str, dict[tuple[str, str], None]] = {"comment": {}, "function": {}, "docstring": {}}
+    for path in source_files(sources):
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (UnicodeDecodeError, OSError):
+            continue
+        for pair in comments(lines):
+            found["comment"][pair] = None
+        for kind, words, code in functions(lines):
+            found[kind][words, code] = None
+    return {kind: list(pairs) for kind, pairs in found.items()}
+
+
+def source_files(sources: Sequence[str]) -> Iterator[Path]:
+    for name in sources:
+        if name == "stdlib":
+            root = Path(sysconfig.get_paths()["stdlib"])
+        else:
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:                  # a package that is not here
+                continue
+            root = Path(spec.origin).parent
+        for path in sorted(root.rglob("*.py")):
+            if "site-packages" not in path.relative_to(root).parts:
+                yield path
+
+
+def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
+    """A block of comment lines with up to six lines of code below it."""
+    block: list[str] = []
+    for i, line in enumerate(lines):
+        if is_comment(line):
+            block.append(line.strip().lstrip("#! "))
+            continue
+        code = list(itertools.takewhile(is_code, lines[i:i + 6]))
+        words = " ".join(block)
+        if code and 3 <= len(re.findall(r"[a-z]{2,}", words)) <= 60:
+            yield words, " ".join(map(str.strip, code))[:400]
+        block = []
+
+
+def is_comment(line: str) -> bool:
+    return line.lstrip().startswith("#")
+
+
+def is_code(line: str) -> bool:
+    return line.strip() != "" and not is_comment(line)
+
+
+def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
+    """Of each function and class, read from its first lines, by the kinds of `source_texts`."""
+    for i, line in enumerate(lines):
+        start = re.match(r"\s*(async def|def|class) (\w+)", line)
+        if start is None:
+            continue
+        indent, name = len(line) - len(line.lstrip()), start[2]
+        body = "\n".join(itertools.takewhile(lambda row: is_inside(row, indent), lines[i + 1:i + 30]))
+        before, _, rest = body.partition('"""')
+        doc, _, code = rest.partition('"""')
+        if before.strip() not in ("", "r"):                          # a text further down, no docstring
+            doc, code = "", body
+        first = " ".join(paragraphs(doc.strip())[0].split())
+        if start[1] != "class":
+            yield "function", spoken(name).strip(), code
+            if len(first.split()) >= 4:
+                yield "function", first, code
+        if len(doc.split()) >= 4:
+            yield "docstring", name, inspect.cleandoc(doc)
+
+
+def is_inside(line: str, indent: int) -> bool:
+    return not line.strip() or len(line) - len(line.lstrip()) > indent
+
+
+class Callees:
+    """The passages of what a piece of code calls, as far as a name alone tells.
+
+    >>> Callees([passage("os.remove", ""), passage("builtins.str.split", "")]).of("os.remove(x.split()[0])")
+    [0, 1]
+    """
+
+    TYPES = ("str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray")
+
+    def __init__(self, corpus: Sequence[Passage]) -> None:
+        self.by_name: dict[str, int] = {}
+        self.by_last_part: dict[str, list[int]] = {}
+        for i, row in enumerate(corpus):
+            name = row["_id"].removeprefix("builtins.")
+            self.by_name[name] = i
+            self.by_last_part.setdefault(name.rpartition(".")[2], []).append(i)
+        self.modules = {name.partition(".")[0] for name in self.by_name} - set(self.TYPES)
+
+    def of(self, code: str) -> list[int]:
+        found: dict[int, None] = {}                                  # each once, in order
+        for call in re.findall(r"([A-Za-z_][\w.]*)\(", code):
+            found.update(dict.fromkeys(self.passages(call)))
+        return list(found)
+
+    def of_all(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[int]]]:
+        """(words, what the code calls), of code that calls one to six known things."""
+        called = [(words, self.of(code)) for words, code in pairs]
+        return [(words, numbers) for words, numbers in called if 0 < len(numbers) <= 6]
+
+    def passages(self, call: str) -> list[int]:
+        first, dot, _ = call.partition(".")
+        if call in self.by_name:
+            return [self.by_name[call]]
+        if not dot or first in self.modules:
+            return []
+        method = call.rpartition(".")[2]                             # of an object of unknown type
+        for kind in self.TYPES:
+            if f"{kind}.{method}" in self.by_name:
+                return [self.by_name[f"{kind}.{method}"]]
+        same = self.by_last_part.get(method, [])
+        return same if len(same) <= 2 else []

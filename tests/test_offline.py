@@ -1,0 +1,106 @@
+"""engine/offline.py: statistics in the place of a language model.   pytest tests/test_offline.py
+
+Invariants: query likelihood is the Dirichlet-smoothed sum of the docstring; relevance is the similarity that was
+given; generation follows from the seed, and a passage drawn twice gets another query.
+"""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+
+from engine import offline
+from engine.corpus import terms
+from engine.files import InputError
+from engine.offline import Offline
+
+TASKS = ["question answering", "search result", "fact checking", "sentence similarity"]
+CORPUS = [{"_id": name, "title": name, "text": text} for name, text in [
+    ("m.ceil", "Return the ceiling of x. This is the smallest integer."),
+    ("m.floor", "Return the floor of x. This is the largest integer."),
+    ("o.remove", "Remove a file. An error is raised for a directory."),
+    ("o.rmdir", "Remove a directory. The directory must be empty."),
+]]
+ARTICLE = {"_id": "7", "title": "Sleep and the heart: a cohort study", "text":
+           "BACKGROUND Sleep varies. CONCLUSIONS Taken together, our data show that short sleep (6 h) raises "
+           "blood pressure in the men of this cohort, whereas the women of the same cohort who slept "
+           "little had no higher blood pressure than those who slept long."}
+
+
+def likelihood_spec(llm, query, passage, corpus):
+    """sum over w of log (tf(w) + lam * tf(words that w paraphrases) + mu p(w | C)) / (|p| + mu), in loops."""
+    collection = [w for p in corpus for w in terms(f"{p['title']} {p['text']}")]
+    words = terms(f"{passage['title']} {passage['text']}")
+    total = 0.0
+    for w in terms(query):
+        tf = words.count(w) + llm.lam * sum(words.count(u) for u in llm.paraphrased.get(w, ()))
+        p_collection = (collection.count(w) + 0.5) / len(collection)
+        total += math.log((tf + llm.mu * p_collection) / (len(words) + llm.mu))
+    return total
+
+
+def test_query_likelihood_is_the_dirichlet_sum():
+    llm = Offline(CORPUS, None, TASKS)
+    for query in ("delete file", "smallest integer", "words that no passage has"):
+        for passage in CORPUS:
+            assert math.isclose(llm.query_likelihood([(query, passage)])[0],
+                                likelihood_spec(llm, query, passage, CORPUS))
+
+
+def test_a_paraphrase_finds_the_passage():
+    """"delete" is everyday for "remove"; without the thesaurus the passages of "remove" are no nearer."""
+    llm = Offline(CORPUS, None, TASKS)
+    assert "remove" in llm.paraphrased["delete"]
+    scores = llm.query_likelihood([("delete a file", p) for p in CORPUS])
+    assert scores.index(max(scores)) == 2
+    llm.paraphrased = {}                                             # negative control
+    without = llm.query_likelihood([("delete", p) for p in CORPUS])
+    assert max(without) - min(without) < 0.05 < scores[2] - min(scores)
+
+
+def test_an_empty_corpus_of_words_gives_equal_scores_and_no_division_by_zero():
+    """`mine` refuses scores that are all equal."""
+    llm = Offline([{"_id": "1", "title": "", "text": "!?"}], None, TASKS)
+    assert llm.query_likelihood([("?", {"_id": "1"})]) == [0.0]
+    assert math.isfinite(llm.query_likelihood([("tea", {"_id": "1"})])[0])
+
+
+def test_relevance_is_the_similarity_that_it_is_given():
+    asked = []
+
+    def similarity(queries, passages):
+        asked.append((queries, [p["_id"] for p in passages]))
+        return [0.5 + i for i in range(len(queries))]
+
+    pairs = [("q", CORPUS[0]), ("r", CORPUS[2])]
+    assert Offline(CORPUS, similarity, TASKS).relevance(pairs) == [0.5, 1.5]
+    assert asked == [(["q", "r"], ["m.ceil", "o.remove"])]
+    with pytest.raises(InputError, match="--model-dir"):
+        Offline(CORPUS, None, TASKS).relevance(pairs)
+
+
+def test_generation_is_seeded_and_varies():
+    drawn = CORPUS * 15
+    a, b, other = (Offline(CORPUS, None, TASKS, seed).generate(drawn) for seed in (0, 0, 1))
+    assert a == b != other
+    assert len(set(a)) > len(drawn) / 3, "a passage drawn again should get another query"
+    kinds = Counter(answer.split("\n")[0].removeprefix("Task: ") for answer in a)
+    assert set(kinds) == set(TASKS) and all("\nQuery: " in answer for answer in a)
+
+
+def test_queries_for_prose_state_what_the_article_does():
+    """Lead-ins, section names and brackets go, long sentences are cut, and no template for an API is used."""
+    queries = {offline.prose_query(ARTICLE, random.Random(n))[1] for n in range(60)}
+    assert "short sleep raises blood pressure in the men of this cohort" in queries
+    assert all(len(q.split()) <= 18 and "show that" not in q and "(" not in q for q in queries)
+    drawn = [offline.templated_query(ARTICLE, TASKS, random.Random(n)) for n in range(60)]
+    assert "python" not in " ".join(query for _, query in drawn)
+    assert all(offline.templated_query(CORPUS[0], TASKS, random.Random(n))[0] in TASKS for n in range(9))
+
+
+def test_everyday_words_come_from_the_thesaurus_with_probability_p():
+    entries = offline.thesaurus()
+    assert offline.everyday("append the argument", random.Random(0), 0.0) == "append the argument"
+    exchanged = offline.everyday("append the argument", random.Random(0), 1.0)
+    assert exchanged in {f"{a} the {b}" for a in entries["append"] for b in entries["argument"]}
