@@ -25,6 +25,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import llm
+from engine import files
+from engine.endpoint import Endpoint
+
 BOS = b"<s>"
 CHATTING = ("openai", "reasoning", "thinking", "stubborn", "llama-server")
 NAMES: list[bytes] = [BOS]  # token id -> bytes, as they are met
@@ -275,11 +279,44 @@ FAULTS = {
 }
 
 
+def passage(n: int, text: str = "") -> dict[str, str]:
+    words = "tea leaf water cup pot steam amber green black bitter mild sweet cold hot dried old".split()
+    rng = random.Random(n)
+    return {"_id": f"p{n}", "title": f"Tea {n}",
+            "text": text or " ".join(rng.choices(words, k=12)) + f" number {n}."}
+
+
+def pairs(count: int) -> list[tuple[str, str]]:
+    """(prefix, text) that a server scores."""
+    return [ql_prompt(f"query {i}", passage(i)) for i in range(count)]
+
+
+def ql_prompt(query: str, p: dict[str, str]) -> tuple[str, str]:
+    """The prompts of the page, by hand: what is scored is the query with the blank before it."""
+    return llm.P_QL.replace("{passage}", f"{p['title']} {p['text']}".strip()), f" {query}"
+
+
+def rc_prompt(query: str, p: dict[str, str]) -> str:
+    return llm.P_RC.replace("{query}", query).replace("{passage}", f"{p['title']} {p['text']}".strip())
+
+
+def endpoint(server: FakeServer, **options: Any) -> Endpoint:
+    return Endpoint(server.url, "tiny", llm.TRIALS, **{"threads": 8, "backoff": 0.001, "timeout": 5.0, **options})
+
+
+def echoing(server: FakeServer, **options: Any) -> Endpoint:
+    """An endpoint that need not be probed."""
+    e = endpoint(server, **options)
+    e.capabilities = {"log_likelihood": (("echo", {}), "")}
+    return e
+
+
+def language_model(server: FakeServer, score: str = "label", seed: int = 0, **options: Any) -> llm.LanguageModel:
+    return llm.LanguageModel(endpoint(server, **options), score, seed)
+
+
 def run_llm(argv: list[str]) -> None:
     """llm.py's command line in a process of its own, quietly; for the tests that kill it."""
-    import llm
-    from engine import files
-
     signal.signal(signal.SIGINT, signal.default_int_handler)         # a job in the background ignores it
     sys.argv, sys.stdout, sys.stderr = ["llm.py", *argv], open("/dev/null", "w"), open("/dev/null", "w")
     files.run(llm.main)

@@ -12,9 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_server import ql_prompt, rc_prompt
 
 import llm
-from llm import CallFailed, Endpoint, ql_prompt, rc_prompt
+from engine.endpoint import MODES, Endpoint
+from engine.transport import CallFailed
 
 pytest.importorskip("xllamacpp", reason="no llama-server: pip install xllamacpp")
 pytest.importorskip("gguf", reason="no way to write the model: pip install gguf")
@@ -53,18 +55,21 @@ def tok():
     return tiny_llama.tokenizer()
 
 
+def endpoint(url, model=""):
+    return Endpoint(url, model, llm.TRIALS)
+
+
 def test_probe_refuses_echo_and_finds_forced_decoding(server):
-    e = Endpoint(server)
-    llm.probe(e)
-    assert e.can["generate"][0] and e.can["ql"][0] == e.can["rc"][0] == ("forced", {})
+    e = endpoint(server)
+    assert e.can("complete") and e.require("log_likelihood") == ("forced", {})
     with pytest.raises(CallFailed, match="200 but did not score the prompt: 1 log-probs"):
-        Endpoint(server).echo([ql_prompt("what is tea", TEA)])
+        endpoint(server).echo([ql_prompt("what is tea", TEA)])
 
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_ql_is_what_the_weights_give(server, tok, query):
     """log p(query | passage) of the server and of the equations in numpy: within 0.2%."""
-    got = Endpoint(server).query_likelihood([(query, TEA), (query, BOOK)])
+    got = llm.LanguageModel(endpoint(server)).query_likelihood([(query, TEA), (query, BOOK)])
     each = [tiny_llama.reference(tok, *ql_prompt(query, p)) for p in (TEA, BOOK)]
     want = [sum(values) for values in each]
     assert got == pytest.approx(want, rel=0.002)
@@ -78,27 +83,26 @@ def test_rc_is_what_the_weights_give(server, tok):
     pairs = [("what is tea", TEA), ("what is tea", BOOK)]
     rows = [[sum(tiny_llama.reference(tok, rc_prompt(q, p), label)) for label in llm.LABELS]
             for q, p in pairs]
-    assert Endpoint(server).relevance(pairs) == pytest.approx([row[0] for row in rows], rel=0.002)
-    expected = Endpoint(server, score="expected").relevance(pairs)
-    assert expected == pytest.approx([llm.graded(row) for row in rows], abs=0.02)
+    got = llm.LanguageModel(endpoint(server)).relevance(pairs)
+    assert got == pytest.approx([row[0] for row in rows], rel=0.002)
+    expected = llm.LanguageModel(endpoint(server), "expected").relevance(pairs)
+    assert expected == pytest.approx([llm.expected_relevance(row) for row in rows], abs=0.02)
 
 
-@pytest.mark.parametrize("way", [llm.TOPS[0], *llm.TOPS[-2:]])
-def test_top_tokens_are_the_models(server, tok, way):
+@pytest.mark.parametrize("mode", [MODES["top_tokens"][0], *MODES["top_tokens"][-2:]])
+def test_top_tokens_are_the_models(server, tok, mode):
     """The first token's log-probs that RC falls back to, from chat and from completions."""
-    e, prompt = Endpoint(server, "tiny"), rc_prompt("what is tea", TEA)
-    top = e.server.call(*e.top(way, prompt), llm.top_tokens)
+    e, prompt = endpoint(server, "tiny"), rc_prompt("what is tea", TEA)
+    top = e.top(mode, prompt)
     row = tiny_llama.log_probs([1, *tok.encode(prompt).ids], tok.get_vocab_size())[-1]
-    assert len(top) == way[1].get("logprobs", 20)
+    assert len(top) == mode[1].get("logprobs", 20)
     assert [v for _, v in top] == pytest.approx(sorted(row, reverse=True)[:len(top)], abs=0.05)
 
 
-def test_generation_is_seeded_text(server):
-    """The answers are text, the same for the same seed; a passage drawn again is drawn anew."""
-    e, again = Endpoint(server), Endpoint(server)
-    prompt = llm.fill(llm.P_QG, passage=llm.as_text(TEA))
-    one, two, other = (x.server.call(*x.generation(("completions", {}), prompt, seed),
-                                     lambda answer: answer["choices"][0]["text"])
-                       for x, seed in ((e, 1), (again, 1), (e, 2)))
+def test_completions_are_seeded_texts(server):
+    """The answers are text, the same for the same seed; another seed gives another."""
+    e, prompt = endpoint(server), llm.TRIALS.prompt
+    e.capabilities["complete"] = ("completions", {}), ""
+    one, two, other = e.complete([prompt] * 3, [1, 1, 2])
     assert one == two != other and isinstance(one, str)
-    assert len(e.generate([TEA, BOOK])) == 2
+    assert len(llm.LanguageModel(endpoint(server)).generate([TEA, BOOK])) == 2

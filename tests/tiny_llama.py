@@ -191,19 +191,23 @@ def serve(path: str, port: int) -> None:
 def check(url: str) -> None:
     """Query likelihood and relevance of a server beside the equations in numpy."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    import llm
+    from fake_server import ql_prompt, rc_prompt
 
-    tok, e = tokenizer(), llm.Endpoint(url)
-    print(f"{'':10s} {'weights':>10s} {'server':>10s} {'apart':>8s}   ql by {llm.able(e, 'ql')[0]}")
+    import llm
+    from engine.endpoint import Endpoint
+
+    tok, e = tokenizer(), Endpoint(url, "", llm.TRIALS)
+    model = llm.LanguageModel(e)
+    print(f"{'':10s} {'weights':>10s} {'server':>10s} {'apart':>8s}   {e.describe('log_likelihood')}")
     for name, query in QUERIES.items():
         pairs = [(query, TEA), (query, BOOK)]
-        for p, got in zip((TEA, BOOK), e.query_likelihood(pairs), strict=True):
-            show(f"{name} {p['_id']}", sum(reference(tok, *llm.ql_prompt(query, p))), got)
+        for p, got in zip((TEA, BOOK), model.query_likelihood(pairs), strict=True):
+            show(f"{name} {p['_id']}", sum(reference(tok, *ql_prompt(query, p))), got)
     pairs = [(q, p) for q in QUERIES.values() for p in (TEA, BOOK)]
-    print(f"rc by {llm.able(e, 'rc')[0]}")
-    for (q, p), got in zip(pairs, e.relevance(pairs), strict=True):
+    print("rc")
+    for (q, p), got in zip(pairs, model.relevance(pairs), strict=True):
         name = next(k for k, v in QUERIES.items() if v == q)
-        show(f"{name} {p['_id']}", sum(reference(tok, llm.rc_prompt(q, p), llm.LABELS[0])), got)
+        show(f"{name} {p['_id']}", sum(reference(tok, rc_prompt(q, p), llm.LABELS[0])), got)
 
 
 def show(name: str, want: float, got: float | None) -> None:

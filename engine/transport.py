@@ -1,0 +1,271 @@
+"""Requests to one OpenAI-compatible server: kept connections, retries, a budget, and one pause for all threads.
+
+A call that failed for good is CallFailed, and the run goes on without it. What no other call can mend
+(a wrong key, a budget that is spent, no sound answer any more) is LLMError, and the run stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import random
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from engine.files import InputError, one_line
+
+MAX_TRIES = 6                 # of one request
+MAX_FAILED_IN_A_ROW = 20      # calls; then the run stops
+MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
+MAX_REPLY_BYTES = 1 << 26     # the log-probs of a whole vocabulary take a third of it
+
+
+class LLMError(InputError):
+    """The LLM cannot do what was asked, or a limit was met: the run stops."""
+
+
+class CallFailed(Exception):
+    """One call failed for good; the run goes on without it."""
+
+
+class RetryableError(Exception):
+    """One exchange failed in a way that may pass. `seconds`: how long the server asks to wait, or None."""
+
+    def __init__(self, reason: str, seconds: float | None) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+@dataclass
+class Usage:
+    """What a run has sent and was charged for, shared by its threads, and where it must stop."""
+
+    max_requests: int = 0                                            # 0: no limit
+    requests: int = 0                                                # sent, whatever came of them
+    prompt_tokens: int = 0                                           # as the server's `usage` counts them
+    completion_tokens: int = 0
+    failed: int = 0                                                  # calls, after all their tries
+    failed_in_a_row: int = 0
+    last_failure: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def admit(self) -> None:
+        """Count one request before it is sent."""
+        with self.lock:
+            if self.max_requests and self.requests >= self.max_requests:
+                raise LLMError(f"stopped at --max-requests {self.max_requests}: all answers so far are in the "
+                               "cache; the same command with a larger limit goes on from there")
+            self.requests += 1
+
+    def charge(self, answer: dict[str, Any]) -> None:
+        usage = answer.get("usage") or {"prompt_tokens": answer.get("tokens_evaluated"),
+                                        "completion_tokens": answer.get("tokens_predicted")}
+        with self.lock:
+            self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
+            self.completion_tokens += int(usage.get("completion_tokens") or 0)
+
+    def settle(self, failure: str = "") -> None:
+        """One call has ended; LLMError when too many in a row have failed."""
+        with self.lock:
+            if not failure:
+                self.failed_in_a_row = 0
+                return
+            self.failed += 1
+            self.failed_in_a_row += 1
+            self.last_failure = failure
+            if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+                raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {failure}")
+
+    def report(self) -> str:
+        sent = (f"sent {self.requests:,} requests: {self.prompt_tokens:,} prompt and "
+                f"{self.completion_tokens:,} completion tokens")
+        if self.failed:
+            return f"{sent}\n{self.failed:,} calls failed; the last: {self.last_failure}"
+        return sent
+
+
+class Server:
+    """One server: a kept-alive connection for each thread, retries, one pause for all threads."""
+
+    def __init__(self, url: str, threads: int, timeout: float, usage: Usage, backoff: float = 0.5) -> None:
+        self.address = server_address(url)
+        self.base = self.address.path.rstrip("/").removesuffix("/v1") + "/v1"
+        self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
+        self.threads, self.usage, self.backoff = threads, usage, backoff
+        self.timeout = min(timeout, 1e6)                             # no socket takes inf
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
+        self.headers = {"Content-Type": "application/json"}
+        if self.key:
+            self.headers["Authorization"] = f"Bearer {self.key}"
+        self.stopped = threading.Event()                             # set: nothing more is sent
+        self.resume_at = 0.0                                         # nor before this time
+        self.connections: dict[int, http.client.HTTPConnection] = {}  # by thread
+
+    def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        """work(item) for all items, `threads` at a time; after an exception nothing more is sent."""
+        self.stopped.clear()
+        turn = itertools.count()                                     # next(turn) is atomic
+
+        def worker() -> None:
+            try:
+                for i in turn:
+                    if i >= len(items) or self.stopped.is_set():
+                        break
+                    work(items[i])
+            except BaseException:
+                self.stopped.set()
+                raise
+            finally:
+                self.disconnect()
+
+        with ThreadPoolExecutor(max(1, min(self.threads, len(items)))) as pool:
+            futures = [pool.submit(worker) for _ in range(min(self.threads, len(items)))]
+            try:
+                wait(futures)
+            except KeyboardInterrupt:
+                self.stopped.set()
+                for connection in list(self.connections.values()):   # do not wait for slow answers
+                    with contextlib.suppress(OSError, AttributeError):
+                        connection.sock.shutdown(socket.SHUT_RDWR)
+                raise
+        for future in futures:
+            future.result()
+
+    def call(self, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any],
+             tries: int = 0) -> Any:
+        """read(reply), tried again while that may help; then CallFailed, or LLMError to stop the run."""
+        tries = tries or MAX_TRIES
+        for attempt in range(tries):
+            pause = min(self.backoff * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
+            try:
+                return read(self.exchange(path, body))
+            except LLMError:
+                raise
+            except CallFailed as error:                              # a reader's, which may quote the reply
+                raise CallFailed(self.quoted(str(error))) from error
+            except RetryableError as error:
+                reason = str(error)
+                if error.seconds is not None:                        # all threads wait
+                    if error.seconds > MAX_RETRY_AFTER:
+                        raise LLMError(f"{reason}; it asks to wait {error.seconds:.0f} s: run the same "
+                                       "command again later") from error
+                    self.resume_at = max(self.resume_at, time.monotonic() + error.seconds)
+                    pause = 0.0
+            except (OSError, http.client.HTTPException) as error:
+                reason = f"no answer ({type(error).__name__}: {error})"
+            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+                reason = f"a malformed reply ({type(error).__name__}: {error})"
+            if attempt + 1 < tries and self.stopped.wait(pause):
+                raise CallFailed("the run was stopped")
+        raise CallFailed(f"{self.quoted(reason)}, {tries} times")
+
+    def exchange(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """One request: the decoded reply, or an exception that says what its status means."""
+        while time.monotonic() < self.resume_at and not self.stopped.is_set():
+            self.stopped.wait(self.resume_at - time.monotonic())
+        if self.stopped.is_set():
+            raise CallFailed("the run was stopped")
+        self.usage.admit()
+        status, headers, data = self.send(path, json.dumps(body).encode() if body else None)
+        if status == 200:
+            answer = json.loads(data)
+            error = answer.get("error")
+            if not error:
+                self.usage.charge(answer)
+                return answer
+            code = error.get("code") if isinstance(error, dict) else None
+            status = code if isinstance(code, int) and code >= 400 else 500  # an error inside a 200
+        text = data.decode(errors="replace")
+        reason = f"HTTP {status}: {self.quoted(headers.get('location') or text)}"
+        # a redirection is not followed: the key is for the host that was named
+        if status in (401, 402, 403, 404) or 300 <= status < 400 or "insufficient_quota" in text:
+            raise LLMError(f"{reason}; mend the URL, the model's name, the key or the account")
+        if status in (408, 409, 429) or status >= 500 and "validation error" not in text:
+            raise RetryableError(reason, retry_after(headers))
+        raise CallFailed(reason)
+
+    def send(self, path: str, data: bytes | None) -> tuple[int, Any, bytes]:
+        """Status, headers and body; the connection is kept where nothing went wrong."""
+        deadline = time.monotonic() + self.timeout
+        keep = False
+        try:
+            connection = self.connections.get(threading.get_ident()) or self.connect()
+            connection.request("POST" if data else "GET", path, data, self.headers)
+            reply = connection.getresponse()
+            text = bytearray()
+            for part in iter(lambda: reply.read1(65536), b""):
+                text += part
+                if time.monotonic() > deadline:                      # though no single read was too slow
+                    raise TimeoutError("the reply came too slowly")
+                if len(text) > MAX_REPLY_BYTES:
+                    raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
+            if reply.length:
+                raise http.client.IncompleteRead(b"", reply.length)
+            reply.close()                                            # or the connection takes no other request
+            keep = not reply.will_close
+            return reply.status, reply.headers, bytes(text)
+        finally:
+            if not keep:
+                self.disconnect()
+
+    def connect(self) -> http.client.HTTPConnection:
+        """A new connection for this thread."""
+        secure = self.address.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        connection = kind(self.address.hostname or "", self.address.port, timeout=min(10.0, self.timeout))
+        connection.connect()
+        connection.sock.settimeout(self.timeout)
+        self.connections[threading.get_ident()] = connection
+        if self.stopped.is_set():                                    # too late for Ctrl-C to close it
+            raise CallFailed("the run was stopped")
+        return connection
+
+    def disconnect(self) -> None:
+        connection = self.connections.pop(threading.get_ident(), None)
+        if connection:
+            connection.close()
+
+    def quoted(self, text: str) -> str:
+        """A server's words for the screen; they may hold the key, terminal controls, and have no end."""
+        # subtle: the key goes before the cut, which could leave a part of it
+        return one_line(text.replace(self.key, "[key]") if self.key else text, 200)
+
+
+def server_address(url: str) -> SplitResult:
+    """The parts of a server's URL; InputError, without the URL, which may hold a key."""
+    try:
+        parts = urlsplit(url)
+        good = (parts.scheme in ("http", "https") and bool((parts.hostname or "").encode("idna"))
+                and parts.port != 0 and bool(re.fullmatch("[!-~]*", parts.path)))
+    except ValueError:                                               # a port or a host that can be none
+        good = False
+    if not good or parts.query or "@" in url:
+        raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in "
+                         "OPENAI_API_KEY and nowhere else")
+    return parts
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after` in seconds or a date."""
+    try:
+        if "retry-after-ms" in headers:
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        value = headers.get("retry-after", "")
+        if re.fullmatch(r"[\d.]+", value):
+            return float(value)
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None

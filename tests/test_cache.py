@@ -1,0 +1,98 @@
+"""engine/cache.py: what was answered is not asked again.   pytest tests/test_cache.py
+
+Invariants: an answer is the one that was given to this item, by this model, in this mode; each is written as it
+comes; a file that was torn at any byte is read as far as it is whole. test_llm.py kills the commands.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.cache import Cached
+
+
+class Fake:
+    """Strings by rule. `failing` items fail; `tells` says whether answers are handed over as they come."""
+
+    def __init__(self, name="fake", failing=(), tells=True):
+        self.name, self.failing, self.tells, self.asked = name, failing, tells, []
+
+    def keep(self, call, item, answer):
+        raise AssertionError("`Cached` puts its own here")
+
+    def identity(self, call):
+        return self.name
+
+    describe = identity
+
+    def can(self, call):
+        return True
+
+    def report(self):
+        return "sent nothing"
+
+    def complete(self, prompts, seeds):
+        return self.answers("complete", zip(prompts, seeds, strict=True), lambda item: f"{item[0]} {item[1]} é\n")
+
+    def log_likelihood(self, pairs):
+        return self.answers("log_likelihood", pairs, lambda pair: -float(len(pair[1])))
+
+    def top_tokens(self, prompts):
+        return self.answers("top_tokens", prompts, lambda prompt: [(prompt, -0.5)])
+
+    def answers(self, call, items, rule):
+        answers = []
+        for item in items:
+            self.asked.append((call, item))
+            answers.append(None if item in self.failing else rule(item))
+            if self.tells and answers[-1] is not None:
+                self.keep(call, item, answers[-1])
+        return answers
+
+
+PAIRS = [("b", " x"), ("a", " long"), ("b", " x"), ("a", " y")]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_each_item_is_asked_for_once_and_prompts_that_begin_alike_together(tells, tmp_path):
+    fake = Fake(tells=tells)
+    cached = Cached(fake, tmp_path / "c.jsonl")
+    assert cached.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, -2.0]
+    assert [item for _, item in fake.asked] == [("a", " long"), ("a", " y"), ("b", " x")]
+    assert cached.complete(["p", "p"], [1, 2]) == ["p 1 é\n", "p 2 é\n"]     # another seed, another answer
+    assert [list(map(tuple, top)) for top in cached.top_tokens(["p"])] == [[("p", -0.5)]]
+    again = Fake()
+    same = Cached(again, tmp_path / "c.jsonl")
+    assert same.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, -2.0] and same.complete(["p"], [2]) == ["p 2 é\n"]
+    assert not again.asked and same.report() == "4 answers from the cache; sent nothing"
+
+
+@pytest.mark.parametrize("other", ["another model", "fake"])
+def test_an_answer_of_another_model_is_no_answer(other, tmp_path):
+    """The positive control is the same model."""
+    Cached(Fake(), tmp_path / "c.jsonl").log_likelihood(PAIRS)
+    fake = Fake(other)
+    Cached(fake, tmp_path / "c.jsonl").log_likelihood(PAIRS)
+    assert bool(fake.asked) == (other != "fake")
+
+
+def test_a_failed_call_is_asked_again(tmp_path):
+    first = Cached(Fake(failing=[("a", " y")]), tmp_path / "c.jsonl")
+    assert first.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, None]
+    fake = Fake()
+    assert Cached(fake, tmp_path / "c.jsonl").log_likelihood(PAIRS)[3] == -2.0
+    assert fake.asked == [("log_likelihood", ("a", " y"))]
+
+
+def test_torn_and_foreign_lines_are_passed_over(tmp_path):
+    path = tmp_path / "c.jsonl"
+    Cached(Fake(), path).complete(["p", "p"], [1, 2])
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        fake = Fake()
+        assert Cached(fake, path).complete(["p", "p"], [1, 2]) == ["p 1 é\n", "p 2 é\n"]
+        assert len(fake.asked) == 2 - whole[:cut + 1].count(b"\n")
+        last = Fake()
+        Cached(last, path).complete(["p", "p"], [1, 2])
+        assert not last.asked
