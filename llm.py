@@ -481,7 +481,7 @@ TRIALS = Trials(
 
 def similarity(embedder: Gecko, known: dict[str, np.ndarray] | None = None) -> Similarity:
     """For `offline`: the cosine of each query with the passage beside it. known: passages' vectors by id."""
-    return functools.partial(cosines, embedder, known or {})
+    return functools.partial(cosines, embedder, {} if known is None else known)
 
 
 def cosines(embedder: Gecko, known: dict[str, np.ndarray], queries: Sequence[str],
@@ -671,6 +671,7 @@ def show_command(args: argparse.Namespace) -> None:
 
 
 # Old names, until all have moved on.
+ENGINE = Path(__file__).parent / "engine"
 TASKS, with_seed, endpoint, passages_of = FREQUENT_TASKS, ensure_seed, open_llm, known_passages
 
 

@@ -23,7 +23,7 @@ import gecko
 import llm
 import train
 from engine import corpus as corpus_module
-from engine import evaluate, files, offline
+from engine import evaluate, files, offline, show
 
 ROOT = Path(__file__).parent.parent
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
@@ -107,7 +107,7 @@ STAGES = {
     "convert": (data, "record", 3),
     "generate": (offline, "templated_query", 5),
     "mine": (llm, "relabel", 3),
-    "show": (llm, "in_order", 3),
+    "show": (show, "in_order", 3),
     "prefinetune": (train, "learning_rate", 2),
     "finetune": (train, "learning_rate", 2),
     "encode": (gecko, "truncate_dim", 0),

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from engine.files import InputError, run  # noqa: E402
 
-MODULES = ("gecko.py", "data.py", "llm.py", "train.py", "engine/search.py")
+MODULES = ("gecko.py", "data.py", "llm.py", "train.py", "engine/search.py", "engine/endpoint.py")
 BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "LICENSE", ".gitignore")
 NOT_COPIED = ("course", "__pycache__", "bench*")
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)

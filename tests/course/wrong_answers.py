@@ -35,16 +35,15 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
                                 "x+ must have x's label"),
     },
     4: {
-        "k = 60": ([("1 / r_ql + 1 / r_rc", "1 / (60 + r_ql) + 1 / (60 + r_rc)")], "smoothing constant"),
-        "ranks from the wrong end": ([("ranks(ql), ranks(rc)", "ranks([-x for x in ql]), ranks([-x for x in rc])")],
+        "k = 60": ([("1 / r", "1 / (60 + r)")], "smoothing constant"),
+        "ranks from the wrong end": ([("ranks(scores)", "ranks([-x for x in scores])")],
                                      "largest score has rank 1"),
-        "scores added": ([("1 / r_ql + 1 / r_rc", "r_ql + r_rc"), ("ranks(ql), ranks(rc)", "ql, rc")],
+        "scores added": ([("in enumerate(ranks(scores))", "in enumerate(scores)"), ("1 / r", "r")],
                          "scores are added"),
-        "1 / score": ([("ranks(ql), ranks(rc)", "ql, rc")], "not 1 / rank"),
-        "mean rank": ([("1 / r_ql + 1 / r_rc", "(r_ql + r_rc) / 2")], "mean ranks"),
-        "1 / mean rank": ([("1 / r_ql + 1 / r_rc", "2 / (r_ql + r_rc)")], "1 / the mean rank"),
-        "ties share a rank": ([("ranks(ql), ranks(rc)", "*([1 + sum(b > a for b in x) for a in x]\n"
-                                "                                            for x in (ql, rc))")],
+        "1 / score": ([("in enumerate(ranks(scores))", "in enumerate(scores)")], "not 1 / rank"),
+        "mean rank": ([("1 / r", "r / len(rankings)")], "mean ranks"),
+        "1 / mean rank": ([("+= 1 / r", "+= r"), ("return R", "return [2 / r for r in R]")], "1 / the mean rank"),
+        "ties share a rank": ([("ranks(scores)", "[1 + sum(b > a for b in scores) for a in scores]")],
                               "equal scores share a rank"),
     },
     5: {

@@ -17,6 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import llm  # noqa: E402
+from engine.cache import Cached  # noqa: E402
+from engine.endpoint import Endpoint  # noqa: E402
 
 
 async def serve(latency: float, port: Any) -> None:
@@ -52,11 +54,16 @@ def rss() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2 ** 20
 
 
-def calls(e: llm.Endpoint, first: int, count: int) -> None:
+def language_model(url: str, threads: int, cache: Path | None = None) -> llm.LanguageModel:
+    e = Endpoint(url, "tiny", llm.TRIALS, threads)
+    e.capabilities = {"log_likelihood": (("echo", {}), "")}
+    return llm.LanguageModel(Cached(e, cache) if cache else e)
+
+
+def calls(model: llm.LanguageModel, first: int, count: int) -> None:
     """QL for one query and `count` passages, each asked for the first time."""
-    e.can = {"ql": (("echo", {}), "")}
-    got = e.query_likelihood([("what is tea", {"title": "", "text": f"Tea number {n:09d} is a drink."})
-                              for n in range(first, first + count)])
+    got = model.query_likelihood([("what is tea", {"title": "", "text": f"Tea number {n:09d} is a drink."})
+                                  for n in range(first, first + count)])
     assert None not in got and len(got) == count
 
 
@@ -64,7 +71,7 @@ def throughput(url: str, latency: float, seconds: float = 4.0) -> list[tuple[int
     """(C, calls a second, the share of C / latency) for C threads."""
     out = []
     for C in (1, 8, 64):
-        e = llm.Endpoint(url, "tiny", C)
+        e = language_model(url, C)
         count = int(C * seconds / latency)
         start, cpu = time.perf_counter(), time.process_time()
         calls(e, 0, count)
@@ -77,7 +84,7 @@ def throughput(url: str, latency: float, seconds: float = 4.0) -> list[tuple[int
 
 def memory(url: str, total: int, cache: Path | None, block: int = 5120) -> list[float]:
     """MiB in memory after each block, as `mine` works through its queries."""
-    e, out = llm.Endpoint(url, "tiny", 16, cache=cache), []
+    e, out = language_model(url, 16, cache), []
     start = time.perf_counter()
     for a in range(0, total, block):
         calls(e, a, min(block, total - a))
