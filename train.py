@@ -53,8 +53,8 @@ from data import (
     read_records,
 )
 from engine.evaluate import (
-    BM25,
     Beir,
+    bm25_rankings,
     encode_beir,
     means,
     ndcg,
@@ -599,7 +599,7 @@ def ladder(out: Path, corpus: list[dict[str, str]], judge: Offline,
           "[95 % interval of the gain over the rung above, paired bootstrap]")
     for name, model in rungs.items():
         found = {str(dim): rankings(test, *encode_beir(model, test, "question answering", dim))
-                 for dim in (d, short)} if model else {str(d): BM25(corpus).rankings(test)}
+                 for dim in (d, short)} if model else {str(d): bm25_rankings(test)}
         scores = {dim: retrieval_scores(ids, test) for dim, ids in found.items()}
         here = scores[str(d)]["ndcg@10"]
         low, high = paired_bootstrap(above or here, here)

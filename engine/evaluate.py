@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.corpus import terms
-from engine.files import InputError, beir_file, read_jsonl, read_passages
+from engine.files import InputError, beir_file, first_line, read_jsonl, read_passages
 from engine.search import topk
 
 # Q queries, P passages, d the dimension of their vectors, whose rows have length 1.
@@ -68,6 +68,8 @@ def spearman_terms(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
 
 def standard_ranks(values: Sequence[float]) -> np.ndarray:
     """Ranks with mean 0 and variance 1."""
+    if not np.isfinite(values).all() or min(values) == max(values):
+        raise InputError(f"{len(values)} values that are all equal, or not numbers, have no rank correlation")
     _, number, count = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
     ranks = (np.cumsum(count) - (count - 1) / 2)[number]             # (n)
     return (ranks - ranks.mean()) / ranks.std()
@@ -100,116 +102,116 @@ def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
 
 
 # --------------------------------------------------------------------------------------------------
-# Retrieval on a BEIR folder
+# Retrieval: a set, and what is found in it
 
 
 @dataclass
 class Beir:
-    """A retrieval set: passages, the queries that were judged, {query id: {passage id: grade above 0}}."""
+    """A retrieval set. Equal scores keep the order of `corpus`."""
 
     corpus: list[dict[str, str]]
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, int]]
+    queries: dict[str, str]                 # those that were judged
+    qrels: dict[str, dict[str, int]]        # {query id: {passage id: grade above 0}}
 
 
 def read_beir(folder: str | Path, split: str = "test") -> Beir:
-    """BEIR's layout: corpus.jsonl, queries.jsonl (either may be .gz), qrels/SPLIT.tsv."""
+    """BEIR's layout: corpus.jsonl, queries.jsonl (either may be .gz), qrels/SPLIT.tsv.
+
+    The corpus is sorted by id, descending: trec_eval's order of equal scores. A passage without title and
+    text cannot be found.
+    """
     path = Path(folder) / f"qrels/{split}.tsv"
-    corpus = read_passages(beir_file(folder, "corpus.jsonl"))
+    passages = read_passages(beir_file(folder, "corpus.jsonl"))
+    queries = read_queries(beir_file(folder, "queries.jsonl"))
     qrels = read_qrels(path)
-    texts = read_queries(beir_file(folder, "queries.jsonl"))
-    for query in qrels:
-        if query not in texts:
-            raise InputError(f"{path}: query {query} is not in queries.jsonl; write its text there")
-    ids = {p["_id"] for p in corpus}
-    judged = list(dict.fromkeys(itertools.chain.from_iterable(qrels.values())))
-    missing = [passage for passage in judged if passage not in ids]
+    nameless = sorted(set(qrels) - set(queries))
+    if nameless:
+        raise InputError(f"{path}: query {nameless[0]} is not in queries.jsonl; write its text there")
+    judged = set(itertools.chain.from_iterable(qrels.values()))
+    missing = sorted(judged - {p["_id"] for p in passages})
     if missing:
         what = f"{len(missing)} of {len(judged)} judged passages are not in corpus.jsonl, first: {missing[0]}"
         if len(missing) == len(judged):
             raise InputError(f"{path}: {what}; take corpus and judgements of one release")
         tqdm.write(f"{path}: {what}; they count as not found", file=sys.stderr)
-    return Beir(corpus, {query: texts[query] for query in texts if query in qrels}, qrels)
+    corpus = [p for p in passages if p["title"].strip() or p["text"].strip()]
+    corpus.sort(key=lambda p: p["_id"], reverse=True)
+    return Beir(corpus, {query: text for query, text in queries.items() if query in qrels}, qrels)
 
 
 def read_queries(path: Path) -> dict[str, str]:
     """BEIR's queries.jsonl: {id: text}."""
-    texts: dict[str, str] = {}
+    queries: dict[str, str] = {}
     for where, row in read_jsonl(path):
         key, text = str(row.get("_id")), row.get("text")
         if not isinstance(text, str) or not text.strip():
             raise InputError(f'{where}: no "text"; every query needs one')
-        if texts.setdefault(key, text) != text:
+        if queries.setdefault(key, text) != text:
             raise InputError(f'{where}: "_id" {key!r} has another text in a line above; make it unique')
-    return texts
+    return queries
 
 
-GRADE = re.compile(r"[+-]?[0-9]+(\.0*)?")          # 1.0 is a whole number, 0.5 is not
-ITERATION = re.compile(r"[0-9.]+|Q0")                 # TREC's second column
-# the first and last column of a header, without case and punctuation
-QUERY_NAMES = {"query", "queryid", "qid", "topic", "topicid"}
-GRADE_NAMES = {"score", "grade", "label", "rel", "relevance", "judgement", "judgment"}
+HEADER = re.compile(r"(query|qid|topic).*(score|grade|label|rel|relevance|judge?ment)", re.IGNORECASE)
+GRADE = r"([+-]?[0-9]+)(?:\.0*)?"                                    # 1.0 is a whole number
+BEIR_LINE = re.compile(rf"([^\t]+)\t([^\t]+)\t{GRADE}")
+TREC_LINE = re.compile(rf"(\S+)\s+(?:(?:[0-9.]+|Q0)\s+)?(\S+)\s+{GRADE}")   # its second column has no meaning
 
 
 def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """Relevance judgements: {query id: {passage id: grade above 0}}.
+    """Relevance judgements, {query id: {passage id: grade above 0}}: BEIR's three columns or TREC's four.
 
-    Three columns are BEIR's (query, passage, grade), four are TREC's (query, 0, passage, grade), with tabs or
-    blanks between. A query whose grades are all 0 stays, with none: trec_eval counts it as 0 in a mean.
+    A query whose grades are all 0 stays, with none: trec_eval counts it as 0 in a mean.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; a BEIR folder has qrels/test.tsv")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); write or copy it again") from error
-    judged: dict[str, dict[str, int]] = {}
-    width = 0
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {first_line(error)}; want qrels/SPLIT.tsv, UTF-8 text") from error
+    qrels: dict[str, dict[str, int]] = {}
+    grades: dict[tuple[str, str], int] = {}
+    form = None                                                      # that of the first line holds for all
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or number == 1 and HEADER.fullmatch(line):
             continue
-        columns = [column.strip() for column in line.split("\t" if "\t" in line else None)]
-        width = width or len(columns)
-        if number == 1 and is_header(columns):
-            continue
-        if len(columns) != width or not is_judgement(columns):
-            raise InputError(f"{path}:{number}: want query, passage, grade (BEIR) or query, 0, passage, grade "
-                             "(TREC) in all lines, each grade a whole number")
-        query, passage, grade = columns[0], columns[-2], int(float(columns[-1]))
-        if judged.setdefault(query, {}).setdefault(passage, grade) != grade:
-            raise InputError(f"{path}:{number}: query {query} and passage {passage} have another grade in a "
-                             "line above; keep one of the two")
-    qrels = {}
-    for query, grades in judged.items():
-        qrels[query] = {passage: grade for passage, grade in grades.items() if grade > 0}
+        form = form or (BEIR_LINE if BEIR_LINE.fullmatch(line) else TREC_LINE)
+        columns = form.fullmatch(line)
+        if not columns:
+            raise InputError(f"{path}:{number}: want query, passage, grade (BEIR, with tabs) or query, 0, passage, "
+                             "grade (TREC), the same in all lines, each grade a whole number")
+        query, passage, grade = columns[1], columns[2], int(columns[3])
+        if grades.setdefault((query, passage), grade) != grade:
+            raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")
+        relevant = qrels.setdefault(query, {})
+        if grade > 0:
+            relevant[passage] = grade
     if not any(qrels.values()):
         raise InputError(f"{path}: no relevant passage; nothing to evaluate")
     return qrels
 
 
-def is_judgement(columns: Sequence[str]) -> bool:
-    if not all(columns) or not GRADE.fullmatch(columns[-1]):
-        return False
-    return len(columns) == 3 or len(columns) == 4 and ITERATION.fullmatch(columns[1]) is not None
-
-
-def is_header(columns: Sequence[str]) -> bool:
-    """Its first column is named as a query's id, its last as a grade, which no number is."""
-    first, last = (re.sub("[^a-z]", "", column.lower()) for column in (columns[0], columns[-1]))
-    return first in QUERY_NAMES and last in GRADE_NAMES
-
-
 def encode_beir(model: Any, beir: Beir, task: str, dim: int | None = None, symmetric: bool = False,
                 precision: str = "float32", progress: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors of the queries (Q, dim) and of the passages (P, dim)."""
-    texts = [p["text"] for p in beir.corpus]
+    """Unit vectors of the queries (Q, dim) and of the passages (P, dim); `symmetric`: formatted as inputs too.
+
+    `progress`: the name of a bar, under which texts that are cut are counted.
+    """
     titles = [p["title"] for p in beir.corpus]
-    if symmetric:                                                    # passages are formatted as inputs
+    texts = [p["text"] for p in beir.corpus]
+    if symmetric:
         inputs = [f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)]
         P = model.encode_queries(inputs, task, dim=dim, precision=precision, progress=progress)
     else:
         P = model.encode_passages(texts, titles, dim=dim, precision=precision, progress=progress)
-    return model.encode_queries(list(beir.queries.values()), task, dim=dim, precision=precision), P
+    if progress:
+        say_truncated(model, len(P), "passages")
+    q = model.encode_queries(list(beir.queries.values()), task, dim=dim, precision=precision)
+    if progress:
+        say_truncated(model, len(q), "queries")
+    return q, P
+
+
+def say_truncated(model: Any, count: int, what: str) -> None:
+    if model.cut:
+        tqdm.write(f"{model.cut} of {count} {what} are cut at {model.max_length} tokens", file=sys.stderr)
 
 
 def rankings(
@@ -218,24 +220,18 @@ def rankings(
     P: np.ndarray,  # (P, d) vectors of beir.corpus
 ) -> dict[str, list[str]]:
     """The first 100 passages of each query by cosine: ids, best first."""
-    _, nearest = topk(q, P, min(101, len(P)))                        # (Q, 101) one may be left out
+    _, nearest = topk(q, P, min(101, len(P)))                        # (Q, 101)
     return {query: first_100(beir, query, row) for query, row in zip(beir.queries, nearest, strict=True)}
 
 
-def first_100(beir: Beir, query: str, order: Iterable[int]) -> list[str]:
+def first_100(beir: Beir, query: str, order: np.ndarray) -> list[str]:
     """Ids of the first 100 passages of an order, without the one that has the query's own id, as BEIR does.
 
     Queries of ArguAna and Quora stand in their corpus. A passage that is judged stays: there two
     numberings met by chance.
     """
-    ids: list[str] = []
-    for i in order:
-        passage = beir.corpus[i]["_id"]
-        if passage != query or passage in beir.qrels[query]:
-            ids.append(passage)
-        if len(ids) == 100:
-            break
-    return ids
+    ids = [beir.corpus[i]["_id"] for i in order[:101]]
+    return [i for i in ids if i != query or i in beir.qrels[query]][:100]
 
 
 def retrieval_scores(ranked: dict[str, list[str]], beir: Beir) -> dict[str, list[float]]:
@@ -256,62 +252,59 @@ class BM25:
 
     def __init__(self, corpus: Sequence[dict[str, str]], k1: float = 1.2, b: float = 0.75) -> None:
         counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
-        length = np.array([sum(count.values()) for count in counts])  # (P)
-        norm = k1 * (1 - b + b * length / length.mean())             # (P)
-        postings: dict[str, list[tuple[int, float]]] = {}            # term -> its passages, each with a weight
-        for i, count in enumerate(counts):
+        length = np.array([count.total() for count in counts])       # (P)
+        self.k1, self.norm = k1, k1 * (1 - b + b * length / length.mean())
+        rows: dict[str, list[tuple[int, int]]] = {}                  # term -> passages and how often each has it
+        for passage, count in enumerate(counts):
             for term, tf in count.items():
-                postings.setdefault(term, []).append((i, tf * (k1 + 1) / (tf + norm[i])))
-        self.size = len(corpus)
-        self.postings = {}
-        for term, pairs in postings.items():
-            passages, weights = map(np.array, zip(*pairs, strict=True))
-            idf = math.log(1 + (self.size - len(passages) + 0.5) / (len(passages) + 0.5))
-            self.postings[term] = passages, weights * idf
+                rows.setdefault(term, []).append((passage, tf))
+        self.postings = {term: np.array(pairs).T for term, pairs in rows.items()}    # each (2, n)
 
     def scores(self, query: str) -> np.ndarray:
         """One score a passage, (P)."""
-        scores = np.zeros(self.size)
+        scores = np.zeros(len(self.norm))
         for term in terms(query):
             if term in self.postings:
-                passages, weights = self.postings[term]
-                scores[passages] += weights
+                passages, tf = self.postings[term]                   # (n) twice
+                idf = math.log(1 + (len(scores) - len(tf) + 0.5) / (len(tf) + 0.5))
+                scores[passages] += tf * (self.k1 + 1) / (tf + self.norm[passages]) * idf
         return scores
 
-    def rankings(self, beir: Beir) -> dict[str, list[str]]:
-        """The first 100 passages of each query, by id, best first."""
-        ranked = {}
-        for query, text in beir.queries.items():
-            order = np.argsort(-self.scores(text), kind="stable")    # (P)
-            ranked[query] = first_100(beir, query, order)
-        return ranked
+
+def bm25_rankings(beir: Beir) -> dict[str, list[str]]:
+    """The first 100 passages of each query by BM25. One that has none of the query's terms is not found."""
+    bm25, ranked = BM25(beir.corpus), {}
+    for query, text in beir.queries.items():
+        scores = bm25.scores(text)                                   # (P)
+        order = np.argsort(-scores, kind="stable")
+        ranked[query] = first_100(beir, query, order[scores[order] > 0])
+    return ranked
 
 
 # --------------------------------------------------------------------------------------------------
 # Similarity of sentences
 
 
-def read_sts(path: str | Path) -> tuple[list[str], list[str], list[float]]:
-    """First sentences, second sentences and human scores of JSONL rows sentence1, sentence2, score."""
-    first, second, scores = [], [], []
+def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
+    """Pairs of sentences, each with its human score, of JSONL rows sentence1, sentence2, score."""
+    pairs: list[tuple[str, str, float]] = []
     for where, row in read_jsonl(path):
-        a, b, score = (row.get(key) for key in ("sentence1", "sentence2", "score"))
-        if not isinstance(a, str) or not isinstance(b, str) or not a.strip() or not b.strip():
+        sentences = [row.get("sentence1"), row.get("sentence2")]
+        if not all(isinstance(sentence, str) and sentence.strip() for sentence in sentences):
             raise InputError(f"{where}: want sentence1 and sentence2, two texts that are not empty")
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        score: Any = row.get("score")
+        if type(score) not in (int, float) or not math.isfinite(score):  # a bool is no score
             raise InputError(f"{where}: score is {score!r}; want a finite number")
-        first.append(a)
-        second.append(b)
-        scores.append(float(score))
-    if min(scores) == max(scores):
-        raise InputError(f"{path}: all scores are {scores[0]}; a rank correlation needs two that differ")
-    return first, second, scores
+        pairs.append((row["sentence1"], row["sentence2"], float(score)))
+    if len({score for _, _, score in pairs}) == 1:
+        raise InputError(f"{path}: all scores are {pairs[0][2]}; a rank correlation needs two that differ")
+    return pairs
 
 
 def sts_terms(model: Any, path: str | Path, dim: int | None = None,
               task: str = "semantic similarity") -> np.ndarray:
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
-    first, second, scores = read_sts(path)
+    first, second, scores = zip(*read_sts(path), strict=True)
     x = model.encode_queries(first, task, dim=dim)                   # (pairs, dim)
     y = model.encode_queries(second, task, dim=dim)                  # (pairs, dim)
     return spearman_terms((x * y).sum(1), scores)

@@ -130,7 +130,7 @@ def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> evalu
 def measure(models: dict[str, Gecko], beir: evaluate.Beir, ranker: fret.Offline) -> dict[str, Any]:
     """nDCG@10 and recall@100 of each, with the 95 % interval of the gain over the first of the models."""
     by_id = {p["_id"]: p for p in beir.corpus}
-    ranked: dict[str, dict[str, list[str]]] = {"BM25": evaluate.BM25(beir.corpus).rankings(beir)}
+    ranked: dict[str, dict[str, list[str]]] = {"BM25": evaluate.bm25_rankings(beir)}
     for name, model in models.items():
         ranked[name] = evaluate.rankings(beir, *evaluate.encode_beir(model, beir, TASK))
         if len(ranked) == 2:                                         # the teacher: its top 100, ranked again

@@ -26,7 +26,7 @@ import data  # noqa: E402
 import llm  # noqa: E402
 import train  # noqa: E402
 from engine import evaluate, runs  # noqa: E402
-from engine.files import file_beside  # noqa: E402
+from engine.files import beir_file, file_beside, read_passages  # noqa: E402
 from engine.pairs import chunks, title_body_pair  # noqa: E402
 from engine.search import topk  # noqa: E402
 from gecko import load  # noqa: E402
@@ -49,10 +49,11 @@ def study_set(folder, questions, passages):
     some(known, questions)
     some(test, 500)
     gold = {p for beir in (known, test) for judged in beir.qrels.values() for p in judged}
-    others = [p["_id"] for p in known.corpus if p["_id"] not in gold]
+    corpus = read_passages(beir_file(folder, "corpus.jsonl"))
+    others = [p["_id"] for p in corpus if p["_id"] not in gold]
     more = rng.permutation(len(others))[:max(0, passages - len(gold))]
     kept = gold | {others[i] for i in more}
-    known.corpus = test.corpus = [p for p in known.corpus if p["_id"] in kept]
+    known.corpus = test.corpus = [p for p in corpus if p["_id"] in kept]
     return known, test
 
 
