@@ -4,7 +4,7 @@
     python tests/course/make_course.py DIR 1 4 7      these alone; the others stay solved
 
 One source: a body stands between `# EXERCISE n (about k lines)` and `# END EXERCISE`; signature,
-docstring and shapes stay. What is graded by `python -m pytest -m exN` is marked so in the ordinary tests.
+docstring and shapes stay. The tests that grade exercise n are those of the ordinary tests that are marked exn.
 Notes for the instructor are in tests/course/COURSE.md.
 """
 
@@ -23,17 +23,23 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from engine.files import InputError, run  # noqa: E402
 
-MODULES = ("gecko.py", "data.py", "llm.py", "train.py", "engine/search.py", "engine/endpoint.py")
 BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "LICENSE", ".gitignore")
 NOT_COPIED = ("course", "__pycache__", "bench*")
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
 
 
 @functools.cache
+def modules() -> list[str]:
+    """The files that hold exercises: pages and engine files."""
+    return [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")])
+            if BODY.search(path.read_text(encoding="utf-8"))]
+
+
+@functools.cache
 def exercises() -> dict[int, tuple[str, str, str, str]]:
     """{n: (module, function, about how many lines, the first sentence of its docstring)}."""
     found = {}
-    for module in MODULES:
+    for module in modules():
         text = (ROOT / module).read_text(encoding="utf-8")
         functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
         for match in BODY.finditer(text):
@@ -45,6 +51,20 @@ def exercises() -> dict[int, tuple[str, str, str, str]]:
     return dict(sorted(found.items()))
 
 
+@functools.cache
+def graders() -> dict[int, str]:
+    """{n: the test file that grades it}."""
+    found = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for n in re.findall(r"^@pytest\.mark\.ex(\d+)$", path.read_text(encoding="utf-8"), re.M):
+            found[int(n)] = f"tests/{path.name}"
+    return found
+
+
+def command(n: int) -> str:
+    return f"python -m pytest {graders()[n]} -m ex{n}"
+
+
 def stripped(text: str, numbers: set[int]) -> str:
     """A module's text without the bodies of these exercises."""
     known = exercises()
@@ -54,7 +74,7 @@ def stripped(text: str, numbers: set[int]) -> str:
         if n not in numbers:
             return match[0]
         said = known[n][3].rstrip(".")
-        message = f"exercise {n} is not written yet: {said}. Grade it with: python -m pytest -m ex{n}"
+        message = f"exercise {n} is not written yet: {said}. Grade it with: {command(n)}"
         pieces = textwrap.wrap(message, 90, drop_whitespace=False)
         text = "\n".join(f"{match[1]}    {piece!r}" for piece in pieces)
         return f"{match[1]}# EXERCISE {n} ({match[3]})\n{match[1]}raise NotImplementedError(\n" \
@@ -73,7 +93,7 @@ def make(folder: Path, numbers: set[int]) -> None:
     for path in sorted({path for pattern in BESIDE for path in ROOT.glob(pattern)}):
         shutil.copyfile(path, folder / path.name)
     shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns(*NOT_COPIED))
-    for module in MODULES:
+    for module in modules():
         text = (ROOT / module).read_text(encoding="utf-8")
         (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns(*NOT_COPIED))
@@ -88,8 +108,8 @@ def main() -> None:
     make(args.folder, numbers)
     for n in sorted(numbers):
         module, function, lines, _ = exercises()[n]
-        print(f"  {n:2}  {module[:-3]}.{function:24} {lines:15} python -m pytest -m ex{n}")
-    print(f"wrote {args.folder}\nnext: cd {args.folder} && python -m pytest -m ex{min(numbers)}")
+        print(f"  {n:2}  {Path(module).stem + '.' + function:32} {lines:15} {command(n)}")
+    print(f"wrote {args.folder}\nnext: cd {args.folder} && {command(min(numbers))}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,7 @@ from wrong_answers import WRONG
 
 ROOT = make_course.ROOT
 EXERCISES = make_course.exercises()
-TESTS = {path.stem: path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path.stem != "test_course"}
-GRADERS = {n: [name for name, text in TESTS.items() if f"@pytest.mark.ex{n}\n" in text] for n in EXERCISES}
+GRADERS = make_course.graders()
 
 
 class Results:
@@ -78,7 +77,7 @@ def grade(n, mistake):
                                      make_course.stripped(before, {n}))
     results, numbers = Results(), [n] if mistake else EXERCISES
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        files = sorted({f"tests/{name}.py" for k in numbers for name in GRADERS[k]})
+        files = sorted({GRADERS[k] for k in numbers})
         pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", "-m",
                      " or ".join(f"ex{k}" for k in numbers), *files], plugins=[results])
     shutil.rmtree((FOLDER / module).parent / "__pycache__", ignore_errors=True)   # its next text may be as long
@@ -128,7 +127,7 @@ def test_solutions_pass(found):
 def test_without_a_body_exactly_its_tests_fail(n, found):
     assert {name for name, (_, said) in found.items() if said} == {
         name for name, (marks, _) in found.items() if n in marks}
-    assert all("NotImplementedError" in said and f"pytest -m ex{n}" in said
+    assert all("NotImplementedError" in said and make_course.command(n) in said
                for marks, said in found.values() if n in marks)
 
 
@@ -140,7 +139,7 @@ def test_a_wrong_answer_is_caught_and_explained(n, mistake, found):
 
 
 def test_the_stated_number_of_lines_is_about_right():
-    for module in make_course.MODULES:
+    for module in make_course.modules():
         for _, n, about, body in make_course.BODY.findall((ROOT / module).read_text()):
             lines = [line for line in body.splitlines() if line.strip() and not line.strip().startswith("#")]
             assert abs(len(lines) - int(about.split()[1])) <= 2, f"exercise {n} has {len(lines)} lines"
