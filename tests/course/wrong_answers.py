@@ -100,10 +100,10 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "the wrong rows of the gradient": ([("g[place[parts[n]]]", "g[:len(parts[n])]")], "not its own"),
     },
     10: {
-        "no proof": ([("for some in (~proven).nonzero().split(64)", "for some in ()")], "taken without proof"),
-        "a tie is proof": ([("scores[:, -1] > proof", "scores[:, -1] >= proof")], "above the proof, not at it"),
-        "never proven": ([("scores[:, -1] > proof", "scores[:, -1] > proof + 1e9")], "for nothing"),
-        "the first block of queries alone": ([("range(0, Q, rows)", "range(0, min(Q, rows), rows)")],
-                                             "it must be (1100, 3)"),
+        "no proof": ([("for rows in torch.where(~sure)[0].split(64)", "for rows in ()")], "taken without proof"),
+        "a tie is proof": ([("best[:, -1] > proof", "best[:, -1] >= proof")], "above the proof, not at it"),
+        "never proven": ([("best[:, -1] > proof", "best[:, -1] > proof + 1e9")], "for nothing"),
+        "the first block of queries alone": ([("range(0, Q, ROWS)", "range(0, min(Q, ROWS), ROWS)")],
+                                             "every block of queries"),
     },
 }
