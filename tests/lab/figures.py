@@ -72,7 +72,7 @@ def method(path):
 
     axes.text(1.6, 4.32, "2  The same LLM ranks the query's N nearest passages twice; the ranks are fused",
               fontsize=10, weight="bold")
-    box(axes, 0, 1.95, 2.1, 1.1, "first embedder:\ntop N of $q$ in $C$", MODEL)
+    box(axes, 0, 1.95, 2.1, 1.1, "initial retriever:\ntop N of $q$ in $C$", MODEL)
     axes.plot([7.4, 7.4, 1.05], [5.1, 4.8, 4.8], color=INK, linewidth=1.1)
     arrow(axes, (1.05, 4.8), (1.05, 3.05))
     for i, name in enumerate(names):
