@@ -212,20 +212,3 @@ def test_another_input_does_not_resume(encoded):
         for path, at in key.items():
             os.utime(path, ns=(at, at))
     assert (encoded / "other.npy").read_bytes() != (encoded / "whole.npy").read_bytes()
-
-
-@pytest.mark.parametrize("scale", [1, 300, -300])
-def test_softmax_times_is_the_softmax_at_any_size_of_its_scores(scale):
-    """Scores that leave the range of an exponential take the other way; values as float64's, to bfloat16."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(6, 5, 4, generator=generator).bfloat16() for _ in range(3))
-    q[..., 0], k[..., 0] = scale, 1                                  # adds the scale to every score
-    s = (q @ k.transpose(1, 2)).double()
-    got = packed.softmax_times(q, k, v, torch.empty(6, 5, 5, dtype=torch.bfloat16))
-    torch.testing.assert_close(got.double(), s.softmax(-1) @ v.double(), atol=0.02, rtol=0.02)
-
-
-def test_a_torch_that_knows_no_amx_still_encodes(model, monkeypatch):
-    """As has_bfloat16 does with an instruction that an older torch cannot ask for."""
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    assert np.isfinite(model.encode(["word1 " * 100], precision="bf16")).all()
