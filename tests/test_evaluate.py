@@ -95,7 +95,7 @@ def test_spearman_shares_ranks_of_equal_values():
     assert math.isclose(evaluate.spearman_terms(x, y).mean(), -1)
     assert math.isclose(evaluate.spearman_terms([1, 2, 2, 4], [1, 3, 2, 4]).mean(), 4.5 / math.sqrt(4.5 * 5))
     for no_order in ([1, 1, 1, 1], [1, 2, 3, math.nan]):
-        with pytest.raises(files.InputError, match="4 values that are all equal, or not numbers"):
+        with pytest.raises(files.InputError, match="4 values that are all equal, or no numbers"):
             evaluate.spearman_terms(no_order, x)
 
 
@@ -208,7 +208,7 @@ def test_judged_passages_that_the_corpus_has_not_are_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("queries, message", [
-    ([{"_id": "1", "text": "a cat"}, {"_id": 1, "text": "a dog"}], "jsonl:2: \"_id\" '1' has another text"),
+    ([{"_id": "1", "text": "a cat"}, {"_id": 1, "text": "a dog"}], "jsonl:2: \"_id\" '1' has another text above"),
     ([{"_id": "1", "text": " "}], "queries.jsonl:1: no \"text\""),
     ([{"_id": "2", "text": "a cat"}], "query 1 is not in queries.jsonl")])
 def test_queries_that_are_not_one_text_each_are_refused(queries, message, tmp_path):
@@ -299,7 +299,7 @@ def test_the_command_says_what_is_cut_and_what_is_missing(model, tmp_path, monke
     rows = [{"_id": f"p{i}", "title": "", "text": word * (1 if i else 60)} for i, word in enumerate(WORDS)]
     command(model, monkeypatch, "--beir", beir_folder(tmp_path, rows, qrels="q0\tp0\t1\nq1\tgone\t1\n"))
     said = capsys.readouterr()
-    assert "1 of 10 passages are cut at 64 tokens" in said.err and "queries are cut" not in said.err
+    assert "1 of 12 texts are cut at 64 tokens" in said.err
     assert "1 of 2 judged passages are not in corpus.jsonl, first: gone" in said.err
     assert "ndcg@10 0." in said.out
 
@@ -328,7 +328,7 @@ def test_a_fault_is_one_line_and_exit_2(change, message, model, tmp_path, monkey
 @pytest.mark.parametrize("change, message", [
     ({"score": "high"}, ":2: score is 'high'"), ({"score": float("nan")}, ":2: score is nan"),
     ({"score": True}, ":2: score is True"), ({"sentence1": ""}, ":2: want sentence1 and sentence2"),
-    ({"sentence2": 7}, ":2: want sentence1 and sentence2"), ({"score": 1}, "all scores are 1.0")])
+    ({"sentence2": 7}, ":2: want sentence1 and sentence2"), ({"score": 1}, "all scores are equal")])
 def test_sentence_pairs_are_two_texts_and_a_number(change, message, tmp_path):
     row = {"sentence1": "a", "sentence2": "b", "score": 1}
     files.write_jsonl(tmp_path / "in.jsonl", [row, {**row, "score": 0, **change}])

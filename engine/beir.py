@@ -1,0 +1,107 @@
+"""Retrieval sets as BEIR ships them: a folder of passages, queries and relevance judgements.
+
+    corpus.jsonl {"_id", "title", "text"}    queries.jsonl {"_id", "text"}    qrels/SPLIT.tsv
+
+Both JSONL files may be .gz. What cannot be read one way only is refused with its line; what is left out
+is counted and said.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from engine.files import InputError, beir_file, first_line, read_jsonl, read_passages
+
+Qrels = dict[str, dict[str, int]]           # {query id: {passage id: grade above 0}}
+
+
+@dataclass
+class Beir:
+    """A retrieval set. Passages of equal score keep the order of `corpus`."""
+
+    corpus: list[dict[str, str]]
+    queries: dict[str, str]                 # those that were judged
+    qrels: Qrels
+
+
+def read_beir(folder: str | Path, split: str = "test") -> Beir:
+    """The corpus comes sorted by id, descending, as trec_eval sorts passages of equal score.
+
+    A passage with neither title nor text is left out, so that nothing finds it.
+    """
+    path = Path(folder) / f"qrels/{split}.tsv"
+    passages = read_passages(beir_file(folder, "corpus.jsonl"))
+    queries = read_queries(beir_file(folder, "queries.jsonl"))
+    qrels = read_qrels(path)
+    for query in qrels:
+        if query not in queries:
+            raise InputError(f"{path}: query {query} is not in queries.jsonl; add its text there")
+    ids = {p["_id"] for p in passages}
+    judged = set(itertools.chain.from_iterable(qrels.values()))
+    missing = sorted(judged - ids)
+    if missing:
+        what = f"{len(missing)} of {len(judged)} judged passages are not in corpus.jsonl"
+        if len(missing) == len(judged):
+            raise InputError(f"{path}: {what}, first: {missing[0]}; take both files of one release")
+        tqdm.write(f"{path}: {what}, first: {missing[0]}; they count as not found", file=sys.stderr)
+    corpus = [p for p in passages if p["title"].strip() or p["text"].strip()]
+    corpus.sort(key=lambda p: p["_id"], reverse=True)
+    return Beir(corpus, {query: queries[query] for query in queries if query in qrels}, qrels)
+
+
+def read_queries(path: Path) -> dict[str, str]:
+    """{query id: text}."""
+    queries: dict[str, str] = {}
+    for where, row in read_jsonl(path):
+        query, text = str(row.get("_id")), row.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f'{where}: no "text"; every query needs one')
+        if queries.setdefault(query, text) != text:
+            raise InputError(f'{where}: "_id" {query!r} has another text above; make it unique')
+    return queries
+
+
+HEADER = re.compile("(query|qid|topic).*(score|grade|label|rel|relevance|judge?ment)", re.IGNORECASE)
+GRADE = r"([+-]?[0-9]+)(?:\.0*)?"           # 1.0 is a whole number, 0.5 is none
+THREE_COLUMNS = re.compile(rf"([^\t]+)\t([^\t]+)\t{GRADE}")
+# tabs or blanks; TREC's second column, mostly 0 or Q0, has no meaning
+FOUR_COLUMNS = re.compile(rf"(\S+)\s+(?:(?:[0-9.]+|Q0)\s+)?(\S+)\s+{GRADE}")
+
+
+def read_qrels(path: str | Path) -> Qrels:
+    """Judgements in BEIR's three columns (query, passage, grade) or TREC's four (query, 0, passage, grade).
+
+    A query whose grades are all 0 stays, with none: trec_eval counts it as 0 in a mean.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {first_line(error)}; want qrels/SPLIT.tsv, UTF-8 text") from error
+    grades: dict[tuple[str, str], int] = {}
+    form = None                             # that of the first line holds for all
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or number == 1 and HEADER.fullmatch(line):
+            continue
+        form = form or (THREE_COLUMNS if THREE_COLUMNS.fullmatch(line) else FOUR_COLUMNS)
+        columns = form.fullmatch(line)
+        if not columns:
+            raise InputError(f"{path}:{number}: want query, passage, grade (BEIR, with tabs) or query, 0, "
+                             "passage, grade (TREC), the same in all lines, each grade a whole number")
+        query, passage, grade = columns[1], columns[2], int(columns[3])
+        if grades.setdefault((query, passage), grade) != grade:
+            raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")
+    qrels: Qrels = {}
+    for (query, passage), grade in grades.items():
+        relevant = qrels.setdefault(query, {})
+        if grade > 0:
+            relevant[passage] = grade
+    if not any(qrels.values()):
+        raise InputError(f"{path}: no relevant passage; nothing to evaluate")
+    return qrels
