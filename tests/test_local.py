@@ -1,0 +1,126 @@
+"""A causal language model in this process.   pytest tests/test_local.py
+
+Invariants: a score is what transformers, read plainly, gives: alone, among others, in any order; what stands
+beside a text in a pack is not seen by it; a seed's answer does not depend on the other rows.
+"""
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="no transformers: pip install transformers")
+
+import tiny_llama  # noqa: E402
+
+from engine.files import InputError  # noqa: E402
+from engine.local import Local  # noqa: E402
+
+SIZES = {"vocab_size": tiny_llama.V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+         "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+CONFIGS = {"llama": lambda: transformers.LlamaConfig(**SIZES),
+           "qwen2": lambda: transformers.Qwen2Config(**SIZES),
+           "gemma3": lambda: transformers.Gemma3TextConfig(
+               **SIZES, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"])}
+HEAD = "Read the passage, then write its query.\n\nPassage: "
+PREFIXES = [HEAD + text + "\nQuery:" for text in ("tea is a drink", "a book has pages, many of them", "x", "x y")]
+TEXTS = [" what is tea", " how many pages has a book", " why", " 東京でお茶はどこですか", " où boire un thé"]
+PAIRS = [(prefix, text) for text in TEXTS for prefix in PREFIXES]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request, tmp_path_factory):
+    """A model of random weights, which tells every token and every place apart."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param]()).save_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_llama.tokenizer(), bos_token="<s>",
+                                                     eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return Local(folder, room=60, max_tokens=12)
+
+
+def log_likelihood_spec(folder, prefix, text):
+    """One prompt, one forward of transformers, a loop over the text's tokens."""
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    before, ids = tokenizer(prefix)["input_ids"], tokenizer(prefix + text)["input_ids"]
+    with torch.inference_mode():
+        log_p = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(float(log_p[place - 1, ids[place]]) for place in range(len(before), len(ids)))
+
+
+def test_query_likelihood_is_the_plain_sum(model, folder):
+    expected = [log_likelihood_spec(folder, *pair) for pair in PAIRS]
+    assert model.log_likelihood(PAIRS) == pytest.approx(expected, abs=1e-4)
+    assert len({round(score, 3) for score in expected}) == len(PAIRS)
+
+
+def test_neighbours_in_a_pack_change_no_score(model):
+    """Alone, in another order, in packs of another size."""
+    together = model.log_likelihood(PAIRS)
+    alone = [model.log_likelihood([pair])[0] for pair in PAIRS]
+    backwards = model.log_likelihood(PAIRS[::-1])[::-1]
+    model.room = 1000
+    one_pack = model.log_likelihood(PAIRS)
+    model.room = 60
+    for other in (alone, backwards, one_pack):
+        assert other == pytest.approx(together, abs=1e-4)
+
+
+def test_negative_control_without_the_mask_neighbours_leak(model, monkeypatch):
+    together = model.log_likelihood(PAIRS)
+    forward = model.forward
+
+    def leaking(ids, seen, *rest):
+        return forward(ids, torch.ones_like(seen).tril(seen.shape[2] - seen.shape[1]), *rest)
+
+    monkeypatch.setattr(model, "forward", leaking)
+    assert model.log_likelihood(PAIRS) != pytest.approx(together, abs=1e-2)
+
+
+def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
+    for prompt, top in zip(PREFIXES, model.top_tokens(PREFIXES, k=5), strict=True):
+        values = [log_p for _, log_p in top]
+        assert values == sorted(values, reverse=True) and len(values) == 5
+        token, log_p = next((t, v) for t, v in top if model.tokens(prompt + t)[:-1] == model.tokens(prompt))
+        assert model.log_likelihood([(prompt, token)])[0] == pytest.approx(log_p, abs=1e-4)
+
+
+def test_greedy_answers_are_those_of_generate(folder):
+    """Temperature 0, rows of different lengths, with and without a shared head."""
+    model = Local(folder, temperature=0.0, max_tokens=12, stop=())
+    for prompts in (PREFIXES, ["tea", "a book has many pages"]):
+        for prompt, answer in zip(prompts, model.complete(prompts, [0] * len(prompts)), strict=True):
+            ids = torch.tensor([model.tokens(prompt)])
+            out = model.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)
+            assert answer == model.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+
+
+def test_an_answer_is_its_seeds_own(model):
+    """Whatever rows are written beside it; another seed gives another answer; a stop ends it."""
+    together = model.complete(PREFIXES + PREFIXES, [0, 1, 2, 3, 4, 5, 6, 7])
+    alone = [model.complete([prompt], [seed])[0] for seed, prompt in enumerate(PREFIXES + PREFIXES)]
+    assert together == alone and together[:4] != together[4:]
+    stop = together[0][2:4]
+    model.stop = (stop,)
+    assert model.complete(PREFIXES[:1], [0]) == [together[0].partition(stop)[0]]
+    model.stop = ("\n\n",)
+
+
+def test_samples_follow_the_models_own_probabilities(folder):
+    """A first token of probability p comes about p of the time."""
+    model = Local(folder, temperature=1.0, max_tokens=1, stop=(), rows=400)
+    (token, log_p), *_ = model.top_tokens(PREFIXES[:1])[0]
+    answers = model.complete(PREFIXES[:1] * 400, range(400))
+    p = float(torch.tensor(log_p).exp())
+    assert answers.count(token) / 400 == pytest.approx(p, abs=4 * (p * (1 - p) / 400) ** 0.5)
+
+
+def test_what_is_no_model_is_one_line(tmp_path):
+    with pytest.raises(InputError, match="transformers opens no causal language model there"):
+        Local(str(tmp_path))
