@@ -1,0 +1,330 @@
+"""Grades hand-ins of the course: points, and reasons that a student can use.
+
+    python tests/course/grade.py HAND-IN...              course folders, or .zip or .tar.gz archives of them
+    python tests/course/grade.py HAND-IN... --json       and HAND-IN.results.json, as Gradescope reads it
+    python tests/course/grade.py HAND-IN... --csv FILE   and one table, a row a hand-in
+
+Of a hand-in only the bodies between the marks count. Each is put alone into the solved project, and the tests
+of its exercise run there, in a process of their own. Points are the share of these tests that passed: exit codes
+are not looked at, and a skipped test has not passed. A body that could reach the tests, another solution or the
+process (`flags`) is not run: it gets no points, and the instructor is told to look at it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import builtins
+import csv
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import make_course  # noqa: E402
+from make_course import BODY, ROOT, InputError, exercises, graders, run  # noqa: E402
+
+POINTS = {1: 5, 2: 10, 3: 10, 4: 5, 5: 10, 6: 15, 7: 15, 8: 5, 9: 15, 10: 10}
+LIBRARIES = {"torch", "numpy", "math", "random", "itertools", "functools", "collections", "heapq", "bisect",
+             "statistics", "typing", "torch.nn.functional", "__future__"}
+MODULES = {"torch", "F", "np", "math", "random", "itertools", "functools", "Tensor", "Sequence", "Callable", "Any"}
+NO_BUILTINS = {"eval", "exec", "compile", "open", "input", "globals", "locals", "vars", "dir", "getattr", "setattr",
+               "delattr", "breakpoint", "exit", "quit", "help", "type", "object", "super", "copyright", "credits",
+               "license", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "BaseException"}
+# Attributes of the libraries above that lead to files, processes, other modules, frames, or change how they work.
+NO_ATTRIBUTES = {"os", "sys", "inspect", "importlib", "builtins", "subprocess", "multiprocessing",
+                 "distributed", "load", "save", "savez", "savez_compressed", "loadtxt", "savetxt", "genfromtxt",
+                 "fromfile", "tofile", "from_file", "memmap", "hub", "utils", "ops", "classes", "library",
+                 "overrides", "jit", "compile", "export", "onnx", "package", "fx", "testing", "lib",
+                 "ctypeslib", "f2py", "dump", "warnings", "gi_frame", "gi_code", "cr_frame", "ag_frame",
+                 "tb_frame", "f_back", "f_globals", "f_locals", "f_builtins", "register_hook", "torch", "types",
+                 "futures"}
+STORES = {"grad", "requires_grad", "data"}              # the attributes that a body may set
+
+
+@dataclass
+class Grade:
+    """One exercise of one hand-in."""
+
+    n: int
+    points: float = 0
+    passed: int = 0
+    tests: int = 0
+    flagged: bool = False
+    reason: str = ""
+
+
+# --------------------------------------------------------------------------------------------------
+# What a hand-in says
+
+
+def read_hand_in(path: Path) -> dict[str, str]:
+    """{module: its text} of the modules that hold exercises; nothing else of the hand-in is read."""
+    if path.is_dir():
+        files = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*.py") if p.is_file()}
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            files = {name: archive.read(name) for name in archive.namelist() if name.endswith(".py")}
+    elif path.is_file() and tarfile.is_tarfile(path):
+        with tarfile.open(path) as tar:
+            members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".py")]
+            files = {m.name: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
+    else:
+        raise InputError(f"{path}: no course folder and no archive of one; check the path")
+    texts = {}
+    for module in make_course.modules():
+        found = [name for name in files if f"/{name}".endswith(f"/{module}")]
+        if found:
+            shallowest = min(found, key=lambda name: (name.count("/"), name))
+            texts[module] = files[shallowest].decode("utf-8", "replace").replace("\r\n", "\n")
+    return texts
+
+
+def body(text: str, n: int) -> str | None:
+    """What stands between the marks of exercise n."""
+    return next((match[4] for match in BODY.finditer(text) if int(match[2]) == n), None)
+
+
+def transplanted(solved: str, n: int, new: str) -> str:
+    """The solved module with another body of exercise n."""
+    match = next(match for match in BODY.finditer(solved) if int(match[2]) == n)
+    return solved[:match.start(4)] + new + solved[match.end(4):]
+
+
+# --------------------------------------------------------------------------------------------------
+# What a body may name
+
+
+def inside(text: str, n: int) -> tuple[ast.FunctionDef, list[ast.AST]]:
+    """The function that holds exercise n, and all nodes between the marks."""
+    match = next(match for match in BODY.finditer(text) if int(match[2]) == n)
+    first, last = (text.count("\n", 0, match.start(4)) + 1, text.count("\n", 0, match.end(4)) + 1)
+    functions = [f for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)
+                 and f.lineno < first <= (f.end_lineno or 0)]
+    nodes = [node for node in ast.walk(min(functions, key=lambda f: f.lineno))
+             if first <= getattr(node, "lineno", 0) < last]
+    return max(functions, key=lambda f: f.lineno), nodes
+
+
+def local_names(function: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, (ast.FunctionDef, ast.ExceptHandler)) and node.name:
+            names.add(node.name)
+        elif isinstance(node, ast.alias):
+            names.add((node.asname or node.name).split(".")[0])
+    return names
+
+
+def loaded(nodes: list[ast.AST]) -> set[str]:
+    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+
+
+def flags(text: str, n: int) -> list[str]:
+    """What the body of exercise n in this text of its module does that it must not do.
+
+    The libraries and the helpers that the solution itself uses are free.
+    """
+    module = exercises()[n][0]
+    reference, nodes = inside((ROOT / module).read_text(encoding="utf-8"), n)
+    free = MODULES | loaded(nodes) | {reference.name}
+    function, nodes = inside(text, n)
+    known = free | local_names(function) | (set(dir(builtins)) - NO_BUILTINS)
+    found = [f"names {name}, which is not defined between the marks and not among the exercise's helpers"
+             for name in sorted(loaded(nodes) - known)]
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            libraries = names if isinstance(node, ast.Import) else [node.module or ""]
+            found += [f"imports {name}" for name in libraries if name not in LIBRARIES]
+            found += [f"imports {name}" for name in names if name in NO_ATTRIBUTES or name.startswith("_")]
+        elif isinstance(node, ast.Attribute):
+            if node.attr in NO_ATTRIBUTES or node.attr.startswith("_"):
+                found.append(f"uses .{node.attr}")
+            if not isinstance(node.ctx, ast.Load) and node.attr not in STORES:
+                found.append(f"sets .{node.attr}")
+        elif isinstance(node, ast.MatchClass):
+            found += [f"uses .{name}" for name in node.kwd_attrs if name in NO_ATTRIBUTES or name.startswith("_")]
+        elif isinstance(node, (ast.ClassDef, ast.Global, ast.AsyncFunctionDef)):
+            found.append(f"has a {type(node).__name__.removesuffix('Def').lower()} statement")
+    return list(dict.fromkeys(found))
+
+
+# --------------------------------------------------------------------------------------------------
+# Running the tests of an exercise
+
+
+class Results:
+    """A pytest plugin that sends what each test did, as soon as it is known."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or not report.passed:
+            passed = report.when == "call" and report.outcome == "passed" and not hasattr(report, "wasxfail")
+            self.connection.send((report.nodeid, passed, str(report.longrepr or report.outcome)))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.connection.send((report.nodeid, False, str(report.longrepr)))
+
+
+def run_tests(folder: str, n: int, connection: Any) -> None:
+    """In a process of its own: the tests of exercise n in this course folder."""
+    import pytest
+    import torch
+
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(null, stream)
+    os.chdir(folder)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("engine", "make_course")]:
+        del sys.modules[name]                           # those of this project, not of the folder
+    sys.path[:0] = [folder, f"{folder}/tests"]
+    sys.dont_write_bytecode = True
+    torch.set_num_threads(1)
+    pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", graders()[n], "-m", f"ex{n}"],
+                plugins=[Results(connection)])
+    connection.send(None)
+    connection.close()
+    os._exit(0)
+
+
+def results(folder: Path, n: int, seconds: float) -> tuple[dict[str, tuple[bool, str]], str]:
+    """{test: (whether it passed, what it said)}, and why it ended early, if it did."""
+    receiver, sender = START.Pipe(duplex=False)
+    process = START.Process(target=run_tests, args=(str(folder), n, sender), daemon=True)
+    process.start()
+    sender.close()
+    found, why, end = {}, "", time.monotonic() + seconds
+    try:
+        while receiver.poll(max(0.0, end - time.monotonic())):
+            report = receiver.recv()
+            if report is None:
+                break
+            found[report[0]] = report[1:]
+        else:
+            why = f"stopped after {seconds:g} seconds"
+    except EOFError:
+        why = "the process ended before its tests did"
+    process.kill()
+    process.join()
+    return found, why
+
+
+# The processes that are killed leave semaphores behind, which Python's tracker would warn of.
+os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+START = multiprocessing.get_context("forkserver")       # torch and pytest are imported once
+START.set_forkserver_preload(["torch", "pytest", "numpy"])
+
+
+def grade_exercise(folder: Path, n: int, texts: dict[str, str], expected: set[str], seconds: float) -> Grade:
+    module, function, *_ = exercises()[n]
+    solved = (ROOT / module).read_text(encoding="utf-8")
+    new = body(texts.get(module, ""), n)
+    if new is None:
+        return Grade(n, tests=len(expected), reason=f"{module} has no marks of exercise {n}")
+    if "raise NotImplementedError(" in new:
+        return Grade(n, tests=len(expected), reason="not written yet")
+    text = transplanted(solved, n, new)
+    try:
+        flagged = flags(text, n)
+    except (SyntaxError, ValueError) as error:
+        return Grade(n, tests=len(expected), reason=f"not Python: {error}")
+    if flagged:
+        reason = f"for the instructor to look at: it {'; it '.join(flagged)}"
+        return Grade(n, tests=len(expected), flagged=True, reason=reason)
+    (folder / module).write_text(text, encoding="utf-8")
+    found, why = results(folder, n, seconds)
+    (folder / module).write_text(solved, encoding="utf-8")
+    passed = sum(found.get(test, (False,))[0] for test in expected)
+    said = next((said for ok, said in found.values() if not ok), "")
+    lines = [why] * bool(why) + said.strip().splitlines()[-8:]
+    return Grade(n, POINTS[n] * passed / len(expected), passed, len(expected), reason="\n".join(lines))
+
+
+# --------------------------------------------------------------------------------------------------
+# What is written
+
+
+def gradescope(grades: list[Grade], seconds: float) -> dict[str, Any]:
+    tests = []
+    for grade in grades:
+        tests.append({"name": f"{grade.n} {exercises()[grade.n][1]}", "score": round(grade.points, 2),
+                      "max_score": POINTS[grade.n], "visibility": "visible",
+                      "output": f"{grade.passed} of {grade.tests} tests passed\n{grade.reason}".strip()})
+    return {"score": round(sum(grade.points for grade in grades), 2), "execution_time": round(seconds, 1),
+            "tests": tests}
+
+
+def table(rows: dict[str, list[Grade]]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["hand-in", *(f"ex{n}" for n in POINTS), "total", "flagged"])
+    for name, grades in rows.items():
+        points = [round(grade.points, 2) for grade in grades]
+        flagged = " ".join(str(grade.n) for grade in grades if grade.flagged)
+        writer.writerow([name, *points, round(sum(points), 2), flagged])
+    return out.getvalue()
+
+
+def show(name: str, grades: list[Grade]) -> None:
+    print(f"{name}: {sum(grade.points for grade in grades):.1f} of {sum(POINTS.values())} points")
+    for grade in grades:
+        _, function, *_ = exercises()[grade.n]
+        first, *rest = grade.reason.splitlines() or [""]
+        print(f"  {grade.n:2} {function:26} {grade.points:4.1f} of {POINTS[grade.n]:2}  "
+              f"{grade.passed} of {grade.tests} tests  {first}".rstrip())
+        for line in rest:
+            print(f"       {line}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("hand_in", nargs="+", type=Path, help="a course folder, or an archive of one")
+    parser.add_argument("--json", action="store_true", help="write HAND-IN.results.json beside each")
+    parser.add_argument("--csv", type=Path, help="write one table of all")
+    parser.add_argument("--seconds", type=float, default=30, help="an exercise's time limit (%(default)s)")
+    args = parser.parse_args()
+    hand_ins = {path: read_hand_in(path) for path in args.hand_in}
+    rows = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "course"
+        make_course.make(folder, set())
+        shutil.rmtree(folder / "tests/lab", ignore_errors=True)
+        expected = {}
+        for n in POINTS:                                # the solution's own tests, less those skipped here
+            found, why = results(folder, n, 10 * args.seconds)
+            failed = [test for test, (ok, said) in found.items() if not ok and "skip" not in said.lower()]
+            if why or failed or not found:
+                raise InputError(f"exercise {n}: the solution itself does not pass: {why or failed}")
+            expected[n] = {test for test, (ok, _) in found.items() if ok}
+        for path, texts in hand_ins.items():
+            start = time.monotonic()
+            grades = [grade_exercise(folder, n, texts, expected[n], args.seconds) for n in POINTS]
+            rows[str(path)] = grades
+            show(str(path), grades)
+            if args.json:
+                report = gradescope(grades, time.monotonic() - start)
+                path.with_name(path.name + ".results.json").write_text(json.dumps(report, indent=1) + "\n")
+    if args.csv:
+        args.csv.write_text(table(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,142 @@
+"""The grader: points for what works, none for what evades.   pytest tests/course/test_grade.py
+
+Invariants: only a body counts, alone, in the solved project; passed tests are counted and no exit code; what could
+reach the tests, another solution or the process is flagged and never run; JSON and CSV say the same as the screen.
+"""
+
+import csv
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import grade
+import make_course
+import pytest
+
+ROOT = make_course.ROOT
+
+
+def with_body(n, new):
+    """The solved module of exercise n with this body, at the solution's indentation."""
+    text = (ROOT / make_course.exercises()[n][0]).read_text()
+    lines = "".join(f"    {line}\n" for line in new.strip("\n").splitlines())
+    return grade.transplanted(text, n, lines)
+
+
+@pytest.mark.parametrize("n", make_course.exercises())
+def test_a_solution_is_not_flagged(n):
+    assert grade.flags((ROOT / make_course.exercises()[n][0]).read_text(), n) == []
+
+
+EVASIONS = {
+    "leaves with exit code 0": (4, "import os\nos._exit(0)", "imports os"),
+    "leaves by a library's os": (2, "torch.os._exit(0)", "uses .os"),
+    "leaves by SystemExit": (4, "raise SystemExit(0)", "names SystemExit"),
+    "skips the test": (4, "import pytest\npytest.skip()", "imports pytest"),
+    "raises SkipTest": (4, "from unittest import SkipTest\nraise SkipTest", "imports unittest"),
+    "calls the spec": (2, "from test_losses import pre_spec\nreturn pre_spec(q, p, tau)", "imports test_losses"),
+    "finds the spec in the module table": (2, "import sys\nreturn sys.modules['test_losses']", "imports sys"),
+    "reaches the caller's frame": (4, "g = (x for x in [])\nreturn g.gi_frame.f_back.f_locals", "uses .gi_frame"),
+    "reaches globals by a function": (4, "return ranks.__globals__", "uses .__globals__"),
+    "reaches globals by a pattern": (4, "match ranks:\n    case object(__globals__=g):\n        return g",
+                                     "uses .__globals__"),
+    "calls another loss": (7, "return pre_loss(q, p_pos, tau, q_id, p_id)", "names pre_loss"),
+    "reads the solution": (4, "return eval(open('llm.py').read())", "names eval"),
+    "changes the comparison": (2, "torch.allclose = lambda *a, **k: True", "sets .allclose"),
+    "overrides torch's functions": (2, "class Mode(torch.overrides.TorchFunctionMode):\n    pass",
+                                    "uses .overrides"),
+    "returns what equals all": (4, "class Same:\n    __eq__ = lambda a, b: True\nreturn Same()",
+                                "has a class statement"),
+    "a file by numpy": (10, "np.save('x', scores)", "uses .save"),
+    "an attribute by its name": (4, "return getattr(ranks, '__glo' + 'bals__')", "names getattr"),
+    "a helper outside the marks": (4, "return my_rrf(*rankings)", "names my_rrf"),
+}
+
+
+@pytest.mark.parametrize("case", EVASIONS)
+def test_a_body_that_evades_is_flagged(case):
+    n, new, reason = EVASIONS[case]
+    assert any(reason in flag for flag in grade.flags(with_body(n, new), n))
+
+
+FREE = {
+    "another library": (4, "from collections import Counter\nR = Counter()\nreturn list(R)"),
+    "a helper of its own": (4, "def place(x, xs):\n    return sorted(xs).index(x) + 1\nreturn [place(1, [1])]"),
+    "einsum and a loop": (2, "s = torch.einsum('id,jd->ij', q, p) / tau\nfor i in range(2):\n    s[i, i] += 0\n"
+                             "return -s.log_softmax(1).diagonal().mean()"),
+    "an exception": (4, "try:\n    return [1 / 0]\nexcept ZeroDivisionError as e:\n    raise ValueError(str(e))"),
+}
+
+
+@pytest.mark.parametrize("case", FREE)
+def test_honest_bodies_are_free(case):
+    n, new = FREE[case]
+    assert grade.flags(with_body(n, new), n) == []
+
+
+def test_points_are_those_of_the_instructors_page():
+    page = (ROOT / "tests/course/COURSE.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("| ")]
+    assert {int(row[1]): int(row[5]) for row in rows if row[1].isdigit()} == grade.POINTS
+    assert sum(grade.POINTS.values()) == 100 and set(grade.POINTS) == set(make_course.exercises())
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """Three hand-ins, of exercises 1, 2 and 4, graded by the command line: an archive and two folders."""
+    home = tmp_path_factory.mktemp("class")
+    for name in ("honest", "broken", "cheat"):
+        make_course.make(home / name, set())
+    (home / "broken/train.py").write_text((home / "broken/train.py").read_text().replace("return F.", "return (F."))
+    text = (home / "broken/gecko.py").read_text()
+    (home / "broken/gecko.py").write_text(text.replace("# EXERCISE 1 (about", "# EXERCISE 1 (abuot"))
+    (home / "broken/llm.py").write_text(with_body(4, "while True:\n    pass"))
+    (home / "cheat/llm.py").write_text(with_body(4, "import os\nos._exit(0)"))
+    (home / "cheat/gecko.py").write_text(with_body(1, "return W.sum(1) / mask.sum(1, keepdim=True)"))
+    shutil.rmtree(home / "cheat/tests")
+    with zipfile.ZipFile(home / "honest.zip", "w") as archive:
+        for path in sorted((home / "honest").glob("*.py")):
+            archive.write(path, f"ada/{path.name}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grade, "POINTS", {n: grade.POINTS[n] for n in (1, 2, 4)})
+        paths = [str(home / name) for name in ("honest.zip", "broken", "cheat")]
+        patch.setattr("sys.argv", ["grade.py", *paths, "--json", "--csv", str(home / "all.csv"), "--seconds", "12"])
+        grade.main()
+    reports = {Path(path).name: json.loads(Path(f"{path}.results.json").read_text()) for path in paths}
+    return reports, list(csv.DictReader((home / "all.csv").open()))
+
+
+def said(report, n):
+    return next(test for test in report["tests"] if test["name"].startswith(f"{n} "))
+
+
+def test_an_honest_archive_has_all_points(graded):
+    assert graded[0]["honest.zip"]["score"] == 20
+    assert all(test["score"] == test["max_score"] for test in graded[0]["honest.zip"]["tests"])
+
+
+def test_a_broken_body_costs_its_own_exercise_alone(graded):
+    broken = graded[0]["broken"]
+    assert "not Python" in said(broken, 2)["output"] and said(broken, 2)["score"] == 0
+    assert "gecko.py has no marks of exercise 1" in said(broken, 1)["output"]
+    assert "stopped after 12 seconds" in said(broken, 4)["output"] and said(broken, 4)["score"] == 0
+
+
+def test_an_evasion_earns_nothing_and_a_mistake_its_part(graded):
+    cheat = graded[0]["cheat"]
+    assert said(cheat, 4)["score"] == 0 and "look at: it imports os" in said(cheat, 4)["output"]
+    assert 0 <= said(cheat, 1)["score"] < 5 and "why: " in said(cheat, 1)["output"]
+    assert said(cheat, 2)["score"] == 10, "the others' points stand"
+
+
+def test_the_table_says_what_the_files_say(graded):
+    reports, rows = graded
+    assert [row["hand-in"].split("/")[-1] for row in rows] == list(reports)
+    assert [float(row["total"]) for row in rows] == [report["score"] for report in reports.values()]
+    assert [row["flagged"] for row in rows] == ["", "", "4"]
+
+
+def test_what_is_no_hand_in_is_refused(tmp_path):
+    with pytest.raises(make_course.InputError, match="no course folder and no archive"):
+        grade.read_hand_in(tmp_path / "nobody.zip")
