@@ -1,67 +1,58 @@
-"""Records, training sets and the built-in corpus (Gecko, arXiv 2403.20327, sections 3.1 and 3.3).
+"""The record, classification made contrastive, the mixture (Gecko, arXiv 2403.20327, sections 3.1 and 3.3).
 
-Every training set has one format, the record of section 3.3: task, input, positive target and
-negative target. This file reads, writes and checks records, makes classification data contrastive,
-draws batches from a mixture, and holds a corpus that needs no download: the documentation of the
-Python standard library, read from the running interpreter.
+Every training set has one format: task, input, positive target and negative target. This file makes, reads and
+checks such records, and draws batches from a mixture of sets.
 
-    python data.py corpus OUT.jsonl          write the built-in corpus
+    python data.py corpus OUT.jsonl          write the built-in corpus: the Python documentation
+    python data.py convert nli|classification|beir|choice|pairs IN... OUT.jsonl      publishers' files -> records
     python data.py check FILE                what the encoder will see of a training file
-    python data.py convert nli|classification|beir|choice|pairs IN... OUT.jsonl      publishers' files
 
 Where we fill a gap in the paper:
-1. Mixture (3.3, weights not stated): a weight for each set; one set a batch, see `schedule`.
+1. Mixture (3.3, weights not stated): a weight for each set; how sets meet in a batch is a choice, see `batches`.
 2. Unique ids (3.3, their form not stated): the number of the triple, in brackets.
-3. Title-body pairs (3.1, crawled from the web): name, sentence or word span against the passage,
-   a comment against the code below it, and what people write about code against the documentation
-   of what that code calls.
+3. Title-body pairs (3.1, crawled from the web): out of documentation and source code, see engine/pairs.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
-import re
-import zlib
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from engine import pairs
+from engine.convert import beir, choice, content, contrasted, labelled, labelled_pairs, nli
+from engine.corpus import Passage
 from engine.corpus import builtin_corpus as builtin_corpus
+from engine.evaluate import Beir, read_beir
 from engine.files import (
     InputError,
+    add_flags,
     at_least,
-    beir_file,
     check_output,
-    open_text,
+    flag,
+    from_flags,
     read_jsonl,
-    read_passages,
     run,
     write_jsonl,
 )
-from engine.pairs import SOURCES
 from engine.search import topk
-from gecko import (
-    FORMATS,
-    Gecko,
-    format_passage,
-    format_query,
-    load,
-)
+from gecko import FORMATS, Gecko, format_passage, format_query, load
 
 Record = dict[str, Any]  # the row described at `record`
-# A passage is {"_id", "title", "text"}; B rows in a batch.
+# x, x+ and x- are the three texts of a classification triple; B rows in a batch.
 
 # --------------------------------------------------------------------------------------------------
 # The record (section 3.3)
 
 
-def record(task: str, query: str, positive: dict[str, str], negative: dict[str, str] | None = None,
+def record(task: str, query: str, positive: Passage, negative: Passage | None = None,
            symmetric: bool = False, **more: Any) -> Record:
     """One training row; positive and negative are {"title", "text"}, the negative may be None.
 
@@ -72,25 +63,25 @@ def record(task: str, query: str, positive: dict[str, str], negative: dict[str, 
             "symmetric": symmetric, **more}
 
 
-def side(passage: dict[str, str]) -> dict[str, str]:
-    """A passage as a record's positive or negative."""
+def side(passage: Passage) -> Passage:
+    """A passage of a corpus as a record's positive or negative."""
     return {"title": passage["title"], "text": passage["text"]}
 
 
-def text_only(text: str) -> dict[str, str]:
+def text_only(text: str) -> Passage:
     """A positive or negative without a title."""
     return {"title": "", "text": text}
 
 
 def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str, str | None]:
-    """The three texts that the encoder sees: input, positive and (or None) negative target.
+    """The three texts that the encoder sees: input, positive target, and negative target or None.
 
     Symmetric rows give their targets the input's format, task and all (appendix B).
 
     >>> formatted(record("question answering", "who", {"title": "T", "text": "p"}))
     ('task: question answering | query: who', 'title: T | text: p', None)
     """
-    def target(p: dict[str, str]) -> str:
+    def target(p: Passage) -> str:
         if row["symmetric"]:
             return format_query(p["text"], row["task"], formats)
         return format_passage(p["text"], p.get("title") or "", formats)
@@ -107,36 +98,48 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
                            task: str = "classification", unique_ids: bool = True) -> list[Record]:
     """For each x: x+ with x's label, x- with any other, on all three the triple's own id, " [0]", " [1]", ...
 
-    Without ids, other rows of the same label stand in the batch as false negatives; with them every
-    other row is told apart by its id, and what is left to learn from is x-. Rows are symmetric; an x
-    of which no triple can be made is left out. InputError, "at least two labels", where there is but one.
+    Without ids, other rows of the same label stand in the batch as false negatives; with them every other
+    row is told apart by its id, and what is left to learn from is x-. The three texts differ; x+ is drawn
+    among those that leave an x-, x- among all that are left. Rows are symmetric; an x of which no triple can
+    be made is left out. InputError, "at least two labels", where there is but one.
     """
-    # EXERCISE 3 (about 18 lines)
-    groups: dict[Any, list[int]] = {}
+    # EXERCISE 3 (about 22 lines)
+    groups: dict[Any, list[int]] = {}                                # label -> numbers of its texts
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
     if len(groups) < 2:
         raise InputError("classification needs at least two labels; check the label column")
     rng, rows = np.random.default_rng(seed), list[Record]()
-    for i, (x, label) in enumerate(zip(texts, labels, strict=True)):
+
+    def draw_negative(x: str, label: Any, positive: str) -> int | None:
+        return drawn(rng, range(len(texts)), lambda j: labels[j] != label and texts[j] not in (x, positive))
+
+    for x, label in zip(texts, labels, strict=True):
         same = drawn(rng, groups[label], lambda j: texts[j] != x)
         if same is None:
             continue                                                 # x alone with its label
-        other = drawn(rng, range(len(texts)), lambda j: labels[j] != label and texts[j] not in (x, texts[same]))
+        other = draw_negative(x, label, texts[same])
         if other is None:
-            continue                                                 # no text but these two
+            # subtle: no text but x+ itself could be x-; any other x+ leaves it
+            taken = texts[same]
+            same = drawn(rng, groups[label], lambda j: texts[j] not in (x, taken))
+            other = None if same is None else draw_negative(x, label, texts[same])
+        if same is None or other is None:
+            continue
         tag = f" [{len(rows)}]" if unique_ids else ""
-        rows.append(record(task, x + tag, text_only(texts[same] + tag), text_only(texts[other] + tag),
-                           symmetric=True))
+        positive, negative = text_only(texts[same] + tag), text_only(texts[other] + tag)
+        rows.append(record(task, x + tag, positive, negative, symmetric=True))
     return rows
     # END EXERCISE
 
 
 def drawn(rng: np.random.Generator, pool: Sequence[int], good: Callable[[int], bool]) -> int | None:
-    """A random one of the good members of a pool, None without any; a large pool is not gone through."""
-    for _ in range(1000 * (len(pool) > 1000)):
-        if good(j := pool[int(rng.integers(len(pool)))]):
-            return j
+    """A random one of the good members of a pool, or None."""
+    if len(pool) > 1000:                                             # most draws are good: do not go through it all
+        for _ in range(1000):
+            j = pool[int(rng.integers(len(pool)))]
+            if good(j):
+                return j
     left = [j for j in pool if good(j)]
     return left[rng.integers(len(left))] if left else None
 
@@ -155,11 +158,13 @@ def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, st
     The whole schedule follows from the seed, so a resumed run continues it at any step.
     """
     which = draw_by_weight(weights, steps, seed)                     # (steps)
-    plan: dict[int, tuple[int, np.ndarray]] = {}                     # step -> set, rows
+    plan: dict[int, tuple[int, np.ndarray]] = {}                     # step -> set, its rows
     for s, size in enumerate(sizes):
-        B, turns = min(batch_size, size), np.flatnonzero(which == s)
+        B = min(batch_size, size)
+        turns = np.flatnonzero(which == s)                           # the steps of this set
         rows = in_rounds(size, size // B * B, len(turns) * B, [seed, 1 + s]).reshape(-1, B)  # (turns, B)
-        plan |= {step: (s, batch) for step, batch in zip(turns.tolist(), rows, strict=True)}
+        for step, batch in zip(turns.tolist(), rows, strict=True):
+            plan[step] = s, batch
     return [plan[step] for step in range(steps)]
 
 
@@ -186,8 +191,10 @@ def draw_by_weight(weights: Sequence[float], count: int, seed: int) -> np.ndarra
 
 def in_rounds(size: int, kept: int, count: int, seed: list[int]) -> np.ndarray:
     """(count) row numbers below `size`: one permutation after another, of each the first `kept`."""
-    rounds = [np.random.default_rng([*seed, r]).permutation(size)[:kept] for r in range(-(-count // kept))]
-    return np.concatenate([np.empty(0, int), *rounds])[:count]
+    rounds = [np.empty(0, int)]
+    for r in range(-(-count // kept)):
+        rounds.append(np.random.default_rng([*seed, r]).permutation(size)[:kept])
+    return np.concatenate(rounds)[:count]
 
 
 def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str, batch_size: int,
@@ -205,17 +212,36 @@ def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, m
     if mix == "sets":
         return [starts[s] + rows for s, rows in schedule(sizes, weights, batch_size, steps, seed)]
     if mix == "mixed":
-        groups = [np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)]
+        groups = [np.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)]
         return mixed_schedule(groups, weights, batch_size, steps, seed)
-    tasks: dict[str, list[int]] = {}
+    tasks: dict[str, list[int]] = {}                                 # task -> numbers of its rows
     for number, row in enumerate(itertools.chain(*sets)):
-        tasks.setdefault(row.get("kind") or row["task"], []).append(number)
+        tasks.setdefault(task_of(row), []).append(number)
     groups = [np.array(numbers) for numbers in tasks.values()]
     return mixed_schedule(groups, [1.0] * len(groups), batch_size, steps, seed)
 
 
+def task_of(row: Record) -> str:
+    return row.get("kind") or row["task"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Title-body pairs for pre-finetuning (section 3.1)
+
+PAIR_TASKS = ("search result", "question answering")  # section 3.1: short strings
+
+
+def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int = 0,
+                  sources: Sequence[str] = pairs.SOURCES) -> list[Record]:
+    """`count` unlabelled pairs out of documentation and source code, each with one of the tasks."""
+    rows = []
+    for task, query, title, text in pairs.builtin_pairs(corpus, count, seed, PAIR_TASKS, sources):
+        rows.append(record(task, query, {"title": title, "text": text}))
+    return rows
+
+
 # ==================================================================================================
-# In practice: reading and checking, relevance judgements, the built-in corpus, the command line.
+# In practice: files of records, publishers' files, the command line.
 # ==================================================================================================
 
 
@@ -226,272 +252,117 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
     """
     rows = []
     for where, row in read_jsonl(path):
-        for key in ("task", "query"):
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
-        for key in ("positive", "negative"):
-            p = row.get(key)
-            if p is None and key == "negative":
-                continue
-            if not (isinstance(p, dict) and isinstance(p.get("title"), str | None)
-                    and isinstance(p.get("text"), str) and p["text"].strip()):
-                raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
-        if row.get("negative") and row["negative"]["text"] == row["positive"]["text"]:
-            raise InputError(f"{where}: positive and negative are the same text; remove the negative")
-        if not isinstance(row.get("kind"), str | None) or row.get("symmetric", False) not in (True, False):
-            raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; mend or drop it')
+        row = {"negative": None, "symmetric": False, **row}
+        check_record(where, row)
         if not candidates:
             row.pop("candidates", None)
-        rows.append({"negative": None, "symmetric": False, **row})
+        rows.append(row)
     return rows
 
 
-def read_qrels(path: str | Path) -> dict[str, dict[str, int]]:
-    """BEIR relevance judgements, TSV with a header: {query id: {passage id: grade > 0}}.
+def check_record(where: str, row: Record) -> None:
+    for key in ("task", "query"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
+    if row["symmetric"] not in (True, False) or not isinstance(row.get("kind"), str | None):
+        raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; mend or drop it')
+    check_side(where, row, "positive")
+    if row["negative"] is not None:
+        check_side(where, row, "negative")
+        if content(row["negative"]) == content(row["positive"]):
+            raise InputError(f"{where}: positive and negative are the same text; remove the negative")
 
-    A query whose grades are all 0 stays, with none: trec_eval, and so BEIR, counts it as 0 in a mean.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; a BEIR folder has qrels/test.tsv")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error}); write or copy it again") from error
-    qrels: dict[str, dict[str, int]] = {}
-    for number, line in enumerate(lines, 1):
-        query, passage, grade = [*line.split("\t"), "", ""][:3]
-        if re.fullmatch(r"\s*-?\d+\s*", grade):
-            relevant = qrels.setdefault(query, {})
-            if int(grade) > 0:
-                relevant[passage] = int(grade)
-        elif number > 1:                                             # the first line is a header
-            raise InputError(f"{path}:{number}: want query-id, corpus-id, score with tabs")
-    if not any(qrels.values()):
-        raise InputError(f"{path}: no relevant passage; nothing to evaluate")
-    return qrels
+
+def check_side(where: str, row: Record, key: str) -> None:
+    p = row.get(key)
+    if not (isinstance(p, dict) and isinstance(p.get("title"), str | None) and isinstance(p.get("text"), str)):
+        raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
+    if not (p["text"] if row["symmetric"] else content(p)).strip():  # a symmetric target shows no title
+        raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
 
 
 # --------------------------------------------------------------------------------------------------
-# Converters: the files that publishers ship -> records. Each yields records, and counts in `left_out`
-# what it leaves out, by the reason.
+# Publishers' files (engine/convert.py reads them) -> records
+
+# What can be converted, and the paper's task for it (section 3.1, Table 9)
+CONVERTERS = {"nli": "semantic similarity", "classification": "classification", "pairs": "search result",
+              "beir": "question answering", "choice": "question answering"}
 
 
-def table(path: str) -> Iterator[tuple[str, Any]]:
-    """("file:line", row) of .jsonl, .csv or .tsv with a header, plain or .gz."""
-    kind = Path(path.removesuffix(".gz")).suffix
-    if kind not in (".csv", ".tsv"):
-        yield from read_jsonl(path)
-        return
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    with open_text(path) as lines:
-        reader = csv.DictReader(lines) if kind == ".csv" else \
-            csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            if lines.read(1) != "\ufeff":                            # the byte order mark of a spreadsheet
-                lines.seek(0)
-            for row in reader:
-                yield f"{path}:{reader.line_num}", row
-        except (csv.Error, OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            raise InputError(f"{path}:{reader.line_num}: not {kind[1:]} ({error})") from error
+@dataclass
+class Convert:
+    """The settings of `convert`; each is a flag."""
+
+    task: str = flag("", "the records' task; else the paper's for the kind")
+    seed: int = flag(0, "of what is drawn")
+    ids: bool = flag(True, "classification: a unique id on the three texts of a triple (section 3.3)")
+    model: str = flag("", "beir: a model folder that finds hard negatives")
+    depth: int = flag(50, "beir: a hard negative is one of so many nearest passages")
+    split: str = flag("train", "beir: qrels/SPLIT.tsv")
+    positive_from: float = flag(math.nan, "pairs whose label is a score: the score from which on they are kept")
+    first: int = flag(-1, "choice: cop of the first option, 0 or 1, where the file does not tell")
 
 
-def column(where: str, row: dict[str, Any], *names: str) -> Any:
-    """The first of the columns that the row has and that is not blank."""
-    for name in names:
-        if row.get(name) is not None and str(row[name]).strip():
-            return row[name]
-    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
+def converted(kind: str, paths: Sequence[str], left_out: Counter[str], c: Convert | None = None) -> list[Record]:
+    """Records of files of one kind; `left_out` gets, by the reason, how many rows gave none."""
+    c = c or Convert()
+    task, rng = c.task or CONVERTERS[kind], None
+    if kind == "classification":
+        texts, labels = labelled(paths)
+        triples = classification_triples(texts, labels, c.seed, task, c.ids)
+        left_out["texts of which no triple can be made"] += len(texts) - len(triples)
+        return triples
+    if kind == "nli":
+        rows = nli(paths, left_out)
+    elif kind == "pairs":
+        rows = labelled_pairs(paths, left_out, c.positive_from)
+    elif kind == "choice":
+        rows, rng = choice(paths, left_out, c.first), np.random.default_rng(c.seed)
+    else:
+        model, rng = load(c.model) if c.model else None, np.random.default_rng(c.seed)
+        folders = [read_beir(path, c.split) for path in paths]
+        near = [nearest_passages(model, folder, task, c.depth) if model else {} for folder in folders]
+        rows = itertools.chain.from_iterable(map(beir, folders, near))
+    records = []
+    for query, positive, negative, symmetric in contrasted(rows, left_out, rng):
+        records.append(record(task, query, side(positive), negative and side(negative), symmetric))
+    return records
 
 
-NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}
+def nearest_passages(model: Gecko, beir: Beir, task: str, depth: int) -> dict[str, list[Passage]]:
+    """The `depth` passages nearest to each query, by its id: those that are not relevant are hard negatives.
 
-
-def convert_nli(paths: Sequence[str], left_out: Counter[str], task: str = "semantic similarity",
-                ) -> Iterator[Record]:
-    """SNLI, MNLI and their like: a premise, what it entails, what contradicts it. Symmetric."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for path in paths:
-        for where, row in table(path):
-            label = str(column(where, row, "gold_label", "label")).strip().lower()
-            label = NLI.get(label, label)
-            if label not in (*NLI.values(), "-", "-1"):
-                raise InputError(f"{where}: label {label!r}; want {', '.join(NLI.values())} or 0, 1, 2")
-            if label in ("-", "-1"):
-                left_out["rows without a gold label"] += 1
-                continue
-            premise = str(column(where, row, "sentence1", "premise")).strip()
-            other = str(column(where, row, "sentence2", "hypothesis")).strip()
-            found.setdefault(premise, {}).setdefault(label, []).append(other)
-    for premise, by_label in found.items():
-        against = [text for text in by_label.get("contradiction", []) if text != premise]
-        for n, entailed in enumerate(dict.fromkeys(by_label.get("entailment", []))):
-            negative = against[n % len(against)] if against else None
-            if entailed == premise or entailed == negative:
-                left_out["rows that repeat a text"] += 1
-                continue
-            left_out["kept without a contradiction of the premise"] += negative is None
-            yield record(task, premise, text_only(entailed), text_only(negative) if negative else None,
-                         symmetric=True)
-        left_out["premises that entail nothing"] += "entailment" not in by_label
-
-
-def read_labelled(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Texts and their labels."""
-    texts, labels = [], []
-    for path in paths:
-        for where, row in table(path):
-            texts.append(str(column(where, row, "text", "sentence", "utterance")).strip())
-            labels.append(str(column(where, row, "label", "category", "intent")).strip())
-    return texts, labels
-
-
-def convert_classification(paths: Sequence[str], left_out: Counter[str], task: str = "classification",
-                           seed: int = 0, unique_ids: bool = True) -> Iterator[Record]:
-    """Text and label: triples of the same and another label, see `classification_triples`."""
-    texts, labels = read_labelled(paths)
-    rows = classification_triples(texts, labels, seed, task, unique_ids)
-    left_out["rows alone with their label"] += len(texts) - len(rows)
-    yield from rows
-
-
-def convert_choice(paths: Sequence[str], left_out: Counter[str], task: str = "question answering",
-                   seed: int = 0) -> Iterator[Record]:
-    """MedMCQA: question, opa..opd and cop, the right one (1 to 4; 0 to 3 where a 0 occurs)."""
-    rows = [pair for path in paths for pair in table(path)]
-    rng, right = np.random.default_rng(seed), []
-    for where, row in rows:
-        given = str(column(where, row, "cop"))
-        if not re.fullmatch(r"-?\d+", given):
-            raise InputError(f"{where}: cop {given!r} is no number; give that of the right option")
-        right.append(int(given))
-    first = 0 if 0 in right else 1
-    for (where, row), answer in zip(rows, right, strict=True):
-        options = [str(row.get(name) or "").strip() for name in ("opa", "opb", "opc", "opd")]
-        if answer != -1 and not 0 <= answer - first < 4:
-            raise InputError(f"{where}: cop {answer}; this file numbers its options {first} to {first + 3}")
-        if answer == -1 or not options[answer - first]:
-            left_out["questions without an answer"] += 1
-            continue
-        positive = options[answer - first]
-        wrong = [text for text in options if text not in ("", positive)]
-        yield record(task, str(column(where, row, "question")).strip(), text_only(positive),
-                     text_only(wrong[rng.integers(len(wrong))]) if wrong else None)
-
-
-def convert_beir(folders: Sequence[str], left_out: Counter[str], task: str = "question answering",
-                 seed: int = 0, model: Gecko | None = None, depth: int = 50, split: str = "train",
-                 ) -> Iterator[Record]:
-    """BEIR folders: each query with each relevant passage; with a model, a hard negative too.
-
-    It is drawn from the model's first `depth` passages without the judged ones and one of the query's
-    own id (ArguAna's queries stand in their corpus). The very first are the likeliest to be relevant
-    and unjudged (a false negative), so they should not be all there is.
+    The very first are the likeliest to be relevant and unjudged (false negatives): let `depth` be large.
     """
-    for folder in folders:
-        corpus = {p["_id"]: p for p in read_passages(beir_file(folder, "corpus.jsonl"))}
-        qrels = read_qrels(Path(folder) / f"qrels/{split}.tsv")
-        queries = {str(row.get("_id")): str(column(where, row, "text"))
-                   for where, row in read_jsonl(beir_file(folder, "queries.jsonl")) if str(row.get("_id")) in qrels}
-        near = mined(model, list(corpus.values()), queries, task, depth) if model else {}
-        rng = np.random.default_rng(seed)
-        for query, judged in qrels.items():
-            positives = [corpus[i] for i in judged if i in corpus]
-            left_out["judgements whose query or passage is not there"] += (
-                len(judged) - len(positives) if query in queries else len(judged))
-            texts = {p["text"] for p in positives}
-            hard = [i for i in near.get(query, []) if i not in (query, *judged) and corpus[i]["text"] not in texts]
-            for positive in positives if query in queries else []:
-                negative = corpus[hard[rng.integers(len(hard))]] if hard else None
-                yield record(task, queries[query], side(positive), side(negative) if negative else None)
+    P = model.encode_passages([p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus],
+                              progress="passages")                   # (P, d)
+    q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
+    _, ids = topk(q, P, min(depth, len(P)))                          # (Q, depth)
+    return {query: [beir.corpus[i] for i in row] for query, row in zip(beir.queries, ids, strict=True)}
 
 
-def mined(model: Gecko, corpus: Sequence[dict[str, str]], queries: dict[str, str], task: str, depth: int,
-          ) -> dict[str, list[str]]:
-    """The model's first `depth` passages of each query, by id."""
-    P = model.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus], progress="passages")
-    q = model.encode_queries(list(queries.values()), task, progress="queries")
-    _, nearest = topk(q, P, min(depth, len(P)))
-    return {query: [corpus[i]["_id"] for i in near] for query, near in zip(queries, nearest, strict=True)}
-
-
-def convert_pairs(paths: Sequence[str], left_out: Counter[str], task: str = "search result",
-                  ) -> Iterator[Record]:
-    """Question and answer, title and body, query and passages; negatives are kept where a file has them.
-
-    Two sentences are symmetric; of those with a label, 0 for "not the same", only the others are pairs.
-    """
-    def sides(found: Any) -> list[dict[str, str]]:
-        """One side or a list of them, each a text or {"title", "text"}."""
-        return [{"title": str(part.get("title") or ""), "text": str(part.get("text") or "").strip()}
-                if isinstance(part, dict) else text_only(str(part).strip())
-                for part in (found if isinstance(found, list) else [found])]
-
-    for path in paths:
-        for where, row in table(path):
-            query = str(column(where, row, "query", "question", "title", "sentence1")).strip()
-            found = column(where, row, "positive", "pos", "answer", "body", "text", "passage", "sentence2")
-            against = [s for s in sides(row.get("negative") or row.get("neg") or []) if s["text"]]
-            if "sentence2" in row and str(row.get("label", 1)) in ("0", "0.0"):
-                left_out["pairs that are labelled as different"] += 1
-                continue
-            for n, positive in enumerate(sides(found if found != [] else "")):
-                negative = against[n % len(against)] if against else None
-                texts = [query, positive["text"], *([negative["text"]] if negative else [])]
-                if not positive["text"] or len(set(texts)) < len(texts):
-                    left_out["pairs of a text with itself or nothing"] += 1
-                else:
-                    yield record(task, query, positive, negative, symmetric="sentence2" in row)
-
-
-CONVERTERS = {"nli": convert_nli, "classification": convert_classification, "beir": convert_beir,
-              "choice": convert_choice, "pairs": convert_pairs}
-
-
-def convert(args: argparse.Namespace) -> None:
-    """One converter, its counts, and the next command."""
-    check_output(args.output, *args.inputs)
-    at_least(0, seed=args.seed)
+def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
+    """One kind of files, what was left out of them, and the next command."""
+    check_output(output, *inputs)
+    at_least(0, seed=c.seed)
     left_out: Counter[str] = Counter()
-    how: dict[str, Any] = {"task": args.task} if args.task else {}
-    if args.kind in ("classification", "choice", "beir"):
-        how["seed"] = args.seed
-    if args.kind == "classification":
-        how["unique_ids"] = args.ids
-    if args.kind == "beir":
-        how |= {"model": load(args.model) if args.model else None, "depth": args.depth, "split": args.split}
-    kept: Counter[bool] = Counter()                                  # with a negative, without
-
-    def counted() -> Iterator[Record]:
-        for row in CONVERTERS[args.kind](args.inputs, left_out, **how):  # type: ignore[operator]
-            kept[row["negative"] is not None] += 1
-            yield row
-        for reason, count in left_out.items():
-            if count:
-                print(f"  {count} {reason}")
-        if not kept:                                                 # here, so that nothing is written
-            raise InputError(f"{args.output}: no record could be made of {', '.join(args.inputs)}")
-
-    n = write_jsonl(args.output, counted())
-    print(f"wrote {args.output}: {n} records, {kept[True]} with a hard negative")
-    print(f"next: python data.py check {args.output}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Title-body pairs for pre-finetuning (section 3.1)
-
-PAIR_TASKS = ("search result", "question answering")  # section 3.1: short strings, one a set
-
-
-def builtin_pairs(corpus: Sequence[dict[str, str]], count: int, seed: int = 0,
-                  sources: Sequence[str] = SOURCES) -> list[Record]:
-    """`count` unlabelled pairs out of documentation and source code, each with one of section 3.1's tasks."""
-    return [record(task, query, {"title": title, "text": text})
-            for task, query, title, text in pairs.builtin_pairs(corpus, count, seed, PAIR_TASKS, sources)]
+    rows = converted(kind, inputs, left_out, c)
+    for reason, count in left_out.items():
+        if count:
+            print(f"  left out: {count} {reason}")
+    if not rows:
+        raise InputError(f"{output}: no record could be made of {', '.join(inputs)}")
+    write_jsonl(output, rows)
+    print(f"wrote {output}: {len(rows)} records, {with_negative(rows)} with a hard negative")
+    print(f"next: python data.py check {output}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line
+
+
+def with_negative(rows: Sequence[Record]) -> int:
+    return sum(row["negative"] is not None for row in rows)
 
 
 def check(path: str, model_dir: str | None, max_length: int | None) -> None:
@@ -501,19 +372,19 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]
-    print(f"{path}: {len(rows)} records, {sum(r['negative'] is not None for r in rows)} with a hard "
-          f"negative, {sum(r['symmetric'] for r in rows)} symmetric")
-    for task, n in Counter(r.get("kind") or r["task"] for r in rows).most_common(10):
-        print(f"  {n:7d}  {task[:80]}")
-    for name, kind in (("input", 0), ("positive", 1)):
-        twice = len(texts) - len({t[kind] for t in texts})
-        print(f"  {twice} repeated {name} texts (in a batch they are masked, not negatives)")
-    same = sum(r["query"] == r["positive"]["text"] for r in rows)
+    symmetric = sum(row["symmetric"] for row in rows)
+    print(f"{path}: {len(rows)} records, {with_negative(rows)} with a hard negative, {symmetric} symmetric")
+    for task, count in Counter(map(task_of, rows)).most_common(10):
+        print(f"  {count:7d}  {task[:80]}")
+    for name, which in (("input", 0), ("positive", 1)):
+        repeated = len(texts) - len({three[which] for three in texts})
+        print(f"  {repeated} repeated {name} texts (in a batch they are masked, not negatives)")
+    same = sum(row["query"] == row["positive"]["text"] for row in rows)
     print(f"  {same} rows whose query is their positive (nothing to learn from)")
     for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
         print(f"  first {name}: {' '.join((text or '(none)').split())[:100]}")
     if model:
-        tokens = model.tokens([t for row in texts for t in row if t], max_length)
+        tokens = model.tokens([text for three in texts for text in three if text], max_length)
         print(f"  {model.cut} of {len(tokens)} texts are cut at {max_length or model.max_length} tokens")
 
 
@@ -530,21 +401,15 @@ def main() -> None:
     converter.add_argument("kind", choices=sorted(CONVERTERS), help="what the files are")
     converter.add_argument("inputs", nargs="+", help=".jsonl, .csv or .tsv, plain or .gz; beir: folders")
     converter.add_argument("output", help="the JSONL of records to write")
-    converter.add_argument("--task", help="the records' task (default: the paper's for the kind)")
-    converter.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
-    converter.add_argument("--ids", action=argparse.BooleanOptionalAction, default=True,
-                           help="classification: a unique id on the texts of a triple (section 3.3)")
-    converter.add_argument("--model", help="beir: a model folder that finds hard negatives (default: none)")
-    converter.add_argument("--depth", type=int, default=50, help="beir: draw from so many (%(default)s)")
-    converter.add_argument("--split", default="train", help="beir: qrels/SPLIT.tsv (%(default)s)")
+    add_flags(converter, Convert)
     args = parser.parse_args()
     if args.command == "convert":
-        convert(args)
-    elif args.command == "corpus":
+        convert(args.kind, args.inputs, args.output, from_flags(Convert, args))
+    elif args.command == "check":
+        check(args.file, args.model, args.max_length)
+    else:
         check_output(args.output)
         print(f"wrote {args.output}: {write_jsonl(args.output, builtin_corpus())} passages")
-    else:
-        check(args.file, args.model, args.max_length)
 
 
 if __name__ == "__main__":

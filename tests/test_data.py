@@ -1,13 +1,12 @@
-"""data.py: records, classification triples, the schedule, converters.   pytest tests/test_data.py
+"""data.py: records, classification triples, the mixture, files of records.   pytest tests/test_data.py
 
-Invariants: one unique id on x, x+ and x- and on no other triple; symmetric targets have the input's
-format; every row of a set is drawn once an epoch.
+Invariants: one unique id on x, x+ and x- and on no other triple; symmetric targets have the input's format;
+every row of a set is drawn once an epoch; a wrong row of a file names its line.
 """
 
 import gzip
 import json
 import sys
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -27,43 +26,96 @@ def test_formatted_symmetric_and_asymmetric():
     assert data.formatted({**row, "negative": None})[2] is None
 
 
+# --------------------------------------------------------------------------------------------------
+# Classification triples (section 3.3)
+
+TEXTS, LABELS = [f"text {i}" for i in range(20)], [i % 3 for i in range(20)]
+
+
+def three(row):
+    return row["query"], row["positive"]["text"], row["negative"]["text"]
+
+
 @pytest.mark.ex3
 def test_classification_triples_share_one_unique_id():
     """x+ has x's label, x- another, the id is on all three texts and on no other triple's."""
-    texts, labels = [f"text {i}" for i in range(20)], [i % 3 for i in range(20)]
-    rows = data.classification_triples(texts, labels, seed=1)
+    rows = data.classification_triples(TEXTS, LABELS, seed=1)
     assert len(rows) == 20 and all(r["symmetric"] for r in rows)
-    label, ids = dict(zip(texts, labels, strict=True)), []
+    label, ids = dict(zip(TEXTS, LABELS, strict=True)), []
     for row in rows:
-        three = [row["query"], row["positive"]["text"], row["negative"]["text"]]
-        assert all(" [" in text for text in three), f"the id goes on all three texts, x- too: {three}"
-        (x, i), (pos, j), (neg, k) = (text.rsplit(" [", 1) for text in three)
-        assert i == j == k, f"x, x+ and x- must share one id: {three}"
-        assert pos != x, f"x is its own positive: {three}"
-        assert label[pos] == label[x], f"x+ must have x's label: {three}"
-        assert label[x] != label[neg], f"x- has x's own label: {three}"
+        assert all(" [" in text for text in three(row)), f"the id goes on all three texts, x- too: {three(row)}"
+        (x, i), (pos, j), (neg, k) = (text.rsplit(" [", 1) for text in three(row))
+        assert i == j == k, f"x, x+ and x- must share one id: {three(row)}"
+        assert pos != x, f"x is its own positive: {three(row)}"
+        assert label[pos] == label[x], f"x+ must have x's label: {three(row)}"
+        assert label[x] != label[neg], f"x- has x's own label: {three(row)}"
         ids.append(i)
     assert len(set(ids)) == 20, "an id stands on two triples: it then no longer tells the rows of a batch apart"
-    assert len({r["positive"]["text"].split(" [")[0] for r in rows}) > 6, "x+ is drawn, not always the first"
-    plain = data.classification_triples(texts, labels, seed=1, unique_ids=False)
-    assert plain[0]["query"] == "text 0" and rows[0]["query"] == "text 0 [0]"
+
+
+@pytest.mark.ex3
+def test_classification_draws_by_the_seed_alone_and_from_all():
+    """Equal seeds give equal triples, others others; every text of the label is drawn as x+, every other as x-."""
+    def drawn(seed):
+        return [three(row) for row in data.classification_triples(TEXTS, LABELS, seed, unique_ids=False)]
+
+    assert drawn(5) == drawn(5), "equal seeds must give equal triples: draw from the seed alone"
+    assert drawn(5) != drawn(6), "the seed has no effect"
+    first = [drawn(seed)[0] for seed in range(150)]
+    assert {x for x, _, _ in first} == {"text 0"}
+    assert {pos for _, pos, _ in first} == set(TEXTS[3::3]), "x+ is drawn among all other texts of x's label"
+    assert {neg for _, _, neg in first} == set(TEXTS) - set(TEXTS[::3]), "x- is drawn among all other labels' texts"
+
+
+@pytest.mark.ex3
+def test_classification_honours_its_arguments():
+    rows = data.classification_triples(TEXTS, LABELS, 1, task="topics", unique_ids=False)
+    assert {r["task"] for r in rows} == {"topics"}, "the task is the one that is given"
+    assert all(set(three(r)) <= set(TEXTS) for r in rows), "without unique_ids no text gets an id, x- neither"
+    assert {r["task"] for r in data.classification_triples(TEXTS, LABELS)} == {"classification"}
+    assert all(r["positive"]["title"] == r["negative"]["title"] == "" for r in rows)
+
+
+@pytest.mark.ex3
+@pytest.mark.parametrize("seed", range(6))
+def test_classification_compares_texts_and_not_their_places(seed):
+    """A text that stands in two rows is one text: the three of a triple differ."""
+    assert data.classification_triples(["a", "a", "b"], [1, 1, 2], seed) == [], "x+ is x's own text again"
+    assert data.classification_triples(["a", "b", "a"], [1, 1, 2], seed) == [], "x- is the text of x or of x+"
+    texts = ["a", "a", "b", "b", "c", "a", "c"]
+    rows = data.classification_triples(texts, [1, 1, 1, 2, 2, 2, 2], seed, unique_ids=False)
+    assert len(rows) == 7 and all(len(set(three(row))) == 3 for row in rows), "the three texts of a triple differ"
+
+
+@pytest.mark.ex3
+@pytest.mark.parametrize("seed", range(8))
+def test_classification_draws_an_x_plus_that_leaves_an_x_minus(seed):
+    """x- can only be "b": x+ of "a" is then "d", and that of "d" is "a"; for the "b" in front nothing is left."""
+    rows = data.classification_triples(["a", "b", "d", "b"], [1, 1, 1, 2], seed)
+    assert [three(r) for r in rows] == [("a [0]", "d [0]", "b [0]"), ("d [1]", "a [1]", "b [1]")]
 
 
 @pytest.mark.ex3
 def test_classification_leaves_out_a_row_that_no_triple_can_be_made_of():
-    """The one text of another label is x's or x+'s own: no x-, and no endless search for it."""
-    assert data.classification_triples(["a", "b", "a"], [1, 1, 2]) == []
+    """x alone with its label, and no endless search for an x-."""
     texts = ["a", "b", *["a"] * 1100, "c"]                           # all but two alone with their label
     for seed in range(20):                                           # chance finds "c" for some, a search for all
         rows = data.classification_triples(texts, [1, 1, *range(2, 1103)], seed)
-        assert [(r["query"], r["positive"]["text"], r["negative"]["text"]) for r in rows] == [
-            ("a [0]", "b [0]", "c [0]"), ("b [1]", "a [1]", "c [1]")]
+        assert [three(r) for r in rows] == [("a [0]", "b [0]", "c [0]"), ("b [1]", "a [1]", "c [1]")]
 
 
 @pytest.mark.ex3
 def test_classification_needs_two_labels():
     with pytest.raises(InputError, match="two labels"):
         data.classification_triples(["a", "b"], [1, 1])
+
+
+# --------------------------------------------------------------------------------------------------
+# The mixture (section 3.3)
+
+
+def records(count):
+    return [data.record("search result", f"q{i}", data.text_only(f"p{i}")) for i in range(count)]
 
 
 def test_schedule_draws_each_row_once_an_epoch_and_keeps_sets_apart():
@@ -86,6 +138,55 @@ def test_schedule_follows_the_weights():
     assert abs(share - 0.25) < 0.04
 
 
+def test_schedule_takes_all_rows_of_a_set_that_is_smaller_than_a_batch():
+    plan = data.schedule([3, 9], [1, 1], 5, 30, seed=0)
+    assert all(sorted(rows) == [0, 1, 2] for s, rows in plan if s == 0)
+    assert all(len(rows) == 5 for s, rows in plan if s == 1)
+
+
+@pytest.mark.parametrize("mix", ["sets", "mixed", "tasks"])
+def test_batches_hold_rows_of_the_mixture(mix):
+    sets = [records(30), records(20)]
+    for row in sets[0][:3]:
+        row["task"] = "rare"
+    plan = data.batches(sets, [1, 1], mix, 10, 60, seed=0)
+    from_first = [np.mean(rows < 30) for rows in plan]
+    assert all(len(rows) == 10 and rows.min() >= 0 and rows.max() < 50 for rows in plan)
+    if mix == "sets":
+        assert set(from_first) == {0.0, 1.0}
+    else:
+        assert 0.3 < np.mean(from_first) < 0.9 and not {0.0, 1.0} >= set(from_first)
+    rare = np.mean([np.mean(rows < 3) for rows in plan])
+    assert (0.4 < rare < 0.6) if mix == "tasks" else rare < 0.15
+
+
+def test_uniform_tasks_are_counted_by_their_kind_where_rows_have_one():
+    """FRet's tasks are free text: by the text, ten kinds of wording would weigh more than one."""
+    rows = [{**row, "task": f"wording {i}", "kind": "rare" if i < 4 else "common"}
+            for i, row in enumerate(records(40))]
+    plan = np.concatenate(data.batches([rows], None, "tasks", 10, 60, seed=0))
+    assert 0.4 < np.mean(plan < 4) < 0.6
+    by_text = np.concatenate(data.batches([[{**r, "kind": ""} for r in rows]], None, "tasks", 10, 60, seed=0))
+    assert np.mean(by_text < 4) < 0.2
+
+
+def test_mixed_batches_go_through_each_group_before_any_row_again():
+    plan = np.concatenate(data.mixed_schedule([np.arange(10), np.arange(10, 40)], [1, 1], 8, 40, seed=3))
+    first = plan[plan < 10]
+    assert all(sorted(first[k:k + 10]) == list(range(10)) for k in range(0, len(first) - 10, 10))
+
+
+def test_builtin_pairs_are_records_of_the_two_tasks():
+    corpus = data.builtin_corpus()[:300]
+    rows = data.builtin_pairs(corpus, 40, 3, ("numpy",))
+    assert len(rows) == 40 and {r["task"] for r in rows} == {"search result", "question answering"}
+    assert all(r["negative"] is None and not r["symmetric"] for r in rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of records
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
 def test_records_round_trip(tmp_path, ending):
     path = tmp_path / f"r.{ending}"
@@ -98,7 +199,9 @@ def test_records_round_trip(tmp_path, ending):
     ("{", r":2: not JSON"),
     ("[]", r":2: not a JSON object"),
     (json.dumps({**GOOD, "query": " "}), r':2: no "query"'),
-    (json.dumps({**GOOD, "positive": {"title": "x"}}), r':2: "positive" has no text'),
+    (json.dumps({**GOOD, "query": 5}), r':2: no "query"'),
+    (json.dumps({**GOOD, "positive": {"title": " "}}), r':2: "positive" has no text'),
+    (json.dumps({**GOOD, "positive": {"title": "T", "text": ""}, "symmetric": True}), r':2: "positive" has no'),
     (json.dumps({**GOOD, "positive": {"text": 5}}), r':2: "positive" has no text'),
     (json.dumps({**GOOD, "negative": {"text": "n", "title": 5}}), r':2: "negative" has no text'),
     (json.dumps({**GOOD, "positive": {"text": "p", "title": 0}}), r':2: "positive" has no text'),
@@ -114,16 +217,17 @@ def test_a_wrong_row_names_file_and_line(tmp_path, line, message):
         data.read_records(path)
 
 
+def test_a_title_alone_is_a_passage(tmp_path):
+    files.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "positive": {"title": "T", "text": ""},
+                                              "negative": {"title": "N", "text": ""}}])
+    row, = data.read_records(tmp_path / "r.jsonl")
+    assert data.formatted(row)[1:] == ("title: T | text:", "title: N | text:")
+
+
 def test_no_title_may_be_written_as_null(tmp_path, capsys):
     files.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "positive": {"title": None, "text": "p"}, "kind": None}])
     data.check(str(tmp_path / "r.jsonl"), None, None)
     assert "first positive: title: none | text: p" in capsys.readouterr().out
-
-
-def test_a_length_of_nothing_is_one_line():
-    for length in (0, -1):
-        with pytest.raises(InputError, match=f"--max-length {length}: give 1 or more"):
-            data.check("r.jsonl", None, length)
 
 
 def test_candidates_are_left_out_where_no_one_needs_them(tmp_path):
@@ -143,49 +247,11 @@ def test_empty_missing_and_truncated_files(tmp_path):
         data.read_records(tmp_path / "cut.jsonl.gz")
 
 
-def test_nothing_is_written_where_no_record_can_be_made(tmp_path, monkeypatch, capsys):
-    """What stood under the output's name still stands; why rows were left out is said."""
-    source, out = tmp_path / "in.csv", tmp_path / "out.jsonl"
-    source.write_text("sentence1,sentence2,label\na,b,-\n")
-    out.write_text("before")
-    monkeypatch.setattr(sys, "argv", ["data.py", "convert", "nli", str(source), str(out)])
-    with pytest.raises(InputError, match="no record could be made of"):
+@pytest.mark.parametrize("words, message", [
+    (["check", "r.jsonl", "--max-length", "0"], "--max-length 0: give 1 or more"),
+    (["check", "r.jsonl", "--max-length", "-1"], "--max-length -1: give 1 or more"),
+    (["convert", "classification", "in", "out", "--seed", "-1"], "--seed -1: give 0 or more")])
+def test_a_flag_that_makes_no_sense_is_one_line(words, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["data.py", *words])
+    with pytest.raises(InputError, match=message):
         data.main()
-    assert out.read_text() == "before" and "1 rows without a gold label" in capsys.readouterr().out
-
-
-def test_no_row_vanishes_and_no_text_is_its_own_negative(tmp_path):
-    """A list of no positives is counted as left out; a premise is never what contradicts it."""
-    left_out = Counter()
-    rows = [{"query": "q", "pos": [], "neg": ["n"]}, {"query": "q", "pos": ["p"], "neg": ["n"]}]
-    files.write_jsonl(tmp_path / "p.jsonl", rows)
-    assert [r["positive"]["text"] for r in data.convert_pairs([str(tmp_path / "p.jsonl")], left_out)] == ["p"]
-    assert left_out == {"pairs of a text with itself or nothing": 1}
-    files.write_jsonl(tmp_path / "n.jsonl", [{"premise": "a", "hypothesis": other, "label": label}
-                                            for other, label in (("b", 0), ("a", 2), ("c", 2))])
-    row, = data.convert_nli([str(tmp_path / "n.jsonl")], left_out)
-    assert row["negative"]["text"] == "c"
-
-
-def test_tables_of_spreadsheets_and_broken_archives(tmp_path):
-    """A byte order mark is no part of the first column's name; a cut or spoiled .gz names the file and line."""
-    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbflabel,text\r\nx,a\r\n")
-    assert [row for _, row in data.table(str(tmp_path / "t.csv"))] == [{"label": "x", "text": "a"}]
-    whole = gzip.compress("".join(f"{i * i},some text {i * 7919}\n" for i in range(999)).encode())
-    for spoiled in (whole[:200], whole[:90] + bytes([255] * 60) + whole[150:], b"label,text\n"):
-        (tmp_path / "t.csv.gz").write_bytes(spoiled)
-        with pytest.raises(InputError, match=r"t.csv.gz:\d+: not csv"):
-            list(data.table(str(tmp_path / "t.csv.gz")))
-
-
-def test_a_seed_below_zero_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["data.py", "convert", "classification", "in", "out", "--seed", "-1"])
-    with pytest.raises(InputError, match="--seed -1: give 0 or more"):
-        data.main()
-
-
-def test_builtin_pairs_are_records_of_the_two_tasks():
-    corpus = data.builtin_corpus()[:300]
-    rows = data.builtin_pairs(corpus, 40, 3, ("numpy",))
-    assert len(rows) == 40 and {r["task"] for r in rows} == {"search result", "question answering"}
-    assert all(r["negative"] is None and not r["symmetric"] for r in rows)

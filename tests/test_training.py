@@ -1,4 +1,4 @@
-"""The loop: any batch size, any number of processes, stoppable; the mixture; the converters.
+"""The loop: any batch size, any number of processes, stoppable.
 
     python -m pytest tests/test_training.py
 
@@ -7,7 +7,6 @@ gradient; a run that was killed and continued writes the bytes of one that was n
 """
 
 import functools
-import gzip
 import itertools
 import json
 import math
@@ -17,7 +16,6 @@ import signal
 import socket
 import time
 from array import array
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +27,7 @@ from test_losses import main_spec, mrl_spec, pre_spec
 
 import data
 import train
-from data import batches, mixed_schedule, read_records, record, schedule
+from data import record
 from engine import evaluate, files, runs
 from engine.files import InputError, run
 from engine.scale import derive_seed
@@ -466,72 +464,7 @@ def beir_folder(folder, rows, split):
 
 
 # --------------------------------------------------------------------------------------------------
-# The mixture
-
-
-def test_schedule_goes_through_each_set_before_any_row_again():
-    plan = schedule([10, 23], [1, 3], 5, 200, seed=0)
-    for which, size in ((0, 10), (1, 23)):
-        mine = [rows for s, rows in plan if s == which]
-        each = size // 5
-        for k in range(0, len(mine) - each, each):
-            assert len(set(np.concatenate(mine[k:k + each]))) == each * 5
-        first, second = np.concatenate(mine[:each]), np.concatenate(mine[each:2 * each])
-        assert first.tolist() != second.tolist()                     # another order the second time
-    assert 0.15 < np.mean([s == 0 for s, _ in plan]) < 0.35
-
-
-def test_schedule_is_the_same_for_a_longer_run_and_another_for_another_seed():
-    def rows(*a):
-        return [r.tolist() for _, r in schedule([40, 30], [1, 1], 8, *a)]
-
-    assert rows(20, 0) == rows(20, 0) != rows(20, 1)
-
-
-@pytest.mark.parametrize("mix", ["sets", "mixed", "tasks"])
-def test_batches_hold_rows_of_the_mixture(mix):
-    sets = [records(30), records(20, 1)]
-    for i, row in enumerate(sets[0]):
-        row["task"] = "rare" if i < 3 else "search result"
-    plan = batches(sets, [1, 1], mix, 10, 60, seed=0)
-    from_first = [np.mean(rows < 30) for rows in plan]
-    assert all(len(rows) == 10 and rows.min() >= 0 and rows.max() < 50 for rows in plan)
-    if mix == "sets":
-        assert set(from_first) == {0.0, 1.0}
-    else:
-        assert 0.3 < np.mean(from_first) < 0.9 and not {0.0, 1.0} >= set(from_first)
-    rare = np.mean([np.mean(rows < 3) for rows in plan])
-    assert (0.4 < rare < 0.6) if mix == "tasks" else rare < 0.15
-
-
-def test_uniform_tasks_are_counted_by_their_kind_where_rows_have_one():
-    """FRet's tasks are free text: by the text, ten kinds of wording would weigh more than one."""
-    rows = [{**row, "task": f"wording {i}", "kind": "rare" if i < 4 else "common"}
-            for i, row in enumerate(records(40))]
-    plan = np.concatenate(batches([rows], None, "tasks", 10, 60, seed=0))
-    assert 0.4 < np.mean(plan < 4) < 0.6
-    by_text = np.concatenate(batches([[{**r, "kind": ""} for r in rows]], None, "tasks", 10, 60, seed=0))
-    assert np.mean(by_text < 4) < 0.2
-
-
-def test_mixed_batches_go_through_each_group_before_any_row_again():
-    plan = np.concatenate(mixed_schedule([np.arange(10), np.arange(10, 40)], [1, 1], 8, 40, seed=3))
-    first = plan[plan < 10]
-    assert all(sorted(first[k:k + 10]) == list(range(10)) for k in range(0, len(first) - 10, 10))
-
-
-# --------------------------------------------------------------------------------------------------
-# Converters, on files as their publishers write them
-
-
-def lines(path, *rows):
-    path.write_text("".join((json.dumps(r) if isinstance(r, dict) else r) + "\n" for r in rows))
-    return str(path)
-
-
-def converted(tmp_path, kind, *arguments):
-    command(data.main, "convert", kind, *arguments, str(tmp_path / "out.jsonl"))
-    return read_records(tmp_path / "out.jsonl")
+# The command line
 
 
 def command(main, *arguments):
@@ -539,135 +472,6 @@ def command(main, *arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["prog", *map(str, arguments)])
         run(main)
-
-
-def texts(row):
-    return row["query"], row["positive"]["text"], row["negative"] and row["negative"]["text"]
-
-
-@pytest.mark.parametrize("style", ["snli", "numbers"])
-def test_nli_sets_entailment_against_contradiction_of_the_same_premise(tmp_path, style):
-    triples = [("a man eats", "a man is eating", "entailment"), ("a man eats", "he sleeps", "contradiction"),
-               ("a man eats", "he is old", "neutral"), ("a dog runs", "an animal runs", "entailment"),
-               ("a dog runs", "it is fast", "-"), ("a cat", "no cat", "contradiction")]
-    if style == "snli":
-        rows = [{"sentence1": a, "sentence2": b, "gold_label": c, "annotator_labels": [c]}
-                for a, b, c in triples]
-    else:
-        number = {"entailment": 0, "neutral": 1, "contradiction": 2, "-": -1}
-        rows = [{"premise": a, "hypothesis": b, "label": number[c]} for a, b, c in triples]
-    out = converted(tmp_path, "nli", lines(tmp_path / "in.jsonl", *rows))
-    assert [texts(r) for r in out] == [("a man eats", "a man is eating", "he sleeps"),
-                                       ("a dog runs", "an animal runs", None)]
-    assert all(r["symmetric"] and r["task"] == "semantic similarity" for r in out)
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_classification_triples_share_one_id_of_their_own(tmp_path, kind):
-    pairs = [("card, lost", "card"), ("my card is gone", "card"), ("top up failed", "money"),
-             ("no cash", "money")]
-    if kind == "csv":
-        path = lines(tmp_path / "in.csv", "text,category", *(f'"{a}",{b}' for a, b in pairs))
-    else:
-        path = lines(tmp_path / "in.jsonl", *({"text": a, "label": b} for a, b in pairs))
-    out, label = converted(tmp_path, "classification", path), dict(pairs)
-    assert len(out) == 4 and all(r["symmetric"] and r["task"] == "classification" for r in out)
-    for n, row in enumerate(out):
-        x, positive, negative = (t.removesuffix(f" [{n}]") for t in texts(row))
-        assert all(t.endswith(f" [{n}]") for t in texts(row))
-        assert label[x] == label[positive] != label[negative] and x != positive
-    out = converted(tmp_path, "classification", "--no-ids", path)
-    assert len(out) == 4 and all("[" not in t for r in out for t in texts(r))
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_choice_has_the_right_option_and_a_wrong_one(tmp_path, first):
-    options = {"opa": "A", "opb": "B", "opc": "C", "opd": "D"}
-    rows = [{"question": f"q{i}", **options, "cop": first + i, "exp": "x"} for i in range(4)]
-    out = converted(tmp_path, "choice", lines(tmp_path / "in.jsonl", *rows))
-    assert [r["positive"]["text"] for r in out] == list("ABCD")
-    wrong = [set("ABCD") - {r["positive"]["text"]} for r in out]
-    assert all(r["negative"]["text"] in w and not r["symmetric"] for r, w in zip(out, wrong, strict=True))
-
-
-def test_choice_leaves_out_what_has_no_answer(tmp_path):
-    rows = [{"question": "a", "opa": "A", "opb": "B", "opc": None, "opd": "", "cop": 1},
-            {"question": "b", "opa": "", "opb": "B", "opc": "C", "opd": "D", "cop": 1},
-            {"question": "c", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": -1}]
-    path = lines(tmp_path / "in.jsonl", *rows)
-    assert [texts(r) for r in converted(tmp_path, "choice", path)] == [("a", "A", "B")]
-
-
-def test_beir_mines_negatives_that_nobody_judged_relevant(tmp_path):
-    rows = records(12)
-    beir_folder(tmp_path / "beir", rows, "train")
-    out = converted(tmp_path, "beir", str(tmp_path / "beir"))
-    assert [texts(r) for r in out] == [(r["query"], r["positive"]["text"], None) for r in rows]
-    save(small_model(0, 0.0), tmp_path / "model")
-    out = converted(tmp_path, "beir", "--model", tmp_path / "model", "--depth", "5", tmp_path / "beir")
-    assert len(out) == 12 and all(r["negative"]["text"] != r["positive"]["text"] for r in out)
-
-
-def test_a_beir_folder_may_be_packed(tmp_path):
-    """Its .gz files are read as the plain ones; a file that is not there at all is named without .gz."""
-    rows = records(12)
-    beir_folder(tmp_path / "beir", rows, "train")
-    plain = list(data.convert_beir([tmp_path / "beir"], Counter()))
-    for path in (tmp_path / "beir").glob("*.jsonl"):
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
-        path.unlink()
-    assert list(data.convert_beir([tmp_path / "beir"], Counter())) == plain and len(plain) == 12
-    with pytest.raises(InputError, match="none/corpus.jsonl: no such file"):
-        list(data.convert_beir([tmp_path / "none"], Counter()))
-
-
-def test_beir_mines_no_query_that_stands_in_the_corpus(tmp_path):
-    """As ArguAna's and Quora's do, under its own id: it would be the nearest of all, and its own hard negative."""
-    rows = records(12)
-    beir_folder(tmp_path / "beir", rows, "train")
-    with open(tmp_path / "beir/corpus.jsonl", "a") as corpus:
-        corpus.writelines(json.dumps({"_id": f"q{i}", "text": r["query"]}) + "\n" for i, r in enumerate(rows))
-    save(small_model(0, 0.0), tmp_path / "model")
-    for seed in range(4):
-        out = converted(tmp_path, "beir", "--model", tmp_path / "model", "--depth", "6", "--seed", seed,
-                        tmp_path / "beir")
-        assert sum(r["negative"] is not None for r in out) > 6
-        assert all(r["negative"] is None or r["negative"]["text"] != r["query"] for r in out)
-
-
-def test_pairs_of_several_publishers(tmp_path):
-    path = lines(tmp_path / "in.jsonl", {"query": "a", "positive": "b"}, {"title": "c", "body": "d"},
-                 {"query": "e", "pos": ["f", "g"]}, {"question": "same", "answer": "same"})
-    assert [texts(r) for r in converted(tmp_path, "pairs", path)] == [
-        ("a", "b", None), ("c", "d", None), ("e", "f", None), ("e", "g", None)]
-    path = lines(tmp_path / "in.jsonl", {"query": "a", "pos": ["b", "c", "d"], "neg": ["x", "d"]},
-                 {"query": "e", "positive": {"title": "T", "text": "f"}, "negative": {"text": "g"}})
-    assert [texts(r) for r in converted(tmp_path, "pairs", path)] == [
-        ("a", "b", "x"), ("a", "c", "d"), ("a", "d", "x"), ("e", "f", "g")]
-    path = lines(tmp_path / "in.jsonl", {"sentence1": "a", "sentence2": "b", "label": 1},
-                 {"sentence1": "c", "sentence2": "d", "label": 0})
-    out = converted(tmp_path, "pairs", path)
-    assert [texts(r) for r in out] == [("a", "b", None)] and out[0]["symmetric"]
-    tsv = lines(tmp_path / "in.tsv", "question\tanswer", 'say "hi\tto him')
-    assert texts(converted(tmp_path, "pairs", tsv)[0]) == ('say "hi', "to him", None)
-
-
-@pytest.mark.parametrize("kind,row,message", [
-    ("nli", {"sentence1": "a", "sentence2": "b", "gold_label": "maybe"}, "in.jsonl:1: label 'maybe'"),
-    ("nli", {"sentence1": "a", "label": 1}, "in.jsonl:1: no sentence2 or hypothesis"),
-    ("choice", {"question": "a", "cop": "two"}, "in.jsonl:1: cop 'two'"),
-    ("choice", {"question": "a", "opa": "A", "opb": "B", "opc": "C", "opd": "D", "cop": 7}, ":1: cop 7"),
-    ("classification", {"text": "a", "label": "b"}, "at least two labels"),
-    ("classification", {"text": " ", "label": "b"}, "in.jsonl:1: no text or sentence or utterance"),
-    ("pairs", {"query": " ", "positive": "b"}, "in.jsonl:1: no query"),
-    ("pairs", {"left": "a", "right": "b"}, "in.jsonl:1: no query"),
-    ("pairs", "{", "in.jsonl:1: not JSON")])
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, kind, row, message):
-    with pytest.raises(SystemExit) as stop:
-        converted(tmp_path, kind, lines(tmp_path / "in.jsonl", row))
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2 and message in error and "\n" not in error
-    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_the_command_line_trains_and_resumes(tmp_path, capsys):

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
-from data import classification_triples, table  # noqa: E402
+from data import classification_triples  # noqa: E402
+from engine.convert import table  # noqa: E402
 from gecko import Gecko, load, truncate_dim  # noqa: E402
 from train import TrainConfig  # noqa: E402
 

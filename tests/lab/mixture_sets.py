@@ -53,14 +53,14 @@ def main():
         query, title, text = title_body_pair(pieces[i], rng)
         spans += [data.record("search result", query, {"title": title, "text": text})] * bool(query and text)
     bodies = [file(f"{name}-titlebody", "train") for name in ("agnews", "reuters")]
-    titles = list(data.convert_pairs(bodies, left_out))
+    titles = data.converted("pairs", bodies, left_out)
     write("pre.jsonl", spans + titles)
-    write("fret.jsonl", data.convert_beir([str(root / name) for name in RETRIEVAL], left_out))
-    write("nli.jsonl", data.convert_nli([file("sick-e-nli", "train")], left_out))
-    write("classification.jsonl", (row for name in CLASSES for row in data.convert_classification(
-        [file(name, "train")], left_out)))
+    write("fret.jsonl", data.converted("beir", [str(root / name) for name in RETRIEVAL], left_out))
+    write("nli.jsonl", data.converted("nli", [file("sick-e-nli", "train")], left_out))
+    write("classification.jsonl", (row for name in CLASSES for row in data.converted(
+        "classification", [file(name, "train")], left_out)))
     squad = next(p for p in (root / "squad", root / "squad-train-part") if p.is_dir())
-    write("rest.jsonl", [*data.convert_beir([str(squad)], left_out), *titles])
+    write("rest.jsonl", [*data.converted("beir", [str(squad)], left_out), *titles])
 
 
 if __name__ == "__main__":

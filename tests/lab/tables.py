@@ -32,8 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import llm  # noqa: E402
 import train  # noqa: E402
-from data import Record, builtin_pairs, convert_classification, read_labelled, read_records  # noqa: E402
+from data import Record, builtin_pairs, converted, read_records  # noqa: E402
 from engine import evaluate  # noqa: E402
+from engine.convert import labelled  # noqa: E402
 from engine.evaluate import Beir, interval, short_names  # noqa: E402
 from engine.files import (  # noqa: E402
     InputError,
@@ -210,7 +211,7 @@ def case_scores(lab: Lab, case: Case, title: str, dims: Sequence[int], seed: int
 
 def class_hits(model: Gecko, known: str, unknown: str, k: int = 5) -> np.ndarray:
     """1 for each text of `unknown` whose label most of its k nearest texts of `known` have, else 0."""
-    (known_texts, labels), (texts, wanted) = read_labelled([known]), read_labelled([unknown])
+    (known_texts, labels), (texts, wanted) = labelled([known]), labelled([unknown])
     q = model.encode_queries(texts, "classification")
     P = model.encode_queries(known_texts, "classification")
     _, near = topk(q, P, min(k, len(P)))                     # (texts, k)
@@ -393,7 +394,7 @@ def training_cases(args: argparse.Namespace, c: TrainConfig, model: Gecko, mined
     if args.table == "mixture" and not args.data:            # no NLI without files of it
         modules = own_modules(Path(args.out), lab.corpus)
         lab.classes = [modules, *args.classes]
-        lab.data = [lab.rows, list(convert_classification(modules[:1], Counter())),
+        lab.data = [lab.rows, converted("classification", modules[:1], Counter()),
                     builtin_pairs(lab.corpus, 50_000)]
     if args.table in ("dims", "formats") and not own:        # their change concerns eq. 2 too
         # a query of no letters is a text of no tokens where the format adds none
@@ -419,7 +420,7 @@ def table_command(args: argparse.Namespace) -> None:
     at_least(0, queries=args.queries)
     for path in args.sts:                                    # a mistake shows before the LLM is paid
         evaluate.read_sts(path)
-    read_labelled(list(itertools.chain(*args.classes)))
+    labelled(list(itertools.chain(*args.classes)))
     if not args.corpus and not (home / "ladder.json").is_file():
         train.recipe(home)
     if not args.init and not (home / "pre").is_dir():
