@@ -48,6 +48,12 @@ def test_the_map_has_every_equation_and_exercise():
     assert not missing
 
 
+def test_the_reading_order_has_every_file():
+    text = SECTIONS["Reading order"]
+    files = [*ROOT.glob("*.py"), *(ROOT / "engine").glob("[!_]*.py")]
+    assert {path.name for path in files} == set(re.findall(r"`(\w+\.py)`", text))
+
+
 def refuse(self, message):
     raise AssertionError(f"{self.prog}: {message}")
 
