@@ -14,12 +14,10 @@ import argparse
 import copy
 import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import data  # noqa: E402
@@ -27,28 +25,29 @@ import llm  # noqa: E402
 import train  # noqa: E402
 from engine import evaluate, runs  # noqa: E402
 from engine.files import beir_file, file_beside, read_passages  # noqa: E402
+from engine.offline import Offline  # noqa: E402
 from engine.pairs import chunks, title_body_pair  # noqa: E402
 from engine.search import topk  # noqa: E402
 from gecko import load  # noqa: E402
 
 SHARES = (0.0, 0.15, 0.3, 0.5)
 RANKERS = ("initial retriever", "QL", "BM25", "dense", "QL + dense", "gold")
+TASK = "question answering"
 N, NEIGHBOURS, PAIRS = 20, 3, 30_000
 C = train.TrainConfig(batch_size=256, tau=0.1, lr=2e-3, max_length=128)
 
 
 def study_set(folder, questions, passages):
     """The set's train and test questions, over a corpus of their gold passages and others, at most `passages`."""
-    known, test = evaluate.read_beir(folder, "train"), evaluate.read_beir(folder, "test")
     rng = np.random.default_rng(0)
-
-    def some(beir, n):
-        ids = [list(beir.queries)[i] for i in rng.permutation(len(beir.queries))[:n]]
-        beir.queries, beir.qrels = {i: beir.queries[i] for i in ids}, {i: beir.qrels[i] for i in ids}
-
-    some(known, questions)
-    some(test, 500)
-    gold = {p for beir in (known, test) for judged in beir.qrels.values() for p in judged}
+    known, test = evaluate.read_beir(folder, "train"), evaluate.read_beir(folder, "test")
+    gold = set()
+    for beir, most in ((known, questions), (test, 500)):
+        ids = list(beir.queries)
+        ids = [ids[i] for i in rng.permutation(len(ids))[:most]]
+        beir.queries = {i: beir.queries[i] for i in ids}
+        beir.qrels = {i: beir.qrels[i] for i in ids}
+        gold.update(*beir.qrels.values())
     corpus = read_passages(beir_file(folder, "corpus.jsonl"))
     others = [p["_id"] for p in corpus if p["_id"] not in gold]
     more = rng.permutation(len(others))[:max(0, passages - len(gold))]
@@ -63,101 +62,125 @@ def vectors(folder, known, encoder, cache):
     if not path.is_file():
         model = load(encoder)
         model.max_length = C.max_length
-        with torch.autocast("cpu", torch.bfloat16):
-            q, P = evaluate.encode_beir(model, known, "question answering", progress="passages")
+        q, P = evaluate.encode_beir(model, known, TASK, precision="bf16", progress="passages")
         with file_beside(path) as new:
             np.savez(new, q=q, P=P)
-    found = np.load(path)
-    return found["q"], found["P"]
-
-
-def wrong_seeds(known, P, share, seed, bm25=None):
-    """The seed of each question, as a row of the corpus: a gold one, or with probability `share` a wrong one.
-
-    Wrong is one of the gold's nearest neighbours; with bm25, one of those that it ranks first for the question.
-    """
-    rng, place = np.random.default_rng([seed, 1]), {p["_id"]: i for i, p in enumerate(known.corpus)}
-    gold = [sorted(place[i] for i in judged) for judged in known.qrels.values()]
-    _, near = topk(P[[g[0] for g in gold]], P, NEIGHBOURS + 10)
-    if bm25:
-        near = [np.argsort(-bm25.scores(text))[:NEIGHBOURS + 10] for text in known.queries.values()]
-    seeds = []
-    for right, row in zip(gold, near, strict=True):
-        wrong = [i for i in row if i not in right][:NEIGHBOURS]
-        seeds.append(int(rng.choice(wrong)) if rng.random() < share else right[0])
-    return seeds, gold
-
-
-def ranker_scores(known, candidates, gold, first, q, P, bm25, offline):
-    """{ranker: scores of each question's candidates}; first and q, P: vectors of two embedders."""
-    out = {name: [] for name in RANKERS}
-    for n, (text, row, right) in enumerate(zip(known.queries.values(), candidates, gold, strict=True)):
-        lexical = bm25.scores(text)[row].tolist()
-        ql = offline.query_likelihood([(text, known.corpus[i]) for i in row])
-        own, dense = ((passages[row] @ queries[n]).tolist() for queries, passages in (first, (q, P)))
-        for name, s in zip(RANKERS, (own, ql, lexical, dense, llm.rrf(ql, dense),
-                                    [s + 9 * (i in right) for s, i in zip(dense, row, strict=True)]), strict=True):
-            out[name].append(s)
-    return out
-
-
-def run(folder, sizes, encoder, cache, seed, out, done, steps, errors):
-    """All shares of wrong seeds and all rankers on one set under one seed; each ranker is a line of `out`."""
-    name = Path(folder).resolve().name + ", lexical errors" * (errors == "lexical")
-    shares = SHARES[errors == "lexical":]                            # without errors both are the same
-    if all((name, seed, share, ranker) in done for share in shares for ranker in RANKERS):
-        return
-    known, test = study_set(folder, *sizes)
-    q, P = vectors(folder, known, encoder, cache)
-    texts, questions = [p["text"] for p in known.corpus], list(known.queries.values())
-    pairs = title_body_pairs(known.corpus, seed)
-    pre = train.untrained(known.corpus, pairs, seed)
-    train.train(pre, "prefinetune", [pairs], replace(C, lr=1e-2, steps=150, seed=seed), title=f"{name}: pre")
-    bm25, offline = evaluate.BM25(known.corpus), llm.Offline(known.corpus, None, list(llm.TASKS))
-
-    def trained(positives, title):
-        """The encoder trained on these labels, without hard negatives, and its nDCG@10 on the test questions."""
-        rows = [data.record("question answering", text, data.side(known.corpus[p]))
-                for text, p in zip(questions, positives, strict=True)]
-        model = copy.deepcopy(pre)
-        train.train(model, "finetune", [rows], replace(C, steps=steps, seed=seed), title=title)
-        ranked = evaluate.rankings(test, *evaluate.encode_beir(model, test, "question answering"))
-        return model, float(np.mean(evaluate.retrieval_scores(ranked, test)["ndcg@10"]))
-
-    for share in shares:
-        if all((name, seed, share, ranker) in done for ranker in RANKERS):
-            continue
-        start = time.time()
-        seeds, gold = wrong_seeds(known, P, share, seed, bm25 if errors == "lexical" else None)
-        first, p_seed = trained(seeds, f"{name} {share:.0%} p_seed")
-        own = evaluate.encode_beir(first, known, "question answering")
-        _, near = topk(*own, N)
-        candidates = [llm.with_seed(list(map(int, row)), s) for row, s in zip(near, seeds, strict=True)]
-        for ranker, scores in ranker_scores(known, candidates, gold, own, q, P, bm25, offline).items():
-            if (name, seed, share, ranker) in done:
-                continue
-            picked = [llm.relabel(s, [texts[i] for i in row]) for s, row in zip(scores, candidates, strict=True)]
-            p_1 = [row[a] for row, (a, _) in zip(candidates, picked, strict=True)]
-            order = [[row[i] for i in np.argsort(-np.array(s))] for s, row in zip(scores, candidates, strict=True)]
-            quality = [evaluate.ndcg(row, dict.fromkeys(right, 1)) for row, right in zip(order, gold, strict=True)]
-            row = {"set": name, "seed": seed, "wrong": share, "ranker": ranker, "questions": len(questions),
-                   "ranker_ndcg": np.mean(quality),
-                   "seed_right": np.mean([i in right for i, right in zip(seeds, gold, strict=True)]),
-                   "p1_right": np.mean([i in right for i, right in zip(p_1, gold, strict=True)]),
-                   "changed": np.mean(np.array(p_1) != np.array(seeds)), "p_seed": p_seed,
-                   "p_1": trained(p_1, f"{name} {share:.0%} {ranker}")[1]}
-            row = {k: round(float(v), 4) if isinstance(v, float) else v for k, v in row.items()}
-            print(json.dumps(row), flush=True)
-            with open(out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        print(f"{name}, {share:.0%} wrong, seed {seed}: {time.time() - start:.0f} s", flush=True)
+    kept = np.load(path)
+    return kept["q"], kept["P"]
 
 
 def title_body_pairs(corpus, seed):
-    rng, pieces = np.random.default_rng(seed), [c for p in corpus for c in chunks(p)]
-    made = (title_body_pair(pieces[i], rng) for i in rng.integers(len(pieces), size=PAIRS))
-    return [data.record("search result", query, {"title": title, "text": text})
-            for query, title, text in made if query.strip() and text.strip()]
+    rng = np.random.default_rng(seed)
+    pieces = [chunk for passage in corpus for chunk in chunks(passage)]
+    pairs = []
+    for i in rng.integers(len(pieces), size=PAIRS):
+        query, title, text = title_body_pair(pieces[i], rng)
+        if query.strip() and text.strip():
+            pairs.append(data.record("search result", query, {"title": title, "text": text}))
+    return pairs
+
+
+class Study:
+    """One set under one seed. Passages are numbers: rows of the corpus and of P."""
+
+    def __init__(self, name, known, test, q, P, seed, steps, lexical):
+        self.name, self.known, self.test, self.q, self.P = name, known, test, q, P
+        self.seed, self.steps, self.lexical = seed, steps, lexical
+        self.questions = list(known.queries.values())
+        self.texts = [p["text"] for p in known.corpus]
+        number = {p["_id"]: i for i, p in enumerate(known.corpus)}
+        self.gold = [sorted(number[i] for i in judged) for judged in known.qrels.values()]
+        self.bm25 = evaluate.BM25(known.corpus)
+        self.offline = Offline(known.corpus, None, [TASK])
+        pairs = title_body_pairs(known.corpus, seed)
+        self.init = train.untrained(known.corpus, pairs, seed)
+        c = replace(C, lr=1e-2, steps=150, seed=seed)
+        train.train(self.init, "prefinetune", [pairs], c, title=f"{name}: pre")
+
+    def seeds(self, share):
+        """The seed of each question: a gold passage, or with probability `share` a wrong one.
+
+        Wrong is one of the gold's nearest neighbours, or one of those that BM25 ranks first for the question.
+        """
+        rng = np.random.default_rng([self.seed, 1])
+        _, near = topk(self.P[[right[0] for right in self.gold]], self.P, NEIGHBOURS + 10)
+        seeds = []
+        for question, right, row in zip(self.questions, self.gold, near, strict=True):
+            if self.lexical:
+                row = np.argsort(-self.bm25.scores(question))
+            wrong = [i for i in row[:NEIGHBOURS + 10] if i not in right][:NEIGHBOURS]
+            seeds.append(int(rng.choice(wrong)) if rng.random() < share else right[0])
+        return seeds
+
+    def trained(self, positives, title):
+        """The encoder trained on these labels, without hard negatives, and its nDCG@10 on the test questions."""
+        rows = [data.record(TASK, question, data.side(self.known.corpus[p]))
+                for question, p in zip(self.questions, positives, strict=True)]
+        model = copy.deepcopy(self.init)
+        train.train(model, "finetune", [rows], replace(C, steps=self.steps, seed=self.seed), title=title)
+        ranked = evaluate.rankings(self.test, *evaluate.encode_beir(model, self.test, TASK))
+        return model, float(np.mean(evaluate.retrieval_scores(ranked, self.test)["ndcg@10"]))
+
+    def scores(self, n, candidates, retriever):
+        """Each ranker's scores of question n's candidates; retriever: vectors of the questions and the corpus."""
+        question, (own_q, own_P) = self.questions[n], retriever
+        ql = self.offline.query_likelihood([(question, self.known.corpus[i]) for i in candidates])
+        dense = (self.P[candidates] @ self.q[n]).tolist()
+        gold = [s + 9 * (i in self.gold[n]) for s, i in zip(dense, candidates, strict=True)]
+        return dict(zip(RANKERS, ((own_P[candidates] @ own_q[n]).tolist(), ql,
+                                  self.bm25.scores(question)[candidates].tolist(), dense,
+                                  llm.rrf(ql, dense), gold), strict=True))
+
+    def rows(self, share, skip):
+        """A row of the results for each ranker that is not in `skip`."""
+        seeds = self.seeds(share)
+        retriever, p_seed = self.trained(seeds, f"{self.name} {share:.0%} p_seed")
+        own = evaluate.encode_beir(retriever, self.known, TASK)
+        _, near = topk(*own, N)
+        candidates = [llm.ensure_seed(row, s) for row, s in zip(near.tolist(), seeds, strict=True)]
+        scores = [self.scores(n, row, own) for n, row in enumerate(candidates)]
+        for ranker in RANKERS:
+            if ranker in skip:
+                continue
+            p_1, quality = [], []
+            for row, by_ranker, right in zip(candidates, scores, self.gold, strict=True):
+                first, _ = llm.relabel(by_ranker[ranker], [self.texts[i] for i in row])
+                p_1.append(row[first])
+                order = np.argsort(-np.array(by_ranker[ranker]))
+                quality.append(evaluate.ndcg([row[i] for i in order], dict.fromkeys(right, 1)))
+            _, gained = self.trained(p_1, f"{self.name} {share:.0%} {ranker}")
+            figures = {
+                "ranker_ndcg": np.mean(quality), "seed_right": self.right(seeds), "p1_right": self.right(p_1),
+                "changed": np.mean(np.array(p_1) != np.array(seeds)), "p_seed": p_seed, "p_1": gained}
+            yield {"set": self.name, "seed": self.seed, "wrong": share, "ranker": ranker,
+                   "questions": len(self.questions)} | {k: round(float(v), 4) for k, v in figures.items()}
+
+    def right(self, passages):
+        """The share of the questions whose passage is a gold one."""
+        return np.mean([p in gold for p, gold in zip(passages, self.gold, strict=True)])
+
+
+def run(folder, args, seed):
+    """All shares of wrong seeds on one set under one seed; each ranker is a line of --out, made once."""
+    lexical = args.errors == "lexical"
+    name, shares = Path(folder).resolve().name, SHARES
+    if lexical:                                                      # without errors both kinds are the same
+        name, shares = f"{name}, lexical errors", SHARES[1:]
+    done = {share: set() for share in shares}
+    for row in runs.whole_rows(Path(args.out)):
+        if (row["set"], row["seed"]) == (name, seed):
+            done[row["wrong"]].add(row["ranker"])
+    todo = [share for share in shares if done[share] != set(RANKERS)]
+    if not todo:
+        return
+    known, test = study_set(folder, args.questions, args.passages)
+    q, P = vectors(folder, known, args.encoder, Path(args.cache))
+    study = Study(name, known, test, q, P, seed, args.steps, lexical)
+    for share in todo:
+        for row in study.rows(share, done[share]):
+            print(json.dumps(row), flush=True)
+            with open(args.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,28 +190,39 @@ def title_body_pairs(corpus, seed):
 def means(rows):
     """{(set, wrong, ranker): {measure: mean over seeds}}, with the gain of p_1 over p_seed in points."""
     groups = {}
-    for r in rows:
-        groups.setdefault((r["set"], r["wrong"], r["ranker"]), []).append(r)
-    return {key: {**{m: float(np.mean([r[m] for r in group])) for m in ("ranker_ndcg", "seed_right", "p1_right")},
-                  "gain": float(np.mean([100 * (r["p_1"] - r["p_seed"]) for r in group])),
-                  "spread": float(np.std([100 * (r["p_1"] - r["p_seed"]) for r in group], ddof=1))
-                  if len(group) > 1 else 0.0} for key, group in groups.items()}
+    for row in rows:
+        groups.setdefault((row["set"], row["wrong"], row["ranker"]), []).append(row)
+    found = {}
+    for key, group in groups.items():
+        gains = [100 * (row["p_1"] - row["p_seed"]) for row in group]
+        found[key] = {measure: float(np.mean([row[measure] for row in group]))
+                      for measure in ("ranker_ndcg", "seed_right", "p1_right")}
+        found[key]["gain"] = float(np.mean(gains))
+        found[key]["spread"] = float(np.std(gains, ddof=1)) if len(gains) > 1 else 0.0
+    return found
 
 
 def study_text(rows):
     """The study as a Markdown table: the ranker, how often it is right, and what relabelling gains."""
     found = means(rows)
-    lines = ["| set | ranker | its nDCG@10 | its p_1 is right | " + " | ".join(
-        f"gain, {share:.0%} wrong" for share in SHARES) + " |", "|---" * (4 + len(SHARES)) + "|"]
-    for name in dict.fromkeys(s for s, _, _ in found):
+    head = ["set", "ranker", "its nDCG@10", "its p_1 is right", *(f"gain, {share:.0%} wrong" for share in SHARES)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(name for name, _, _ in found):
         for ranker in RANKERS:
             cells = [found.get((name, share, ranker)) for share in SHARES]
-            there = [c for c in cells if c]
-            lines.append(f"| {name} | {ranker} | {np.mean([c['ranker_ndcg'] for c in there]):.3f} | "
-                         f"{np.mean([c['p1_right'] for c in there]):.0%} | " + " | ".join(
-                             f"{c['gain']:+.1f}" + f" ± {c['spread']:.1f}" * (c["spread"] > 0) if c else ""
-                             for c in cells) + " |")
+            measured = [cell for cell in cells if cell]
+            ndcg = np.mean([cell["ranker_ndcg"] for cell in measured])
+            right = np.mean([cell["p1_right"] for cell in measured])
+            row = [name, ranker, f"{ndcg:.3f}", f"{right:.0%}", *map(gain_text, cells)]
+            lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
+
+
+def gain_text(cell):
+    if not cell:
+        return ""
+    spread = f" ± {cell['spread']:.1f}" if cell["spread"] > 0 else ""
+    return f"{cell['gain']:+.1f}{spread}"
 
 
 def chart(rows):
@@ -196,21 +230,22 @@ def chart(rows):
     from matplotlib import pyplot
 
     found = means(rows)
-    names = list(dict.fromkeys(s for s, _, _ in found))
+    names = list(dict.fromkeys(name for name, _, _ in found))
+    markers = dict(zip(names, "os^D", strict=False))
     colors = dict(zip(SHARES, ("#2c7bb6", "#7fbf7b", "#fdae61", "#d7191c"), strict=True))
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained", sharey=True)
     for (name, share, _), v in found.items():
         for axis, x in zip(axes, (v["ranker_ndcg"], v["p1_right"] - v["seed_right"]), strict=True):
-            axis.scatter(x, v["gain"], color=colors[share], marker="os^D"[names.index(name) % 4], s=34,
-                         edgecolor="black", linewidth=0.4)
+            axis.scatter(x, v["gain"], color=colors[share], marker=markers[name], s=34, edgecolor="black",
+                         linewidth=0.4)
     axes[0].set(xlabel="the ranker's nDCG@10 on the candidates",
                 ylabel="points of p_1 over p_seed, nDCG@10 on test")
     axes[1].set(xlabel="share of p_1 that is right, less share of seeds that is right")
     for axis in axes:
         axis.axhline(0, color="black", linewidth=0.8)
     axes[1].axvline(0, color="black", linewidth=0.8)
-    for n, name in enumerate(names):
-        axes[0].scatter([], [], color="white", edgecolor="black", marker="os^D"[n % 4], label=name)
+    for name in names:
+        axes[0].scatter([], [], color="white", edgecolor="black", marker=markers[name], label=name)
     for share, color in colors.items():
         axes[0].scatter([], [], color=color, marker="s", label=f"{share:.0%} of seeds wrong")
     figure.legend(fontsize=8, loc="outside right upper")
@@ -222,27 +257,20 @@ def main():
     parser.add_argument("folders", nargs="+", help="BEIR folders with train and test")
     parser.add_argument("--encoder", required=True, help="model folder: ranker `dense`, and what is near the gold")
     parser.add_argument("--cache", default="runs/vectors", help="folder of its vectors (%(default)s)")
-    parser.add_argument("--out", default="tests/lab/results/study_labels.jsonl", help="lines are added")
+    parser.add_argument("--out", default="tests/lab/results/study_labels.jsonl",
+                        help="lines are added (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (%(default)s)")
     parser.add_argument("--steps", type=int, default=60, help="of each training (%(default)s)")
     parser.add_argument("--questions", type=int, default=3000, help="at most (%(default)s)")
     parser.add_argument("--passages", type=int, default=8000, help="of the corpus, at most, gold ones apart")
     parser.add_argument("--errors", choices=("neighbours", "lexical"), default="neighbours",
                         help="what stands for a gold seed that is replaced (%(default)s)")
-    parser.add_argument("--encode-only", action="store_true", help="fill the cache and stop")
     args = parser.parse_args()
-    cache, out, sizes = Path(args.cache), Path(args.out), (args.questions, args.passages)
-    if args.encode_only:
-        for folder in args.folders:
-            q, P = vectors(folder, study_set(folder, *sizes)[0], args.encoder, cache)
-            print(folder, q.shape, P.shape, flush=True)
-        return
-    out.parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
         for folder in args.folders:
-            done = {(r["set"], r["seed"], r["wrong"], r["ranker"]) for r in runs.whole_rows(out)}
-            run(folder, sizes, args.encoder, cache, seed, out, done, args.steps, args.errors)
-    print(study_text(runs.whole_rows(out)))
+            run(folder, args, seed)
+    print(study_text(runs.whole_rows(Path(args.out))))
 
 
 if __name__ == "__main__":
