@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import llm as fret
+import llm
 import train
 from data import Record
 from engine import evaluate
-from engine.files import file_beside, read_jsonl, read_passages, run
+from engine.files import beir_file, file_beside, read_jsonl, read_passages, run
+from engine.offline import Offline
 from engine.search import topk
 from gecko import Gecko, load, save
 
@@ -54,8 +55,10 @@ class Cached(Gecko):
         """(len(texts), d); in bf16 whatever `how` says."""
         texts = list(texts)
         keys = {t: hashlib.sha1(t.encode()).hexdigest() for t in texts}
-        if new := [t for t, key in keys.items() if key not in self.vectors]:
-            self.vectors.update(zip((keys[t] for t in new), super().encode(new, precision="bf16"), strict=True))
+        new = [text for text, key in keys.items() if key not in self.vectors]
+        if new:
+            x = super().encode(new, precision="bf16")                # (len(new), d)
+            self.vectors.update(zip((keys[text] for text in new), x, strict=True))
             self.keep()
         return np.array([self.vectors[keys[t]] for t in texts])
 
@@ -127,7 +130,7 @@ def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> evalu
     return evaluate.Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
 
 
-def measure(models: dict[str, Gecko], beir: evaluate.Beir, ranker: fret.Offline) -> dict[str, Any]:
+def measure(models: dict[str, Gecko], beir: evaluate.Beir, ranker: Offline) -> dict[str, Any]:
     """nDCG@10 and recall@100 of each, with the 95 % interval of the gain over the first of the models."""
     by_id = {p["_id"]: p for p in beir.corpus}
     ranked: dict[str, dict[str, list[str]]] = {"BM25": evaluate.bm25_rankings(beir)}
@@ -135,7 +138,7 @@ def measure(models: dict[str, Gecko], beir: evaluate.Beir, ranker: fret.Offline)
         ranked[name] = evaluate.rankings(beir, *evaluate.encode_beir(model, beir, TASK))
         if len(ranked) == 2:                                         # the teacher: its top 100, ranked again
             pairs = {q: [(text, by_id[i]) for i in ranked[name][q]] for q, text in beir.queries.items()}
-            scores = {q: fret.rrf(ranker.query_likelihood(p), ranker.relevance(p)) for q, p in pairs.items()}
+            scores = {q: llm.rrf(ranker.query_likelihood(p), ranker.relevance(p)) for q, p in pairs.items()}
             ranked["the ranker on its top 100"] = {
                 q: [ranked[name][q][i] for i in np.argsort(-np.array(s), kind="stable")]
                 for q, s in scores.items()}
@@ -187,22 +190,21 @@ def main() -> None:
         clock.write_text(json.dumps(seconds) + "\n")
         print(f"{name}: {seconds[name]:.0f} s", flush=True)
 
-    path = args.scifact / "corpus.jsonl"
-    corpus = read_passages(path if path.is_file() else path.with_name("corpus.jsonl.gz"))
+    corpus = read_passages(beir_file(args.scifact, "corpus.jsonl"))
     first = Cached(load(args.init), out / "vectors.npz")
     P = encoded(first, corpus)
     stage("encode the abstracts")
-    ranker = fret.Offline(corpus, fret.similarity(first), list(fret.TASKS))
+    ranker = Offline(corpus, llm.similarity(first), list(llm.FREQUENT_TASKS))
     if not (out / "queries.jsonl").is_file():
-        fret.write_kept(out / "queries.jsonl", fret.generate(ranker, corpus, QUERIES), QUERIES, "generate")
+        llm.write_kept(out / "queries.jsonl", llm.generate(ranker, corpus, QUERIES), QUERIES, "generate")
     stage("generate")
     if not (out / "mined.jsonl").is_file():
         queries = [row for _, row in read_jsonl(out / "queries.jsonl")]
         first.encode_queries([row["query"] for row in queries], TASK)
-        fret.write_kept(out / "mined.jsonl", fret.mine(ranker, first, corpus, queries, N), len(queries), "mine")
+        llm.write_kept(out / "mined.jsonl", llm.mine(ranker, first, corpus, queries, N), len(queries), "mine")
     mined = [row for _, row in read_jsonl(out / "mined.jsonl")]
     at = {p["_id"]: i for i, p in enumerate(corpus)}
-    rows = fret.labelled(mined, corpus, "p1", "none")                # p- would cost near half as much again
+    rows = llm.labelled(mined, corpus, "p1", "none")                # p- would cost near half as much again
     groups = topical(P[[at[row["positive_id"]] for row in mined]], np.arange(len(rows)))
     sets = [[rows[i] for i in group] for group in groups]
     changed = np.mean([row["positive_id"] != row["seed_id"] for row in mined])

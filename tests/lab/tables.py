@@ -47,6 +47,7 @@ from engine.files import (  # noqa: E402
     say,
     write_jsonl,
 )
+from engine.offline import Offline  # noqa: E402
 from engine.runs import read_metrics, whole_rows  # noqa: E402
 from engine.search import topk  # noqa: E402
 from gecko import FORMATS, PLAIN, Gecko, fetch, is_bag, load, save, truncate_dim  # noqa: E402
@@ -87,7 +88,7 @@ TABLES = {
         ("MTEB",), {"question answering": (60.32,), "search result": (60.17,), "fact checking": (60.56,),
                     "sentence similarity": (60.30,), "all": (60.70,), "all, uniformly": (60.87,)},
         "rows of all tasks are worth more than as many rows of one task",
-        [("all, uniformly", kind, "") for kind in llm.TASKS]),
+        [("all, uniformly", kind, "") for kind in llm.FREQUENT_TASKS]),
     "mixture": Table(
         ("MTEB", "classification", "STS"),
         {"FRet": (62.64, 70.26, 83.14), "+ NLI": (63.24, math.nan, 84.74),
@@ -166,7 +167,7 @@ def first_sets(lab: Lab, n: int, seed: int) -> list[list[Record]]:
 
 def task_cases(lab: Lab) -> dict[str, Case]:
     """As many rows of one task, of all as they come, and of all alike."""
-    kinds = {kind: [row for row in lab.rows if row["kind"] == kind] for kind in llm.TASKS}
+    kinds = {kind: [row for row in lab.rows if row["kind"] == kind] for kind in llm.FREQUENT_TASKS}
     n = min(map(len, kinds.values()))
     if not n:
         counts = {kind: len(rows) for kind, rows in kinds.items()}
@@ -435,8 +436,8 @@ def table_command(args: argparse.Namespace) -> None:
     def ranker(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> llm.LLM:
         if o.llm == "offline":
             similarity = llm.similarity(embedder) if embedder else None
-            return llm.Offline(corpus, similarity, list(llm.TASKS), c.seed)
-        return llm.endpoint(o, str(out / "llm.jsonl"))
+            return Offline(corpus, similarity, list(llm.FREQUENT_TASKS), c.seed)
+        return llm.open_llm(o, str(out / "llm.jsonl"))
 
     own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
     if own and not args.data and args.table != "rerank":

@@ -74,7 +74,7 @@ def restore_argv():
 def test_six_rows_come_from_one_mined_file(lab, monkeypatch):
     """p_seed rows keep the seed, p_1 rows have the file's positive, p_20 its last; no judge is asked."""
     lab, _ = lab
-    monkeypatch.setattr(llm.Offline, "query_likelihood", None)
+    monkeypatch.setattr(tables.Offline, "query_likelihood", None)
     text = {p["_id"]: p["text"] for p in lab.corpus}
     made = {row: case.sets(0)[0] for row, case in tables.cases("labels", lab).items()}
     assert list(made) == list(tables.TABLES["labels"].paper) and len({len(rows) for rows in made.values()}) == 1
@@ -92,10 +92,10 @@ def test_tasks_have_as_many_rows_each(lab):
     assert list(made) == list(tables.TABLES["tasks"].paper)
     sizes = {row: len(rows) for row, rows in made.items()}
     assert max(sizes.values()) - min(sizes.values()) < 4
-    for kind in llm.TASKS:
+    for kind in llm.FREQUENT_TASKS:
         assert {r["kind"] for r in made[kind]} == {kind}
         assert sum(r["kind"] == kind for r in made["all, uniformly"]) == sizes["all, uniformly"] // 4
-    assert {r["kind"] for r in made["all"]} == set(llm.TASKS)
+    assert {r["kind"] for r in made["all"]} == set(llm.FREQUENT_TASKS)
 
 
 def test_formats_are_trained_and_encoded_with(lab, monkeypatch):
@@ -112,7 +112,7 @@ def test_formats_are_trained_and_encoded_with(lab, monkeypatch):
         if row in starts:
             assert all(t.startswith(starts[row]) for t in seen)
         elif row == "concatenation":
-            assert sum(t.startswith(("question answering ", *llm.TASKS)) for t in seen) > queries / 2
+            assert sum(t.startswith(("question answering ", *llm.FREQUENT_TASKS)) for t in seen) > queries / 2
         else:
             assert not any(t.startswith(("task", "The task", "question answering")) for t in seen)
 
