@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 
 def close(a: Any, b: Any) -> bool:
     """Equal up to rounding: tensors, numbers, or lists of them."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(close, a, b))
@@ -22,22 +23,61 @@ def close(a: Any, b: Any) -> bool:
     return type(a) is type(b) and a == b
 
 
-def check(yours: Any, spec: Any, mistakes: dict[str, Any]) -> None:
+def check(yours: Any, spec: Any, mistakes: dict[str, Any], what: str = "") -> None:
     """yours is the spec's value; and no mistake's is, or the test could not tell them apart."""
     same = [why for why, value in mistakes.items() if close(spec, value)]
     assert not same, f"this test cannot tell: {same}"
     if close(yours, spec):
         return
-    why = [f"why: {why}" for why, value in mistakes.items() if close(yours, value)]
+    why = [why for why, value in mistakes.items() if close(yours, value)] or [likeness(yours, spec)]
     row, caller = "", sys._getframe(1)
-    inputs = f"inputs: tests/{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"
-    if isinstance(yours, torch.Tensor) and isinstance(spec, torch.Tensor):
-        if yours.shape != spec.shape:
-            pytest.fail(f"yours has the shape {tuple(yours.shape)}, it must be {tuple(spec.shape)}\n{inputs}",
-                        pytrace=False)
-        if spec.shape:
-            i = next(i for i in range(len(spec)) if not close(yours[i], spec[i]))
-            row, yours, spec = f" (row {i})", yours[i].tolist(), spec[i].tolist()
-    why = why or ["why: no mistake that is known here gives this value; work it out by hand from the inputs"]
-    pytest.fail("\n".join([f"yours{row}: {yours}", f"the paper's, in plain loops: {spec}", *why, inputs]),
-                pytrace=False)
+    if isinstance(yours, Tensor) and isinstance(spec, Tensor) and yours.shape == spec.shape and spec.dim():
+        i = next(i for i in range(len(spec)) if not close(yours[i], spec[i]))
+        row, yours, spec = f" (row {i})", yours[i].tolist(), spec[i].tolist()
+    lines = [what, f"yours{row}: {yours}", f"the paper's, in plain loops: {spec}"]
+    lines += [f"why: {line}" for line in why]
+    lines += [f"inputs: tests/{Path(caller.f_code.co_filename).name}:{caller.f_lineno}"]
+    pytest.fail("\n".join(line for line in lines if line), pytrace=False)
+
+
+def likeness(yours: Any, spec: Any) -> str:
+    """What can be said of a wrong value that no known mistake gives."""
+    if isinstance(spec, Tensor) and isinstance(yours, Tensor) and yours.shape != spec.shape:
+        return f"yours has the shape {tuple(yours.shape)}, it must be {tuple(spec.shape)}"
+    try:
+        a, b = (torch.as_tensor(x, dtype=torch.float64).detach().flatten() for x in (yours, spec))
+    except (TypeError, ValueError, RuntimeError):
+        return UNKNOWN if type(yours) is type(spec) else f"a {type(spec).__name__} is asked for"
+    if len(a) != len(b):
+        return f"{len(a)} numbers, where {len(b)} are asked for"
+    if not a.isfinite().all():
+        return "it is not finite: e^x overflows for a large x; take logsumexp or cross_entropy, not exp and log"
+    if close(a.sort().values, b.sort().values):
+        return "the right values, in another order"
+    ratio = (a @ b / (b @ b)).item() if b.any() else 0.0
+    if ratio and close(a, ratio * b):
+        return f"the right value times {ratio:.4g}"
+    wrong = [i for i in range(len(a)) if not close(a[i], b[i])]
+    if len(wrong) <= len(a) // 2:
+        return f"right but for {len(wrong)} of {len(a)} places, the first at {wrong[0]}; what is special there?"
+    return UNKNOWN
+
+
+UNKNOWN = "no mistake that is known here gives this value; work it out by hand from the inputs"
+
+
+def check_gradients(
+    yours: Tensor,              # scalar
+    spec: Tensor,               # scalar, of the same inputs
+    inputs: dict[str, Tensor],  # by name; each asks for a gradient
+) -> None:
+    """On each input, yours has the spec's gradient: nothing is learned from a right value without one."""
+    check(yours, spec, {})
+    detached = "no gradient reaches it: something is detached, or computed without torch"
+    for name, x in inputs.items():
+        want, = torch.autograd.grad(spec, x, retain_graph=True)
+        have = None
+        if yours.requires_grad:
+            have, = torch.autograd.grad(yours, x, retain_graph=True, allow_unused=True)
+        check(torch.zeros_like(x) if have is None else have, want, {detached: torch.zeros_like(x)},
+              f"the value is right, but not its gradient on {name}:")
