@@ -20,8 +20,6 @@ Where we differ from the paper, or fill a gap in it:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import math
 import random
 import time
@@ -32,13 +30,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from data import Record, record, side
-from engine.cache import Cached, Strings
+from engine.cache import Cached, DryRun, Strings
 from engine.corpus import terms  # noqa: F401
-from engine.endpoint import Endpoint, Trials, first_token_log_prob
+from engine.endpoint import Endpoint, Trials
 from engine.files import (
     InputError,
     add_flags,
@@ -50,13 +46,13 @@ from engine.files import (
     read_passages,
     run,
     say,
-    write_jsonl,
 )
-from engine.offline import Offline, Similarity
-from engine.search import exact_dot, topk
+from engine.kept import write_kept
+from engine.offline import Offline, similarity
+from engine.replies import first_token_log_prob
+from engine.search import topk
 from engine.show import known_passages, show, summary
-from engine.transport import LLMError as LLMError
-from engine.transport import Usage, server_address
+from engine.transport import LLMError, server_address
 from gecko import Gecko, fill, format_query, load
 
 Passage = dict[str, str]  # {"_id", "title", "text"}
@@ -187,7 +183,7 @@ class LLM(Protocol):
 
 
 class LanguageModel:
-    """The three calls, made of the prompts above and an LLM that knows strings alone (engine/cache.py)."""
+    """The three calls, made of the prompts above and an LLM that knows strings alone (see engine/cache.py)."""
 
     def __init__(self, strings: Strings, score: str = "label", seed: int = 0) -> None:
         self.strings, self.score, self.seed = strings, score, seed
@@ -456,6 +452,7 @@ class Options:
     seed: int = flag(0, "of the draws of seeds and of sampled negatives")
     cache: str = flag("", "JSONL of the endpoint's answers, to go on from; else X.cache.jsonl beside X.jsonl")
     max_requests: int = flag(0, "stop before one more; 0 for no limit")
+    dry_run: bool = flag(False, "count calls and prompt tokens, call nothing, write nothing")
 
     def __post_init__(self) -> None:
         if self.llm != "offline":
@@ -479,88 +476,46 @@ TRIALS = Trials(
     labels=LABELS)
 
 
-def similarity(embedder: Gecko, known: dict[str, np.ndarray] | None = None) -> Similarity:
-    """For `offline`: the cosine of each query with the passage beside it. known: passages' vectors by id."""
-    return functools.partial(cosines, embedder, {} if known is None else known)
-
-
-def cosines(embedder: Gecko, known: dict[str, np.ndarray], queries: Sequence[str],
-            passages: Sequence[Passage]) -> list[float]:
-    new = {p["_id"]: p for p in passages if p["_id"] not in known}   # a passage is encoded once
-    titles = [p["title"] for p in new.values()]
-    known.update(zip(new, embedder.encode_passages([p["text"] for p in new.values()], titles), strict=True))
-    texts = list(dict.fromkeys(queries))
-    vectors = dict(zip(texts, embedder.encode_queries(texts), strict=True))
-    q = torch.from_numpy(np.stack([vectors[text] for text in queries]))      # (pairs, d)
-    p = torch.from_numpy(np.stack([known[p["_id"]] for p in passages]))      # (pairs, d)
-    return exact_dot(q, p).tolist()
-
-
-def open_llm(o: Options, output: str, score: str = "label") -> LanguageModel:
+def open_llm(o: Options, output: str, corpus: Sequence[Passage], embedder: Gecko | None = None,
+             score: str = "label") -> LLM:
     """The LLM that the flags describe; its answers are kept beside the output."""
-    endpoint = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, usage=Usage(o.max_requests))
+    if o.dry_run:
+        return LanguageModel(DryRun(), score, o.seed)
+    if o.llm == "offline":
+        return Offline(corpus, similarity(embedder) if embedder else None, list(FREQUENT_TASKS), o.seed)
+    endpoint = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, max_requests=o.max_requests)
     name = Path(output.removesuffix(".gz"))
-    cache = o.cache or name.with_name(f"{name.stem}.cache.jsonl")
-    return LanguageModel(Cached(endpoint, cache), score, o.seed)
+    return LanguageModel(Cached(endpoint, o.cache or name.with_name(f"{name.stem}.cache.jsonl")), score, o.seed)
 
 
-@contextlib.contextmanager
-def reported(llm: LLM) -> Iterator[None]:
-    """However it ends, say what was spent."""
+def write(path: str, rows: Iterator[Record], total: int, what: str, llm: LLM) -> Counter[str]:
+    """Write what the LLM makes; however it ends, say what was spent."""
     try:
-        yield
+        return write_kept(path, rows, total, what)
     finally:
         if isinstance(llm, LanguageModel):
             print(llm.report())
 
 
-def tokens_in(text: str) -> int:
-    """About how many tokens: one for four bytes."""
-    return len(text.encode()) // 4
-
-
-def estimate(what: str, calls: int, tokens: float, shared: int, longest: int) -> None:
-    """What a step will send; `shared`: prompt tokens that a server with a prefix cache reads only once."""
-    print(f"{what}: {calls:,} calls, about {int(tokens):,} prompt tokens (4 bytes each); a prefix cache "
-          f"saves {shared:,} of them; the longest prompt has {longest:,}")
-
-
-def estimate_generate(corpus: Sequence[Passage], limit: int, seed: int) -> None:
-    sizes = [tokens_in(fill(P_QG, passage=truncated_passage(p))) for p in corpus]
-    drawn = [sizes[i] for i in seed_draws(len(corpus), limit, seed)]
-    head = tokens_in(P_QG.partition("{passage}")[0])
-    estimate("generate", limit, sum(drawn), head * (limit - 1), max(drawn))
-
-
-def estimate_mine(corpus: Sequence[Passage], queries: Sequence[Record], N: int, rank: str, labels: int) -> None:
-    """Candidates are not known yet: they are taken to be as long as the corpus's mean passage."""
-    passages = [tokens_in(truncated_passage(p)) for p in corpus]
-    questions = [tokens_in(row["query"]) for row in queries]
-    mean, longest = sum(passages) / len(passages), max(passages) + max(questions)
-    for name, prompt, per_query in (("ql", P_QL, N), ("rc", P_RC, N * labels)):
-        if name not in rank:
-            continue
-        calls, head, prompt_size = len(queries) * per_query, tokens_in(prompt.partition("{")[0]), tokens_in(prompt)
-        shared = head * (calls - 1)
-        if name == "rc":                                             # there the query precedes the passage
-            shared += (per_query - 1) * sum(questions)
-        estimate(f"mine, {name.upper()}", calls, calls * (prompt_size + mean) + per_query * sum(questions),
-                 shared, prompt_size + longest)
+def count_calls(rows: Iterator[Record], what: str, llm: LLM) -> None:
+    """A dry run: what would be asked."""
+    for _ in rows:
+        pass
+    if isinstance(llm, LanguageModel):
+        print(f"{what}: {llm.report()}")
 
 
 def probe_command(args: argparse.Namespace) -> None:
     start = time.monotonic()
     endpoint = Endpoint(args.llm, args.model, TRIALS)
-    for call in ("complete", "log_likelihood", "top_tokens"):
-        can = endpoint.can(call)
-        if call == "complete":
-            print(f"{endpoint.url} (model {endpoint.model})")
-        print(f"  {call:14} {'yes' if can else 'NO '}  {endpoint.evidence(call)}")
+    can = {call: endpoint.can(call) for call in ("complete", "log_likelihood", "top_tokens")}
+    print(f"{endpoint.name} (model {endpoint.model})")
+    for call, (_, evidence) in endpoint.capabilities.items():
+        print(f"  {call:14} {'yes' if can[call] else 'NO '}  {evidence}")
     print(f"  {endpoint.usage.requests} requests, {time.monotonic() - start:.1f} s")
-    scores = endpoint.can("log_likelihood")
-    if not endpoint.can("complete") or not (scores or endpoint.can("top_tokens")):
+    if not can["complete"] or not (can["log_likelihood"] or can["top_tokens"]):
         raise LLMError("this endpoint cannot make FRet: it needs complete, and log_likelihood or top_tokens")
-    rank = "" if scores else " --rank rc"
+    rank = "" if can["log_likelihood"] else " --rank rc"
     print(f"next: python llm.py generate CORPUS QUERIES --llm {args.llm}; then mine with the same{rank}")
 
 
@@ -579,104 +534,63 @@ def read_queries(path: str | Path, corpus: Sequence[Passage]) -> list[Record]:
     return rows
 
 
-MAX_FAILED_AT_FIRST = 200  # rows that all failed from the first on: no more are asked for
-
-
-def write_kept(path: str | Path, rows: Iterator[Record], total: int, what: str) -> Counter[str]:
-    """Write the rows that did not fail as they come; say "kept K of N" and show a failure.
-
-    The counts of rows: kept, failed, relabelled (p+ is not p_seed). LLMError, and nothing written, when
-    none is kept, or all scores are equal: that is an endpoint that does not score, not a judgement.
-    """
-    count: Counter[str] = Counter()
-    failures: list[str] = []
-    values: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two scores of each
-
-    def kept() -> Iterator[Record]:
-        for row in tqdm(rows, total=total, desc=what, unit="row"):
-            if "failed" in row:
-                count["failed"] += 1
-                failures.append(row["failed"])
-                if count["failed"] >= MAX_FAILED_AT_FIRST and not count["kept"]:
-                    break
-                continue
-            count["kept"] += 1
-            count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
-            for score, seen in values.items():
-                if len(seen) < 2:
-                    seen.update(candidate[score] for candidate in row.get("candidates", ()))
-            yield row
-        if not count["kept"]:
-            raise LLMError(f"{what}: none of the first {count['failed']} rows succeeded; one: {failures[0]}")
-        for score, seen in values.items():
-            if len(seen) == 1 and seen != {None}:
-                raise LLMError(f"all {score} scores equal {seen.pop()}: the endpoint does not score; "
-                               "nothing was written")
-
-    write_jsonl(path, kept())
-    example = f"; a failure: {failures[0]}" if failures else ""
-    print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
-    return count
-
-
 def generate_command(args: argparse.Namespace) -> None:
-    check_output(args.queries, args.corpus, args.cache)
-    if args.cache:
-        check_output(args.cache, args.corpus)
     o, corpus = from_flags(Options, args), read_passages(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
     at_least(1, limit=limit)
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
-    if args.dry_run:
-        return estimate_generate(corpus, limit, o.seed)
-    llm: LLM = (
-        Offline(corpus, None, list(FREQUENT_TASKS), o.seed) if o.llm == "offline" else open_llm(o, args.queries))
-    with reported(llm):
-        write_kept(args.queries, generate(llm, corpus, limit, o.seed), limit, "generate")
+    llm = open_llm(o, args.queries, corpus)
+    rows = generate(llm, corpus, limit, o.seed)
+    if o.dry_run:
+        return count_calls(rows, "generate", llm)
+    write(args.queries, rows, limit, "generate", llm)
     print(f"next: python train.py prefinetune {args.queries} --init tiny --out runs/retriever\n"
           f"then: python llm.py mine {args.corpus} {args.queries} runs/fret.jsonl --model-dir runs/retriever "
           f"--llm {o.llm}")
 
 
 def mine_command(args: argparse.Namespace) -> None:
-    check_output(args.fret, args.corpus, args.queries, args.cache)
-    if args.cache:
-        check_output(args.cache, args.corpus, args.queries)
     o, corpus = from_flags(Options, args), read_passages(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")
     say(corpus=args.corpus, queries=len(queries), N=args.N, rank=args.rank, **vars(o))
-    if args.dry_run:
-        labels = len(LABELS) if args.score == "expected" else 1
-        return estimate_mine(corpus, queries, args.N, args.rank, labels)
     embedder = load(args.model_dir)
-    llm: LLM = (Offline(corpus, similarity(embedder), list(FREQUENT_TASKS), o.seed) if o.llm == "offline"
-                else open_llm(o, args.fret, args.score))
-    with reported(llm):
-        source = {"scored_by": llm.scored_by(args.rank)} if isinstance(llm, LanguageModel) else {}
-        rows = mine(llm, embedder, corpus, queries, args.N, args.negative, args.rank, o.seed)
-        rows = (row if "failed" in row else row | source for row in rows)
-        count = write_kept(args.fret, rows, len(queries), "mine")
+    llm = open_llm(o, args.fret, corpus, embedder, args.score)
+    source = {"scored_by": llm.scored_by(args.rank)} if isinstance(llm, LanguageModel) else {}
+    rows = mine(llm, embedder, corpus, queries, args.N, args.negative, args.rank, o.seed)
+    if o.dry_run:
+        return count_calls(rows, "mine", llm)
+    rows = (row if "failed" in row else row | source for row in rows)
+    count = write(args.fret, rows, len(queries), "mine", llm)
     print(f"p+ differs from p_seed in {count['relabelled'] / count['kept']:.1%} of them")
     print(f"next: python train.py finetune {args.fret} --init {args.model_dir} --out runs/gecko")
 
 
 def show_command(args: argparse.Namespace) -> None:
-    if args.html:
-        check_output(args.html, args.fret, args.corpus or Path(args.fret).parent / "corpus.jsonl")
-    at_least(0, limit=args.limit)
     limit = args.limit or (10_000 if args.html else 5)
-    show(args.fret, args.corpus, args.html, args.changed, limit, ranks, task_kind)
+    show(args.fret, args.corpus, args.html, args.changed, limit, ranks)
 
 
 # Old names, until all have moved on.
 ENGINE = Path(__file__).parent / "engine"
-TASKS, with_seed, endpoint, passages_of = FREQUENT_TASKS, ensure_seed, open_llm, known_passages
+TASKS, with_seed, passages_of = FREQUENT_TASKS, ensure_seed, known_passages
 
 
 def in_short(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
     yield from summary(row, passages, ranks)
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """No output may be an input: what was paid for is not written over."""
+    if args.command == "generate":
+        check_output(args.queries, args.corpus, args.cache)
+        check_output(args.cache, args.corpus)
+    if args.command == "mine":
+        check_output(args.fret, args.corpus, args.queries, args.cache)
+        check_output(args.cache, args.corpus, args.queries)
+    if args.command == "show":
+        check_output(args.html, args.fret, args.corpus or Path(args.fret).parent / "corpus.jsonl")
 
 
 def main() -> None:
@@ -709,8 +623,8 @@ def main() -> None:
     shower.add_argument("--html", default="", help="write one HTML page, with search and filters, to this file")
     for command in (gen, miner):
         add_flags(command, Options)
-        command.add_argument("--dry-run", action="store_true", help="count calls and tokens, call nothing")
     args = parser.parse_args()
+    check_files(args)
     {"probe": probe_command, "generate": generate_command, "mine": mine_command,
      "show": show_command}[args.command](args)
 

@@ -1,7 +1,7 @@
-"""Answers of an LLM in an append-only file: a run that was stopped pays nothing twice.
+"""What an LLM is below the page, strings; and two that stand above or in place of one.
 
-`Cached` stands above any `Strings`, a server or a model in this process, and asks it only for what the
-file does not hold. The key of an answer is the sha256 of all that decides it.
+`Cached` keeps answers in an append-only file: a run that was stopped pays nothing twice. `DryRun` counts
+what would be asked.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+Pairs = Sequence[tuple[str, str]]  # (prefix, text)
+Tops = list[tuple[str, float]]     # tokens and their log p
+
 
 class Strings(Protocol):
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
-    keep: Callable[[str, Any, Any], None]                            # (call, item, answer), as each answer comes
-
-    def identity(self, call: str) -> str:
-        """All that decides an answer beside the item: server or folder, model, scoring mode."""
-
-    def describe(self, call: str) -> str:
-        """Model and scoring mode, for the records; LLMError where it cannot do this call."""
+    name: str                                                        # the server or folder
+    keep: Callable[[str, Any, Any], None]                            # told (call, item, answer) as each comes
 
     def can(self, call: str) -> bool:
         """Does it do this call? Some servers score no prompt."""
+
+    def describe(self, call: str) -> str:
+        """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
 
     def report(self) -> str:
         """What was asked of it so far."""
@@ -36,10 +37,10 @@ class Strings(Protocol):
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
         """A text that continues, or answers, each prompt."""
 
-    def log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
         """Of each (prefix, text): the sum of log p of the text's tokens after the prefix."""
 
-    def top_tokens(self, prompts: Sequence[str]) -> list[list[tuple[str, float]] | None]:
+    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
         """The likeliest first tokens of the answer to each prompt, with their log p."""
 
 
@@ -50,8 +51,8 @@ class Cached:
     """
 
     def __init__(self, strings: Strings, path: str | Path) -> None:
-        self.strings, self.path = strings, path
-        self.identity, self.describe, self.can = strings.identity, strings.describe, strings.can
+        self.strings, self.name, self.path = strings, strings.name, path
+        self.can, self.describe = strings.can, strings.describe
         self.keep: Callable[[str, Any, Any], None] = self.put
         strings.keep = self.put                                      # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
@@ -68,16 +69,13 @@ class Cached:
         if not line.endswith(b"\n"):
             os.write(self.file, b"\n")
 
-    def report(self) -> str:
-        return f"{self.found:,} answers from the cache; {self.strings.report()}"
-
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
         return self.answers("complete", list(zip(prompts, seeds, strict=True)))
 
-    def log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
         return self.answers("log_likelihood", pairs)
 
-    def top_tokens(self, prompts: Sequence[str]) -> list[list[tuple[str, float]] | None]:
+    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
         return self.answers("top_tokens", prompts)
 
     def answers(self, call: str, items: Sequence[Any]) -> list[Any]:
@@ -86,8 +84,8 @@ class Cached:
         # sorted: prompts that share their beginning follow each other, which a prefix cache makes cheap
         new = sorted(item for item, answer in answers.items() if answer is None)
         self.found += len(answers) - len(new)
-        ask = getattr(self.strings, call)
         if new:
+            ask = getattr(self.strings, call)
             got = ask(*zip(*new, strict=True)) if call == "complete" else ask(new)
             for item, answer in zip(new, got, strict=True):
                 answers[item] = answer
@@ -96,7 +94,8 @@ class Cached:
         return [answers[item] for item in items]
 
     def key(self, call: str, item: Any) -> str:
-        return hashlib.sha256(json.dumps([self.identity(call), call, item]).encode()).hexdigest()
+        decides = json.dumps([self.name, self.describe(call), call, item])
+        return hashlib.sha256(decides.encode()).hexdigest()
 
     def get(self, key: str) -> Any:
         """The answer, or None."""
@@ -106,11 +105,9 @@ class Cached:
         with open(self.path, "rb") as lines:
             lines.seek(offset)
             line = lines.readline()
-        try:
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # another process wrote between
             row = json.loads(line)
             return row["value"] if row["key"] == key else None
-        except (ValueError, LookupError, TypeError):                 # another process wrote between
-            return None
 
     def put(self, call: str, item: Any, value: Any) -> None:
         """Append one answer, unless it stands there."""
@@ -123,6 +120,61 @@ class Cached:
                 raise OSError("the cache could not be written: is the disk full?")
             self.offsets[first_bits(key)] = os.lseek(self.file, 0, os.SEEK_END) - len(line)
 
+    def report(self) -> str:
+        return f"{self.found:,} answers from the cache; {self.strings.report()}"
+
 
 def first_bits(key: str) -> int:
     return int(key[:16], 16)
+
+
+class DryRun:
+    """Strings that ask nobody and count: calls, prompt tokens (four bytes each), and what a prefix cache saves."""
+
+    name = "dry run"
+
+    def __init__(self) -> None:
+        self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
+        self.calls = self.size = self.shared = self.longest = 0      # the last three in bytes
+        self.previous = b""
+
+    def can(self, call: str) -> bool:
+        return True
+
+    def describe(self, call: str) -> str:
+        return self.name
+
+    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
+        return self.count(prompts)
+
+    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+        return self.count(sorted(prefix + text for prefix, text in set(pairs)), len(pairs))
+
+    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
+        return self.count(prompts)
+
+    def count(self, prompts: Sequence[str], answers: int = 0) -> list[Any]:
+        for prompt in prompts:
+            data = prompt.encode()
+            self.calls += 1
+            self.size += len(data)
+            self.longest = max(self.longest, len(data))
+            self.shared += shared_bytes(self.previous, data)
+            self.previous = data
+        return [None] * (answers or len(prompts))
+
+    def report(self) -> str:
+        return (f"{self.calls:,} calls, about {self.size // 4:,} prompt tokens (4 bytes each); a prefix cache "
+                f"saves {self.shared // 4:,} of them; the longest prompt has {self.longest // 4:,}")
+
+
+def shared_bytes(a: bytes, b: bytes) -> int:
+    """How many bytes two prompts have in common at their beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,15 +1,13 @@
 """Strings from an OpenAI-compatible server: a completion, log p(text | prefix), the likeliest first tokens.
 
-No prompt of the paper stands here. Servers differ in how, and whether, they score a prompt; `probe` finds
-out which scoring mode works, with the caller's trial prompts. The danger is silence: servers answer 200 and
-ignore what they do not know, so every reply is validated, and a call that failed is None, never a score.
+No prompt of the paper stands here. Servers differ in how, and whether, they score a prompt; the first call of
+each kind tries one scoring mode after another, with the caller's trial prompts, and keeps the first that works.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -17,8 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.files import say
+from engine.replies import (
+    answer_text,
+    continuation_log_prob,
+    first_token_log_prob,
+    forced_log_prob,
+    listed_tokens,
+    scored_tokens,
+    split_batched_reply,
+)
 from engine.transport import CallFailed, LLMError, Server, Usage
 
+Pairs = Sequence[tuple[str, str]]         # (prefix, text)
 ScoringMode = tuple[str, dict[str, Any]]  # chat, completions, echo or forced; further fields of the body
 
 # A model that thinks first does not begin its answer with the answer: thinking off, as servers spell it.
@@ -40,55 +48,45 @@ NEEDS = {
     "top_tokens": "Relevance needs scored prompts or top_logprobs, and a model that does not think first: turn "
                   "thinking off at the server, or take another model",
 }
+PROMPTS_A_REQUEST = 16  # where the server takes lists
 
 
 @dataclass(frozen=True)
 class Trials:
-    """What `probe` asks for: the prompts and labels are the caller's."""
+    """What is asked to find the modes: the prompts and labels are the caller's."""
 
     prompt: str                                                      # to be completed
     check: Callable[[str], Any]                                      # of its answer; ValueError: of no use
-    pairs: tuple[tuple[str, str], tuple[str, str]]                   # two (prefix, text) to be scored, differently
-    questions: tuple[str, str]                                       # two prompts that a label answers
-    labels: tuple[str, ...]
+    pairs: Pairs                                                     # two, to be scored, and differently
+    questions: Sequence[str]                                         # two prompts that a label answers
+    labels: Sequence[str]
 
 
 class Endpoint:
-    """One server and one model, as strings."""
+    """One server and one model, as strings (see engine/cache.py)."""
 
     def __init__(self, url: str, model: str, trials: Trials, threads: int = 16, timeout: float = 120.0, *,
-                 usage: Usage | None = None, backoff: float = 0.5) -> None:
-        self.model, self.trials = model, trials
-        self.usage = usage or Usage()
+                 max_requests: int = 0, backoff: float = 0.5) -> None:
+        self.name, self.model, self.trials = url, model, trials
+        self.usage = Usage(max_requests)
         self.server = Server(url, threads, timeout, self.usage, backoff)
-        self.url = url
+        self.report = self.usage.report
         self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
         self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
-        self.prompts_per_request = 1                                 # more where the server takes lists
+        self.takes_lists = False                                     # of prompts
         self.head = functools.lru_cache(1024)(self.head_tokens)
-
-    def identity(self, call: str) -> str:
-        return json.dumps([self.url, self.model, self.require(call)])
-
-    def describe(self, call: str) -> str:
-        route, _ = self.require(call)
-        return f"{self.model}: {route}" if call != "top_tokens" else f"{self.model}: top tokens of {route}"
-
-    def report(self) -> str:
-        return self.usage.report()
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
         mode = self.require("complete")
         return self.each("complete", list(zip(prompts, seeds, strict=True)),
                          lambda chunk: [self.completion(mode, *chunk[0])])
 
-    def log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        route, _ = self.require("log_likelihood")
-        if route == "echo":
-            return self.each("log_likelihood", pairs, lambda chunk: [s for s, _ in self.echo(chunk)],
-                             self.prompts_per_request)
-        return self.each("log_likelihood", pairs, lambda chunk: [self.forced_decoding(*chunk[0])[0]])
+    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+        if self.require("log_likelihood")[0] == "forced":
+            return self.each("log_likelihood", pairs, lambda chunk: [self.forced_decoding(*chunk[0])[0]])
+        return self.each("log_likelihood", pairs, lambda chunk: [log_p for log_p, _ in self.echo(chunk)],
+                         PROMPTS_A_REQUEST if self.takes_lists else 1)
 
     def top_tokens(self, prompts: Sequence[str]) -> list[list[tuple[str, float]] | None]:
         mode = self.require("top_tokens")
@@ -115,7 +113,7 @@ class Endpoint:
                 self.keep(call, items[i], value)
             self.usage.settle()
 
-        self.server.map(work, [range(a, min(a + size, len(items))) for a in range(0, len(items), size)])
+        self.server.map(work, [range(len(items))[a:a + size] for a in range(0, len(items), size)])
         return answers
 
     # ----------------------------------------------------------------------------------------------
@@ -127,24 +125,20 @@ class Endpoint:
 
     def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
-        route, more = mode
-        body = {"max_tokens": 256, "temperature": 0.7, "seed": seed} | fields | more
-        if route == "chat":
-            return self.post("/chat/completions", body | {"messages": [{"role": "user", "content": prompt}]},
-                             answer_text)
+        body = {"max_tokens": 256, "temperature": 0.7, "seed": seed} | fields | mode[1]
+        if mode[0] == "chat":
+            return self.post("/chat/completions", body | {"messages": as_user(prompt)}, answer_text)
         return self.post("/completions", body | {"prompt": prompt, "stop": ["\n\n"]}, answer_text)
 
     def top(self, mode: ScoringMode, prompt: str) -> list[tuple[str, float]]:
         """The likeliest first tokens of the answer."""
-        route, more = mode
-        body = {"max_tokens": 1, "temperature": 0}
-        if route == "chat":
-            return self.post("/chat/completions", body | {
-                "messages": [{"role": "user", "content": prompt}], "logprobs": True, "top_logprobs": 20} | more,
-                listed_tokens)
-        return self.post("/completions", body | {"prompt": prompt} | more, listed_tokens)
+        body: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
+        if mode[0] == "chat":
+            body |= {"messages": as_user(prompt), "logprobs": True, "top_logprobs": 20}
+            return self.post("/chat/completions", body | mode[1], listed_tokens)
+        return self.post("/completions", body | {"prompt": prompt} | mode[1], listed_tokens)
 
-    def echo(self, chunk: Sequence[tuple[str, str]], tries: int = 0) -> list[tuple[float, int]]:
+    def echo(self, chunk: Pairs, tries: int = 0) -> list[tuple[float, int]]:
         """The server returns the prompt with its log-probabilities; several prompts a request."""
         prompts = [prefix + text for prefix, text in chunk]
 
@@ -155,9 +149,9 @@ class Endpoint:
 
         return self.post("/completions", echo_body(prompts if len(prompts) > 1 else prompts[0]), read, tries)
 
-    def head_tokens(self, prefix: str) -> tuple[str, ...]:
+    def head_tokens(self, prefix: str) -> list[str]:
         """The tokens of a prefix alone."""
-        return self.post("/completions", echo_body(prefix), lambda answer: tuple(scored_tokens(answer, prefix)[0]))
+        return self.post("/completions", echo_body(prefix), lambda answer: scored_tokens(answer, prefix)[0])
 
     def forced_decoding(self, prefix: str, text: str) -> tuple[float, int]:
         """llama-server: one request a token, which a bias makes it generate; the log-prob is the raw one."""
@@ -168,14 +162,13 @@ class Endpoint:
         values = []
         for n in range(len(head), len(ids)):
             whole = tokens[n][1]
-            if whole:
-                value = self.forced_token(ids[:n], ids[n], ids[n], 1)
-            else:
-                # subtle: it withholds half a character and its log-prob; then the prefix's last token is
-                # forced, and the one that is wanted found in the list beside it, a long one if need be
-                value = self.forced_token(ids[:n], head[-1][0], ids[n], 1000)
+            # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced,
+            # and the one that is wanted found in the list beside it, a long one if need be
+            forced = ids[n] if whole else head[-1][0]
+            value = None
+            for listed in (1,) if whole else (1000, 10 ** 6):
                 if value is None:
-                    value = self.forced_token(ids[:n], head[-1][0], ids[n], 10 ** 6)
+                    value = self.forced_token(ids[:n], forced, ids[n], listed)
             if value is None:
                 raise CallFailed(f"the server does not list token {ids[n]}: does it cap n_probs?")
             values.append(value)
@@ -195,7 +188,7 @@ class Endpoint:
             (int(token["id"]), isinstance(token["piece"], str)) for token in answer["tokens"]])
 
     # ----------------------------------------------------------------------------------------------
-    # probe: what the server can do, with numbers
+    # What the server can do, with numbers
 
     def can(self, call: str) -> bool:
         """Does the server do it? Asked once."""
@@ -203,28 +196,26 @@ class Endpoint:
             self.probe(call)
         return self.capabilities[call][0] is not None
 
-    def evidence(self, call: str) -> str:
-        return self.capabilities[call][1]
-
     def require(self, call: str) -> ScoringMode:
         """The mode of a call; LLMError, with the evidence, where the server cannot do it."""
         if call not in self.capabilities:
             self.probe(call)
-            say(**{call: self.evidence(call)})
+            say(**{call: self.capabilities[call][1]})
         mode, evidence = self.capabilities[call]
         if mode is None:
-            raise LLMError(f"{self.url} (model {self.model}) cannot do {call}: {evidence}. {NEEDS[call]}")
+            raise LLMError(f"{self.name} (model {self.model}) cannot do {call}: {evidence}. {NEEDS[call]}")
         return mode
+
+    def describe(self, call: str) -> str:
+        return f"{self.model}: {spelled(self.require(call))}"
 
     def probe(self, call: str) -> None:
         """Try the modes of a call, one after another, until one works; the evidence is what came back."""
         if not self.capabilities:
             self.find_model()
-        attempt = {"complete": self.try_complete, "log_likelihood": self.try_log_likelihood,
-                   "top_tokens": self.try_top_tokens}[call]
+        attempt = getattr(self, f"try_{call}")
         failures: dict[str, str] = {}                                # evidence -> the first mode that gave it
         for mode in MODES[call]:
-            name = " ".join([mode[0], *(f"{field}={value}" for field, value in mode[1].items())])
             try:
                 works, evidence = attempt(mode)
             except (CallFailed, LLMError) as error:
@@ -232,15 +223,14 @@ class Endpoint:
                     raise                                            # a key, a limit: no mode will do
                 works, evidence = False, str(error)
             if works:
-                self.capabilities[call] = mode, f"{name}: {evidence}"
+                self.capabilities[call] = mode, f"{spelled(mode)}: {evidence}"
                 return
-            failures.setdefault(evidence, name)
-        reasons = "; ".join(f"{name}: {evidence}" for evidence, name in failures.items())
+            failures.setdefault(evidence, spelled(mode))
+        reasons = "; ".join(f"{mode}: {evidence}" for evidence, mode in failures.items())
+        self.capabilities[call] = None, reasons
         if call == "complete" and self.answered:
             # a model too small to follow the form still answers; what cannot be used is counted
-            self.capabilities[call] = self.answered, f"{self.answered[0]}, but no answer could be used ({reasons})"
-        else:
-            self.capabilities[call] = None, reasons
+            self.capabilities[call] = self.answered, f"it answers, but no answer could be used ({reasons})"
 
     def find_model(self) -> None:
         """The model's name, where none was given: the first that the server lists."""
@@ -251,7 +241,7 @@ class Endpoint:
         except (CallFailed, LLMError) as error:
             # a server may have no such list; one that is not there, or refuses the key, is left
             if not re.match("HTTP 40[045]|a malformed|stopped at", str(error)):
-                raise LLMError(f"{self.url} does not answer: {error}") from error
+                raise LLMError(f"{self.name} does not answer: {error}") from error
 
     def try_complete(self, mode: ScoringMode) -> tuple[bool, str]:
         answer = self.completion(mode, self.trials.prompt, 1, temperature=0, max_tokens=96)
@@ -263,156 +253,44 @@ class Endpoint:
             return False, f"{error}: {answer[:60]!r}"
 
     def try_log_likelihood(self, mode: ScoringMode) -> tuple[bool, str]:
-        """Two texts must be scored, and differently; are lists of prompts taken?"""
+        """Two texts must be scored, and not the same for every token; are lists of prompts taken?"""
         first, second = self.trials.pairs
         if mode[0] == "forced":
             (a, n), (b, m) = self.forced_decoding(*first), self.forced_decoding(*second)
-            return not math.isclose(a / n, b / m), f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
-        (a, n), (b, m) = self.echo([first])[0], self.echo([second])[0]
-        with contextlib.suppress(CallFailed, LLMError):
-            (x, _), (y, _) = self.echo([first, second], tries=1)
-            if math.isclose(x, a, rel_tol=1e-3) and math.isclose(y, b, rel_tol=1e-3):
-                self.prompts_per_request = 16
-        evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}; {self.prompts_per_request} prompts a request"
-        return not math.isclose(a / n, b / m), evidence              # not the same for every token
+        else:
+            (a, n), (b, m) = self.echo([first])[0], self.echo([second])[0]
+            with contextlib.suppress(CallFailed, LLMError):
+                (x, _), (y, _) = self.echo([first, second], tries=1)
+                self.takes_lists = math.isclose(x, a, rel_tol=1e-3) and math.isclose(y, b, rel_tol=1e-3)
+        evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
+        if self.takes_lists:
+            evidence += f"; {PROMPTS_A_REQUEST} prompts a request"
+        return not math.isclose(a / n, b / m), evidence
 
     def try_top_tokens(self, mode: ScoringMode) -> tuple[bool, str]:
         """A label must be among the first tokens of two answers, and not with the same probabilities."""
-        tops = [self.top(mode, prompt) for prompt in self.trials.questions]
-        rows = [[first_token_log_prob(top, label) for label in self.trials.labels] for top in tops]
-        first = " and ".join(repr(max(top, key=lambda item: item[1])[0]) for top in tops)
-        found = [sum(listed for _, listed in row) for row in rows]
-        if 0 in found:
-            return False, f"no label among the top {len(tops[0])}, first {first}: does the model think first?"
-        evidence = (f"{sum(found)} of {2 * len(rows[0])} labels in the top {len(tops[0])}, first {first}; "
-                    f"log p of {self.trials.labels[0]!r} {rows[0][0][0]:.3f} and {rows[1][0][0]:.3f}")
-        return rows[0] != rows[1], evidence
+        found: list[list[float]] = []
+        first = []
+        for prompt in self.trials.questions:
+            top = self.top(mode, prompt)
+            labels = [first_token_log_prob(top, label) for label in self.trials.labels]
+            found.append([value for value, listed in labels if listed])
+            first.append(max(top, key=lambda item: item[1])[0])
+        if [] in found:
+            return False, f"no label among the top {len(top)}, first {first}: does the model think first?"
+        numbers = [f"{value:.3f}" for value in found[0] + found[1]]
+        return found[0] != found[1], f"log p of labels {', '.join(numbers)}; first {first}, of {len(top)} listed"
 
 
-# --------------------------------------------------------------------------------------------------
-# Replies, validated: ValueError and its like for a malformed one, which is asked for again, CallFailed for
-# one that will not get better
+def spelled(mode: ScoringMode) -> str:
+    return " ".join([mode[0], *(f"{field}={value}" for field, value in mode[1].items())])
 
 
-def answer_text(answer: dict[str, Any]) -> str:
-    """The text of an answer, without a last line that was cut off."""
-    choice = answer["choices"][0]
-    text = choice["message"]["content"] if "message" in choice else choice["text"]
-    if not isinstance(text, str) or not text.strip():
-        raise CallFailed(f"no text, finish_reason {choice.get('finish_reason')}: does the model think first?")
-    text.encode()                                                    # ValueError: half a surrogate pair
-    if choice.get("finish_reason") in ("length", "content_filter"):
-        return text.rpartition("\n")[0]
-    return text
-
-
-def log_prob(value: Any) -> float:
-    """A log-probability, or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < 1e-3:
-        raise ValueError(f"{value!r} is no log-probability")
-    return float(value)
-
-
-def listed_tokens(answer: dict[str, Any]) -> list[tuple[str, float]]:
-    """The likeliest first tokens of an answer, from either of the two shapes that servers use."""
-    scored = answer["choices"][0].get("logprobs") or {}
-    if scored.get("content"):
-        return [(top["token"], log_prob(top["logprob"])) for top in scored["content"][0]["top_logprobs"]]
-    if not scored.get("top_logprobs"):
-        raise CallFailed("it answered 200 but sent no top_logprobs")
-    return [(token, log_prob(value)) for token, value in scored["top_logprobs"][0].items()]
-
-
-def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[float, bool]:
-    """(log p of a label by its first token, True), its spellings added up; (an upper bound, False) if not listed.
-
-    >>> first_token_log_prob([(" Not", -0.1), (" the", -3.0)], " Highly Relevant")
-    (-3.0, False)
-    """
-    values = []
-    for token, value in top:
-        letters = token.strip(" ▁Ġ\n").lower()
-        if letters and label.strip().lower().startswith(letters):
-            values.append(value)
-    if not values:
-        return min(value for _, value in top), False
-    largest = max(values)
-    return largest + math.log(math.fsum(math.exp(value - largest) for value in values)), True
+def as_user(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
 
 
 def echo_body(prompt: str | list[str]) -> dict[str, Any]:
     # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the
     # prompt's part
     return {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
-
-
-def scored_tokens(answer: dict[str, Any], prompt: str) -> tuple[list[str], list[float | None]]:
-    """Tokens of an echoed prompt and their log-probabilities; CallFailed if it was not scored."""
-    usage: dict[str, Any] = answer.get("usage") or {}
-    choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
-    if answer.get("prompt"):                                         # Together: apart from the answer
-        choice, generated = answer["prompt"][0], 0
-    scored = choice.get("logprobs") or {}
-    tokens, values = scored.get("tokens"), scored.get("token_logprobs")
-    if not isinstance(tokens, list) or not isinstance(values, list) or prompt not in choice["text"]:
-        seen = len(tokens or scored.get("content") or ())
-        raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
-                         f"{usage.get('prompt_tokens')}-token prompt")
-    n = len(tokens) - generated                                      # right also after an EOS
-    if len(values) != len(tokens):
-        raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
-    if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out
-        raise CallFailed(f"{n} log-probs for a {usage['prompt_tokens']}-token prompt")
-    if prompt.split()[0] not in "".join(tokens[:12]):
-        raise CallFailed("the prompt's beginning was cut off: is the model's context too short?")
-    return tokens[:n], values[:1] + [log_prob(value) for value in values[1:n]]
-
-
-def continuation_log_prob(answer: dict[str, Any], prefix: str, text: str,
-                          head: Callable[[str], Sequence[str]]) -> tuple[float, int]:
-    """(sum of log p, number) of the tokens that spell `text` at the end of prefix + text.
-
-    Found from the right, since servers count offsets differently. Where tokens do not spell it (half
-    a character a token), or the one before them is empty (it may be the first half of theirs), `head`
-    gives the prefix's own tokens, which must begin the list; else CallFailed, "a token crosses ...".
-    """
-    tokens, values = scored_tokens(answer, prefix + text)
-    # EXERCISE 6 (about 10 lines)
-    start, spelled = len(tokens), ""
-    while start > 1 and len(spelled) < len(text):
-        start -= 1
-        spelled = tokens[start] + spelled
-    # subtle: an empty token before may be the first half of the text's first character
-    if spelled != text or not tokens[start - 1]:
-        alone = list(head(prefix))
-        start = len(alone)
-        if not 0 < start < len(tokens) or tokens[:start] != alone:
-            raise CallFailed(f"a token crosses the prompt's end before {text!r}")
-    return math.fsum(v for v in values[start:] if v is not None), len(tokens) - start
-    # END EXERCISE
-
-
-def split_batched_reply(answer: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The reply to a list of prompts as replies to each; CallFailed where that is ambiguous."""
-    if count == 1:
-        return [answer]
-    choices, usage = sorted(answer["choices"], key=lambda choice: choice["index"]), answer["usage"]
-    lengths = [len((choice.get("logprobs") or {}).get("tokens") or ()) - 1 for choice in choices]
-    bos, rest = divmod(usage["prompt_tokens"] - sum(lengths), count)
-    if [c["index"] for c in choices] != list(range(count)) or usage["completion_tokens"] != count or rest:
-        raise CallFailed("the reply to a list of prompts cannot be split")
-    return [{"choices": [choice], "usage": {"prompt_tokens": length + bos, "completion_tokens": 1}}
-            for choice, length in zip(choices, lengths, strict=True)]
-
-
-def forced_log_prob(answer: dict[str, Any], forced: int, wanted: int) -> float | None:
-    """The raw log-probability of a token where one was forced; None where it is not listed."""
-    if answer.get("truncated"):
-        raise CallFailed("the prompt was cut off: is the model's context too short?")
-    token, = answer["completion_probabilities"]
-    if token["id"] != forced:
-        raise CallFailed(f"token {token['id']} came where {forced} was forced")
-    for listed in [token, *token["top_logprobs"]]:
-        if listed["id"] == wanted:
-            return log_prob(listed["logprob"])
-    return None

@@ -1,0 +1,133 @@
+"""What servers answer, validated: the danger is silence, a 200 that ignores what was asked.
+
+A malformed reply raises ValueError or its like, and is asked for again; one that would not get better raises
+CallFailed. Nothing else here knows of servers: a reply is the decoded JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engine.transport import CallFailed
+
+Reply = dict[str, Any]
+
+
+def answer_text(answer: Reply) -> str:
+    """The text of an answer, without a last line that was cut off."""
+    choice = answer["choices"][0]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    if not isinstance(text, str) or not text.strip():
+        raise CallFailed(f"no text, finish_reason {choice.get('finish_reason')}: does the model think first?")
+    text.encode()                                                    # ValueError: half a surrogate pair
+    if choice.get("finish_reason") in ("length", "content_filter"):
+        return text.rpartition("\n")[0]
+    return text
+
+
+def log_prob(value: Any) -> float:
+    """A log-probability, or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < 1e-3:
+        raise ValueError(f"{value!r} is no log-probability")
+    return float(value)
+
+
+def listed_tokens(answer: Reply) -> list[tuple[str, float]]:
+    """The likeliest first tokens of an answer, from either of the two shapes that servers use."""
+    scored = answer["choices"][0].get("logprobs") or {}
+    if scored.get("content"):
+        return [(top["token"], log_prob(top["logprob"])) for top in scored["content"][0]["top_logprobs"]]
+    if not scored.get("top_logprobs"):
+        raise CallFailed("it answered 200 but sent no top_logprobs")
+    return [(token, log_prob(value)) for token, value in scored["top_logprobs"][0].items()]
+
+
+def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[float, bool]:
+    """(log p of a label by its first token, True), its spellings added up; (an upper bound, False) if not listed.
+
+    >>> first_token_log_prob([(" Not", -0.1), (" the", -3.0)], " Highly Relevant")
+    (-3.0, False)
+    """
+    values = []
+    for token, value in top:
+        letters = token.strip(" ▁Ġ\n").lower()
+        if letters and label.strip().lower().startswith(letters):
+            values.append(value)
+    if not values:
+        return min(value for _, value in top), False
+    largest = max(values)
+    return largest + math.log(math.fsum(math.exp(value - largest) for value in values)), True
+
+
+def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[float | None]]:
+    """Tokens of an echoed prompt and their log-probabilities; CallFailed if it was not scored."""
+    usage: Reply = answer.get("usage") or {}
+    choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
+    if answer.get("prompt"):                                         # Together: apart from the answer
+        choice, generated = answer["prompt"][0], 0
+    scored = choice.get("logprobs") or {}
+    tokens, values = scored.get("tokens"), scored.get("token_logprobs")
+    if not isinstance(tokens, list) or not isinstance(values, list) or prompt not in choice["text"]:
+        seen = len(tokens or scored.get("content") or ())
+        raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
+                         f"{usage.get('prompt_tokens')}-token prompt")
+    n = len(tokens) - generated                                      # right also after an EOS
+    if len(values) != len(tokens):
+        raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
+    if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out
+        raise CallFailed(f"{n} log-probs for a {usage['prompt_tokens']}-token prompt")
+    if prompt.split()[0] not in "".join(tokens[:12]):
+        raise CallFailed("the prompt's beginning was cut off: is the model's context too short?")
+    return tokens[:n], values[:1] + [log_prob(value) for value in values[1:n]]
+
+
+def continuation_log_prob(answer: Reply, prefix: str, text: str,
+                          head: Callable[[str], Sequence[str]]) -> tuple[float, int]:
+    """(sum of log p, number) of the tokens that spell `text` at the end of prefix + text.
+
+    Found from the right, since servers count offsets differently. Where tokens do not spell it (half
+    a character a token), or the one before them is empty (it may be the first half of theirs), `head`
+    gives the prefix's own tokens, which must begin the list; else CallFailed, "a token crosses ...".
+    """
+    tokens, values = scored_tokens(answer, prefix + text)
+    # EXERCISE 6 (about 10 lines)
+    start, spelled = len(tokens), ""
+    while start > 1 and len(spelled) < len(text):
+        start -= 1
+        spelled = tokens[start] + spelled
+    # subtle: an empty token before may be the first half of the text's first character
+    if spelled != text or not tokens[start - 1]:
+        alone = list(head(prefix))
+        start = len(alone)
+        if not 0 < start < len(tokens) or tokens[:start] != alone:
+            raise CallFailed(f"a token crosses the prompt's end before {text!r}")
+    return math.fsum(v for v in values[start:] if v is not None), len(tokens) - start
+    # END EXERCISE
+
+
+def split_batched_reply(answer: Reply, count: int) -> list[Reply]:
+    """The reply to a list of prompts as replies to each; CallFailed where that is ambiguous."""
+    if count == 1:
+        return [answer]
+    choices, usage = sorted(answer["choices"], key=lambda choice: choice["index"]), answer["usage"]
+    lengths = [len((choice.get("logprobs") or {}).get("tokens") or ()) - 1 for choice in choices]
+    bos, rest = divmod(usage["prompt_tokens"] - sum(lengths), count)
+    if [c["index"] for c in choices] != list(range(count)) or usage["completion_tokens"] != count or rest:
+        raise CallFailed("the reply to a list of prompts cannot be split")
+    return [{"choices": [choice], "usage": {"prompt_tokens": length + bos, "completion_tokens": 1}}
+            for choice, length in zip(choices, lengths, strict=True)]
+
+
+def forced_log_prob(answer: Reply, forced: int, wanted: int) -> float | None:
+    """The raw log-probability of a token where one was forced; None where it is not listed."""
+    if answer.get("truncated"):
+        raise CallFailed("the prompt was cut off: is the model's context too short?")
+    token, = answer["completion_probabilities"]
+    if token["id"] != forced:
+        raise CallFailed(f"token {token['id']} came where {forced} was forced")
+    for listed in [token, *token["top_logprobs"]]:
+        if listed["id"] == wanted:
+            return log_prob(listed["logprob"])
+    return None
