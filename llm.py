@@ -488,6 +488,13 @@ def open_llm(o: Options, output: str, corpus: Sequence[Passage], embedder: Gecko
     return LanguageModel(Cached(endpoint, o.cache or name.with_name(f"{name.stem}.cache.jsonl")), score, o.seed)
 
 
+def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
+    """No output may be an input: what was paid for is not written over."""
+    for n, output in enumerate(outputs):
+        if output:
+            check_output(output, *inputs, *outputs[n + 1:])
+
+
 def write(path: str, rows: Iterator[Record], total: int, what: str, llm: LLM) -> Counter[str]:
     """Write what the LLM makes; however it ends, say what was spent."""
     try:
@@ -535,6 +542,7 @@ def read_queries(path: str | Path, corpus: Sequence[Passage]) -> list[Record]:
 
 
 def generate_command(args: argparse.Namespace) -> None:
+    check_outputs([args.queries, args.cache], args.corpus)
     o, corpus = from_flags(Options, args), read_passages(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
     at_least(1, limit=limit)
@@ -550,6 +558,7 @@ def generate_command(args: argparse.Namespace) -> None:
 
 
 def mine_command(args: argparse.Namespace) -> None:
+    check_outputs([args.fret, args.cache], args.corpus, args.queries)
     o, corpus = from_flags(Options, args), read_passages(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
@@ -568,6 +577,8 @@ def mine_command(args: argparse.Namespace) -> None:
 
 
 def show_command(args: argparse.Namespace) -> None:
+    check_outputs([args.html], args.fret, args.corpus or Path(args.fret).parent / "corpus.jsonl")
+    at_least(0, limit=args.limit)
     limit = args.limit or (10_000 if args.html else 5)
     show(args.fret, args.corpus, args.html, args.changed, limit, ranks)
 
@@ -579,18 +590,6 @@ TASKS, with_seed, passages_of = FREQUENT_TASKS, ensure_seed, known_passages
 
 def in_short(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
     yield from summary(row, passages, ranks)
-
-
-def check_files(args: argparse.Namespace) -> None:
-    """No output may be an input: what was paid for is not written over."""
-    if args.command == "generate":
-        check_output(args.queries, args.corpus, args.cache)
-        check_output(args.cache, args.corpus)
-    if args.command == "mine":
-        check_output(args.fret, args.corpus, args.queries, args.cache)
-        check_output(args.cache, args.corpus, args.queries)
-    if args.command == "show":
-        check_output(args.html, args.fret, args.corpus or Path(args.fret).parent / "corpus.jsonl")
 
 
 def main() -> None:
@@ -624,7 +623,6 @@ def main() -> None:
     for command in (gen, miner):
         add_flags(command, Options)
     args = parser.parse_args()
-    check_files(args)
     {"probe": probe_command, "generate": generate_command, "mine": mine_command,
      "show": show_command}[args.command](args)
 

@@ -145,7 +145,7 @@ class DryRun:
         return self.name
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
-        return self.count(prompts)
+        return self.count(sorted(prompts))
 
     def log_likelihood(self, pairs: Pairs) -> list[float | None]:
         return self.count(sorted(prefix + text for prefix, text in set(pairs)), len(pairs))

@@ -18,9 +18,14 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from engine.corpus import Passage, sentences, terms
 from engine.files import InputError
+from engine.search import exact_dot
 
 # (queries, passages) -> one number for each query and the passage beside it
 Similarity = Callable[[Sequence[str], Sequence[Passage]], list[float]]
@@ -76,6 +81,23 @@ class Offline:
         if self.similarity is None:
             raise InputError("offline relevance needs the initial retriever; give --model-dir")
         return [*self.similarity([q for q, _ in pairs], [p for _, p in pairs])]
+
+
+def similarity(embedder: Any, known: dict[str, np.ndarray] | None = None) -> Similarity:
+    """The cosine of each query with the passage beside it, by an embedder. known: passages' vectors by id."""
+    return functools.partial(cosines, embedder, {} if known is None else known)
+
+
+def cosines(embedder: Any, known: dict[str, np.ndarray], queries: Sequence[str],
+            passages: Sequence[Passage]) -> list[float]:
+    new = {p["_id"]: p for p in passages if p["_id"] not in known}   # a passage is encoded once
+    titles = [p["title"] for p in new.values()]
+    known.update(zip(new, embedder.encode_passages([p["text"] for p in new.values()], titles), strict=True))
+    texts = list(dict.fromkeys(queries))
+    vectors = dict(zip(texts, embedder.encode_queries(texts), strict=True))
+    q = torch.from_numpy(np.stack([vectors[text] for text in queries]))      # (pairs, d)
+    p = torch.from_numpy(np.stack([known[p["_id"]] for p in passages]))      # (pairs, d)
+    return exact_dot(q, p).tolist()
 
 
 # --------------------------------------------------------------------------------------------------

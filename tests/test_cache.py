@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.cache import Cached
+from engine.cache import Cached, DryRun
 
 
 class Fake:
@@ -20,10 +20,8 @@ class Fake:
     def keep(self, call, item, answer):
         raise AssertionError("`Cached` puts its own here")
 
-    def identity(self, call):
-        return self.name
-
-    describe = identity
+    def describe(self, call):
+        return "a mode"
 
     def can(self, call):
         return True
@@ -96,3 +94,12 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path):
         last = Fake()
         Cached(last, path).complete(["p", "p"], [1, 2])
         assert not last.asked
+
+
+def test_a_dry_run_counts_calls_bytes_and_what_begins_alike():
+    """Four bytes a token; a prefix cache saves what a prompt shares with the one before it."""
+    dry = DryRun()
+    assert dry.log_likelihood([("abcdefgh", " x"), ("abcdefgh", " y"), ("abcdefgh", " x")]) == [None] * 3
+    assert dry.complete(["abcdé" * 8], [1]) == [None]
+    assert dry.report() == ("3 calls, about 17 prompt tokens (4 bytes each); a prefix cache saves 3 of them; "
+                            "the longest prompt has 12")

@@ -17,9 +17,8 @@ from teach import check
 
 import llm
 from engine import transport
-from engine.endpoint import (
-    CHATS,
-    MODES,
+from engine.endpoint import CHATS, MODES
+from engine.replies import (
     answer_text,
     continuation_log_prob,
     first_token_log_prob,
@@ -251,11 +250,11 @@ def test_probe_says_what_works_with_numbers(kind, complete, log_likelihood, top_
     assert [mode and mode[0] for mode, _ in e.capabilities.values()] == [complete, log_likelihood, top_tokens]
     out = capsys.readouterr().out
     for call in MODES:
-        assert re.search(rf"  {call} +{'yes' if e.can(call) else 'NO '}  ", out) and e.evidence(call) in out
+        assert re.search(rf"  {call} +{'yes' if e.can(call) else 'NO '}  ", out) and e.capabilities[call][1] in out
     if log_likelihood:
-        assert re.search(r": -\d+\.\d\d over \d+ tokens, -\d+\.\d\d over \d+", e.evidence("log_likelihood"))
+        assert re.search(r": -\d+\.\d\d over \d+ tokens, -\d+\.\d\d over \d+", e.capabilities["log_likelihood"][1])
     if kind == "thinking":
-        assert "enable_thinking" in e.evidence("top_tokens")
+        assert "enable_thinking" in e.capabilities["top_tokens"][1]
 
 
 def test_no_likelihood_is_said_with_the_way_out():

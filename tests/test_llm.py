@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import fake_server
-import numpy as np
 import pytest
 from fake_server import FakeServer, language_model, passage, ql_prompt, rc_prompt
 from processes import START
@@ -387,7 +386,7 @@ def test_records_say_who_scored_them(undisturbed, work, tmp_path, monkeypatch):
     (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
     for kind, rank, score, who in (
             ("llama-server", "ql,rc", "expected", {"ql": "tiny: forced", "rc": "tiny: forced (expected)"}),
-            ("openai", "rc", "expected", {"ql": None, "rc": "tiny: top tokens of chat (expected)"})):
+            ("openai", "rc", "expected", {"ql": None, "rc": "tiny: chat (expected)"})):
         with FakeServer(kind) as server:
             main(monkeypatch, [*commands(work, tmp_path, server.url)[1], "--rank", rank, "--score", score])
         row, *_ = [json.loads(line) for line in open(tmp_path / "fret.jsonl")]
@@ -480,31 +479,30 @@ def test_a_limit_stops_cleanly_and_the_same_command_goes_on(undisturbed, work, t
 
 @pytest.mark.parametrize("score", ["label", "expected"])
 def test_dry_run_counts_what_a_run_sends(score, undisturbed, work, tmp_path, monkeypatch, capsys):
-    """It sends nothing, and its figures are those of the run: calls, prompt tokens (of four bytes), and
-    those that a prefix cache saves, which earlier prompts have begun with."""
+    """It sends and writes nothing, and its figures are those of the run: calls, prompt tokens (of four bytes),
+    and those that a prefix cache saves, which the prompt before has begun with."""
     (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
     with FakeServer("llama-cpp-python") as server:         # it takes one prompt a request
-        generate, mine = commands(work, tmp_path, server.url)
-        mine += ["--score", score]
-        for argv in (generate, mine):
+        for argv in commands(work, tmp_path, server.url, "--threads", "1"):
+            argv += ["--score", score] if argv[0] == "mine" else []
             main(monkeypatch, [*argv, "--dry-run"])
-        assert not server.bodies
-        said = re.findall(r"(.*): ([\d,]+) calls, about ([\d,]+) prompt tokens .4 bytes each.; a prefix cache "
-                          r"saves ([\d,]+) of them; the longest prompt has ([\d,]+)", capsys.readouterr().out)
-        for argv in (generate, mine):
+            assert not server.bodies and [p.name for p in tmp_path.iterdir()] == ["queries.jsonl"]
+            said = re.fullmatch(r"\w+: ([\d,]+) calls, about ([\d,]+) prompt tokens .4 bytes each.; a prefix cache "
+                                r"saves ([\d,]+) of them; the longest prompt has ([\d,]+)\n",
+                                capsys.readouterr().out)
+            calls, tokens, saved, longest = (int(n.replace(",", "")) for n in said.groups())
             main(monkeypatch, argv)
-        sent = [body["prompt"] for _, body in server.bodies if isinstance(body.get("prompt"), str)]
-    labels = 3 if score == "expected" else 1
-    for (name, *numbers), prompt, count in zip(said, (llm.P_QG, llm.P_QL, llm.P_RC), (30, 150, 150 * labels),
-                                               strict=True):
-        calls, tokens, saved, longest = (float(n.replace(",", "")) for n in numbers)
-        own = list(dict.fromkeys(p for p in sent if p[:40] == prompt[:40] and "Passage: Tea" in p))
-        assert calls == count == pytest.approx(len(own), rel=0.02)         # a pair that recurs is sent once
-        assert tokens == pytest.approx(calls * np.mean([len(p.encode()) / 4 for p in own]), rel=0.03), name
-        assert longest == pytest.approx(max(len(p.encode()) / 4 for p in own), rel=0.05)
-        heads, met = [p[:p.rindex("Passage: ")] for p in own], set()
-        begun = [head if head in met or met.add(head) else os.path.commonprefix(heads) for head in heads]
-        assert saved == pytest.approx(calls * np.mean([len(p.encode()) / 4 for p in begun]), rel=0.03), name
+            capsys.readouterr()
+            prompts = [str(body.get("prompt")) for _, body in server.bodies]
+            sent = [prompt.encode() for prompt in prompts if "Passage: Tea" in prompt]     # not those of the probe
+            shared = sum(len(os.path.commonprefix(pair)) for pair in zip(sent, sent[1:], strict=False))
+            assert calls == len(sent) == pytest.approx(30 if argv[0] == "generate" else 150 + 150 * (
+                3 if score == "expected" else 1), rel=0.02)            # a pair that recurs is sent once
+            assert tokens == sum(map(len, sent)) // 4 and longest == max(map(len, sent)) // 4
+            assert saved == pytest.approx(shared / 4, rel=0.001)
+            server.bodies.clear()
+            for path in tmp_path.glob("*.cache.jsonl"):
+                path.unlink()
 
 
 @pytest.mark.parametrize("flag", ["--threads 0", "--threads -1", "--timeout 0", "--timeout nan", "--seed -1",

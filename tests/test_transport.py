@@ -21,8 +21,8 @@ from fake_server import FakeServer, by_hand, echoing, endpoint, pairs
 from test_endpoint import echoed
 
 from engine import files, transport
-from engine.endpoint import answer_text
-from engine.transport import CallFailed, LLMError, Server, Usage, retry_after
+from engine.replies import answer_text
+from engine.transport import CallFailed, LLMError, Server, retry_after
 
 # --------------------------------------------------------------------------------------------------
 # Tried again, or not
@@ -103,8 +103,10 @@ def test_a_timeout_without_end_is_taken():
 
 
 def test_a_limit_that_a_probe_meets_is_not_said_to_be_the_servers_silence():
-    with FakeServer("vllm") as server, pytest.raises(LLMError, match="^stopped at --max-requests 1: "):
-        endpoint(server, usage=Usage(max_requests=1, requests=1)).log_likelihood(pairs(1))
+    with FakeServer("vllm") as server:
+        e = endpoint(server, max_requests=1)
+        with pytest.raises(LLMError, match="^stopped at --max-requests 1: "):
+            e.log_likelihood(pairs(1))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def test_nothing_more_is_sent_once_a_run_has_stopped(monkeypatch):
     """Neither the prompts of a failed list, one by one, nor a call whose pause has ended."""
     with FakeServer("vllm") as server:
         e = echoing(server, threads=2)
-        e.prompts_per_request = 16
+        e.takes_lists = True
         good, turn = server.answer, itertools.count()
 
         def answer(path, body):

@@ -49,8 +49,10 @@ def hours(seconds: float) -> str:
 def the_llm(folder: Path, rows: int, a: argparse.Namespace) -> None:
     corpus, queries = str(folder / "corpus.jsonl"), str(folder / "queries.jsonl")
     have = sum(1 for _ in read_jsonl(queries))
-    steps = dry_run("generate", corpus, queries, "--limit", str(rows))
-    for name, values in dry_run("mine", corpus, queries, "out.jsonl", "--model-dir", ".").items():
+    counted = dry_run("generate", corpus, queries, "--limit", str(have))
+    counted |= dry_run("mine", corpus, queries, str(folder / "out.jsonl"), "--model-dir", str(folder / "retriever"))
+    steps = {}
+    for name, values in counted.items():
         calls, tokens, saved = (round(v * rows / have) for v in values)
         steps[name] = calls, tokens, saved
     print(f"The LLM, at {a.prompt_rate:,.0f} prompt and {a.answer_rate:,.0f} answer tokens a second")

@@ -47,7 +47,6 @@ from engine.files import (  # noqa: E402
     say,
     write_jsonl,
 )
-from engine.offline import Offline  # noqa: E402
 from engine.runs import read_metrics, whole_rows  # noqa: E402
 from engine.search import topk  # noqa: E402
 from gecko import FORMATS, PLAIN, Gecko, fetch, is_bag, load, save, truncate_dim  # noqa: E402
@@ -429,15 +428,12 @@ def table_command(args: argparse.Namespace) -> None:
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
     beir = {name: evaluate.read_beir(folder, args.split)
             for name, folder in zip(short_names(folders), folders, strict=True)}
-    init, o = fetch(args.init or home / "pre"), llm.Options(llm=args.llm, model=args.model)
+    init, o = fetch(args.init or home / "pre"), llm.Options(llm=args.llm, model=args.model, seed=c.seed)
     model, mined = load(init), home
     c = replace(c, lr=c.lr or (train.Sizes().lr if is_bag(model.encoder) else 0.0))
 
     def ranker(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> llm.LLM:
-        if o.llm == "offline":
-            similarity = llm.similarity(embedder) if embedder else None
-            return Offline(corpus, similarity, list(llm.FREQUENT_TASKS), c.seed)
-        return llm.open_llm(o, str(out / "llm.jsonl"))
+        return llm.open_llm(o, str(out / "llm.jsonl"), corpus, embedder)
 
     own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
     if own and not args.data and args.table != "rerank":
