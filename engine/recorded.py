@@ -1,0 +1,90 @@
+"""Answers that a real language model gave once for the built-in corpus: the three calls, read from a file.
+
+engine/recorded.jsonl.gz holds a header (model, licence, prompts), a digest of each passage as the model was shown
+it, and rows: the passage that a query was written for, its task, the query, and query likelihoods of the passages
+that the recipe's initial retriever found. No passage's text: those are this Python's own, and one that reads
+otherwise than it did is left out. tests/lab/record.py makes the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.files import InputError, read_jsonl
+
+Passage = dict[str, str]
+RECORD = Path(__file__).with_name("recorded.jsonl.gz")
+
+
+def shown(passage: Passage, characters: int) -> str:
+    """A passage as the recorded model was shown it."""
+    return " ".join(f"{passage['title']}\n{passage['text']}".split())[:characters]
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Recorded:
+    """The three calls of llm.py's LLM; None where the record holds no answer."""
+
+    def __init__(self, corpus: Sequence[Passage], path: str | Path = RECORD) -> None:
+        lines = read_jsonl(path)
+        _, self.header = next(lines)
+        digests = next(lines, ("", {}))[1].get("digests")
+        if not isinstance(digests, dict) or "characters" not in self.header:
+            raise InputError(f"{path}: no record of a language model; tests/lab/record.py writes one")
+        same = {p["_id"] for p in corpus
+                if digests.get(p["_id"]) == digest(shown(p, self.header["characters"]))}
+        self.missing = len(digests) - len(same)                      # passages
+        self.rows: list[dict[str, Any]] = []                         # seed_id, task, query, ql
+        self.lost = 0                                                # rows
+        self.scores: dict[tuple[str, str], float] = {}               # QL by (query, passage's id)
+        for _, row in lines:
+            row["ql"] = [[key, score] for key, score in row["ql"] if key in same]
+            if row["seed_id"] not in same or len(row["ql"]) < 2:
+                self.lost += 1
+                continue
+            self.rows.append(row)
+            self.scores |= {(row["query"], key): score for key, score in row["ql"]}
+        self.of_seed: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            self.of_seed.setdefault(row["seed_id"], []).append(row)
+        self.drawn: Counter[str] = Counter()
+
+    def report(self) -> str:
+        """Whose answers these are, and what of them is of no use here."""
+        about = self.header
+        return (f"{len(self.rows):,} queries written and ranked by {about['model']} ({about['licence']}), recorded "
+                f"{about['date']} with Python {about['python']}; {self.missing:,} of its passages are not in this "
+                f"corpus or read otherwise, and are left out with {self.lost:,} queries")
+
+    def candidates(self, seed_id: str, query: str) -> list[str]:
+        """Ids of a recorded query's candidates, as the recipe's retriever had them, nearest first."""
+        for row in self.of_seed.get(seed_id, []):
+            if row["query"] == query:
+                return [key for key, _ in row["ql"]]
+        return []
+
+    def generate(self, passages: Sequence[Passage]) -> list[str | None]:
+        answers: list[str | None] = []
+        for p in passages:
+            rows = self.of_seed.get(p["_id"], [])
+            number = self.drawn[p["_id"]]                            # drawn again: its next query
+            self.drawn[p["_id"]] += 1
+            if number < len(rows):
+                answers.append(f"Task: {rows[number]['task']}\nQuery: {rows[number]['query']}")
+            else:
+                answers.append(None)
+        return answers
+
+    def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+        return [self.scores.get((query, p["_id"])) for query, p in pairs]
+
+    def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+        """No label is recorded: a small model's relevance labels rank worse than its retriever."""
+        return [None] * len(pairs)

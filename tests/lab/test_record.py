@@ -1,0 +1,117 @@
+"""The recorder.   pytest tests/lab/test_record.py
+
+Invariants: an answer of no use is named; a log that was killed at any byte goes on and holds each answer once;
+what is packed is complete, in the draws' order, and is what the model said.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import record  # noqa: E402
+
+CORPUS = [{"_id": name, "title": name, "text": f"All that there is to say about {name}."} for name in "abcdefgh"]
+
+
+@pytest.mark.parametrize("answer, reason", [
+    (None, "the call failed"),
+    (" find it", "not a Task line"),
+    (" find it\nQuery: how do I invert a matrix", "an example's query"),
+    (" find it\nQuery: matrix", "a single word"),
+    (" find it\nQuery: " + "many words " * 20, "it runs on"),
+])
+def test_an_answer_of_no_use_is_named(answer, reason):
+    with pytest.raises(ValueError, match=reason):
+        record.task_and_query(answer)
+
+
+def test_what_runs_on_is_cut():
+    answer = " find it\nQuery: turn it off Task: another\nPassage: a third"
+    assert record.task_and_query(answer) == ("find it", "turn it off")
+
+
+class FakeModel:
+    """Its score is the negative distance of the letters in query and passage; each call is counted."""
+
+    def __init__(self, *args, **options):
+        self.calls = []
+
+    def complete(self, prompts, seeds):
+        return [f" find it\nQuery: about {prompt.rpartition('Passage: ')[2][0]} number {seed}"
+                for prompt, seed in zip(prompts, seeds, strict=True)]
+
+    def log_likelihood(self, pairs):
+        self.calls += pairs
+        letters = [(prefix.rpartition("Passage: ")[2][0], text.split()[1]) for prefix, text in pairs]
+        return [-1.0 - abs(ord(p) - ord(q)) for p, q in letters]
+
+
+class FakeRetriever:
+    formats = {"query": "{text}", "passage": "{text}"}
+
+    def encode(self, texts):
+        import numpy as np
+        return np.eye(8, dtype="float32")[[ord(text.split()[1]) - 97 for text in texts]]
+
+    def encode_passages(self, texts, titles):
+        import numpy as np
+        return np.eye(8, dtype="float32")
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """Runs the recorder on fakes; the log's path."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "about.json").write_text(json.dumps({"model": "M", "licence": "L"}))
+    monkeypatch.setattr(record, "builtin_corpus", lambda: CORPUS)
+    monkeypatch.setattr(record, "Local", FakeModel)
+    monkeypatch.setattr(record, "load", lambda folder: FakeRetriever())
+    args = argparse.Namespace(model=str(tmp_path / "m"), retriever="", log=str(tmp_path / "log.jsonl"), queries=12,
+                              first=4, chunk=8, N=3, chars=20, temperature=0.6, rows=3, threads=1)
+    record.record(args)
+    return args
+
+
+def packed(args, tmp_path):
+    out = tmp_path / "out.jsonl"
+    record.pack(argparse.Namespace(log=args.log, out=str(out)))
+    return out.read_text()
+
+
+def test_the_record_is_complete_and_in_order(ran, tmp_path, capsys):
+    header, digests, *rows = map(json.loads, packed(ran, tmp_path).splitlines())
+    assert header["rows"] == len(rows) == 12 and header["P_QL"] == record.P_QL
+    assert [row["n"] for row in rows] == list(range(12))
+    for row in rows:
+        assert row["query"].split()[1] == row["seed_id"] and len(row["ql"]) == 3
+        assert max(row["ql"], key=lambda pair: pair[1]) == [row["seed_id"], -1.0]
+    assert "the seed comes first by QL in 100.0%" in capsys.readouterr().out
+
+
+def test_killed_at_any_line_and_within_one_it_goes_on(ran, tmp_path):
+    whole, expected = Path(ran.log).read_bytes(), packed(ran, tmp_path)
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    for end in [cut for e in ends[:-1] for cut in (e, e + 7)]:
+        Path(ran.log).write_bytes(whole[:end])
+        record.record(ran)
+        assert packed(ran, tmp_path) == expected
+    lines = [json.loads(line) for line in Path(ran.log).read_text().splitlines()]
+    scored = [(n, key) for line in lines for n, key, _ in line.get("ql", [])]
+    assert len(scored) == len(set(scored)) == 36
+
+
+def test_a_log_that_grows_is_packed_as_far_as_it_is_complete(ran, tmp_path):
+    text = Path(ran.log).read_text()
+    Path(ran.log).write_text(text.rpartition('{"ql"')[0])
+    rows = packed(ran, tmp_path).splitlines()[2:]
+    assert len(rows) == 4 and Path(ran.log).read_text() == text.rpartition('{"ql"')[0]
+
+
+def test_other_prompts_or_lengths_want_a_new_log(ran):
+    ran.chars = 30
+    with pytest.raises(record.InputError, match="name a new LOG"):
+        record.record(ran)
