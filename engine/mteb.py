@@ -1,4 +1,4 @@
-"""MTEB by the package mteb: the paper's Table 9 (the task of each set), and a model as mteb wants it.
+"""MTEB by the package mteb: the paper's Table 9 (each set's task), and a model as mteb wants it.
 
     pip install mteb; python train.py evaluate --model DIR --mteb SciFact STS12 --out runs/mteb
 """
@@ -54,7 +54,7 @@ KINDS = {
 
 
 def table_9(name: str, kind: str = "Retrieval") -> tuple[str, bool]:
-    """The task and symmetry of a set, by the name that mteb or its folder has (scifact, trec-covid).
+    """The task and symmetry of a set, by mteb's name or its folder's (scifact, trec-covid).
 
     >>> table_9("trec-covid"), table_9("my-questions"), table_9("FEVERHardNegatives")
     (('search result', False), ('question answering', False), ('search result', False))
@@ -79,16 +79,16 @@ class ForMteb:
 
     def __init__(
         self,
-        model: Any,                               # a Gecko
+        model: Any,
         name: str,
-        format_query: Callable[[str, str, dict[str, str]], str],  # of a text, its task and the model's formats
-        dim: int | None = None,
-        task: str | None = None,
+        format_query: Callable[..., str],         # of a text, its task and the model's formats
+        dim: int | None = None,                   # None: all
+        task: str | None = None,                  # None: Table 9's
     ) -> None:
         from mteb.models.model_meta import ModelMeta, ScoringFunction
 
         self.model, self.format_query, self.dim, self.task = model, format_query, dim, task
-        # mteb keeps results by name and revision, so the revision changes with whatever changes them
+        # mteb keeps results by name and revision: what changes them changes the revision
         revision = hashlib.sha256(repr((model.formats, model.max_length, dim, task)).encode())
         for p in model.encoder.state_dict().values():
             revision.update(p.float().cpu().numpy().tobytes())
@@ -100,7 +100,8 @@ class ForMteb:
             "similarity_fn_name": ScoringFunction.COSINE,
         })
 
-    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any) -> np.ndarray:
+    def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any,
+               ) -> np.ndarray:
         """inputs: batches {"text": [...]}; passages have "title" and "body" too -> (texts, dim)."""
         task, symmetric = table_9(task_metadata.name, task_metadata.type)
         columns: dict[str, list[str]] = {}
@@ -110,7 +111,8 @@ class ForMteb:
         if prompt_type is not None and prompt_type.value == "document" and not symmetric:
             return self.model.encode_passages(columns["body"], columns.get("title"), dim=self.dim)
         # not encode_queries, which refuses empty texts: some of mteb's sets have them
-        texts = [self.format_query(text, self.task or task, self.model.formats) for text in columns["text"]]
+        formats, task = self.model.formats, self.task or task
+        texts = [self.format_query(text, task, formats) for text in columns["text"]]
         return self.model.encode(texts, dim=self.dim)
 
     def similarity(self, x: Any, y: Any) -> Any:
@@ -125,7 +127,7 @@ class ForMteb:
 
 
 def mteb_tasks(names: Sequence[str]) -> list[Any]:
-    """mteb's tasks by name, or all of a benchmark's; those of the paper's benchmark as it has them, English."""
+    """mteb's tasks by name, or all of a benchmark's; the paper's 56 in English, as its benchmark has them."""
     try:
         import mteb
     except ImportError as error:
@@ -146,7 +148,8 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
     return tasks
 
 
-def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None) -> dict[str, dict[str, float]]:
+def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None,
+                ) -> dict[str, dict[str, float]]:
     """Each task's main score; mteb's own JSON goes under `out`, where a second run goes on."""
     import mteb
 
@@ -156,8 +159,8 @@ def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None) ->
         name = task.metadata.name
         try:
             result = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False)
-        except OSError as error:                                     # what its clients raise without a network
-            raise InputError(f"--mteb {name}: its data is not here, nor to be had from the Hugging Face hub "
+        except OSError as error:        # what mteb's clients raise without a network
+            raise InputError(f"--mteb {name}: its data is not here, and the Hugging Face hub did not give it "
                              f"({first_line(error)}); run it where there is a network") from error
         scores[name] = {task.metadata.main_score: float(result.task_results[0].get_score())}
     return scores
