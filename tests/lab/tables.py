@@ -421,7 +421,7 @@ def table_command(args: argparse.Namespace) -> None:
     for path in args.sts:                                    # a mistake shows before the LLM is paid
         evaluate.read_sts(path)
     labelled(list(itertools.chain(*args.classes)))
-    if not args.corpus and not (home / "ladder.json").is_file():
+    if not args.corpus and not (home / "gecko").is_dir():    # the last that the recipe trains
         train.recipe(home)
     if not args.init and not (home / "pre").is_dir():
         raise InputError(f"{home}/pre: not there; --corpus needs --init, the model that each row starts from")

@@ -20,6 +20,7 @@ import gecko
 import llm
 import train
 from engine import evaluate, files, runs
+from engine.offline import Offline
 
 LAB = Path(__file__).parent
 RESULTS = LAB / "results"
@@ -72,9 +73,9 @@ def restore_argv():
 
 
 def test_six_rows_come_from_one_mined_file(lab, monkeypatch):
-    """p_seed rows keep the seed, p_1 rows have the file's positive, p_20 its last; no judge is asked."""
+    """p_seed rows keep the seed, p_1 rows have the file's positive, p_20 its last; no LLM is asked."""
     lab, _ = lab
-    monkeypatch.setattr(tables.Offline, "query_likelihood", None)
+    monkeypatch.setattr(Offline, "query_likelihood", None)
     text = {p["_id"]: p["text"] for p in lab.corpus}
     made = {row: case.sets(0)[0] for row, case in tables.cases("labels", lab).items()}
     assert list(made) == list(tables.TABLES["labels"].paper) and len({len(rows) for rows in made.values()}) == 1
@@ -172,7 +173,7 @@ def test_no_cut_has_no_dimension(home, tmp_path):
 
 
 def test_rerank_rows_by_hand(home, monkeypatch):
-    """A judge that knows the answer puts it first by QL; a relevance that is its reverse puts it last."""
+    """A ranker that knows the answer puts it first by QL; a relevance that is its reverse puts it last."""
     beir, first = evaluate.read_beir(home), gecko.load(home / "model")
     answer = {beir.queries[q]: next(iter(judged)) for q, judged in beir.qrels.items()}
 
