@@ -23,8 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from engine.files import InputError, run  # noqa: E402
 
-BESIDE = ("*.py", "*.toml", "*.txt", "*.md", "LICENSE", ".gitignore")
-NOT_COPIED = ("course", "__pycache__", "bench*")
+MINUTES = {1: 15, 2: 30, 3: 45, 4: 10, 5: 20, 6: 45, 7: 60, 8: 15, 9: 90, 10: 60}
+POINTS = {1: 5, 2: 10, 3: 10, 4: 5, 5: 10, 6: 15, 7: 15, 8: 5, 9: 15, 10: 10}
+BESIDE = ("*.py", "pyproject.toml", "requirements.txt", "LICENSE", ".gitignore")
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
 
 
@@ -90,13 +91,29 @@ def make(folder: Path, numbers: set[int]) -> None:
     if unknown := numbers - set(exercises()):
         raise InputError(f"exercise {min(unknown)}: give numbers from {min(exercises())} to {max(exercises())}")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted({path for pattern in BESIDE for path in ROOT.glob(pattern)}):
-        shutil.copyfile(path, folder / path.name)
-    shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns(*NOT_COPIED))
+    for pattern in BESIDE:
+        for path in ROOT.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+    shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns("__pycache__"))
     for module in modules():
         text = (ROOT / module).read_text(encoding="utf-8")
         (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns(*NOT_COPIED))
+    (folder / "tests").mkdir()
+    helpers = [f"tests/{path.name}" for path in (ROOT / "tests").glob("[!t]*.py")] + ["tests/teach.py"]
+    for name in {*helpers, *graders().values()}:
+        shutil.copyfile(ROOT / name, folder / name)
+    for page in (ROOT / "tests/course/student").glob("*.md"):
+        text = page.read_text(encoding="utf-8").replace("{table}", table(numbers))
+        (folder / page.name).write_text(text, encoding="utf-8")
+
+
+def table(numbers: set[int]) -> str:
+    rows = ["| n | function | file | lines | minutes | points | how to grade yourself |", "|---" * 7 + "|"]
+    for n in sorted(numbers):
+        module, function, lines, _ = exercises()[n]
+        rows.append(f"| {n} | `{function}` | `{module}` | {lines.removesuffix('s').removesuffix(' line')} | "
+                    f"{MINUTES[n]} | {POINTS[n]} | `{command(n)}` |")
+    return "\n".join(rows)
 
 
 def main() -> None:

@@ -152,11 +152,24 @@ def test_every_exercise_has_three_wrong_answers():
 def test_a_course_folder_is_whole_and_holds_no_solution(tmp_path):
     make_course.make(tmp_path / "c", {4, 7})
     names = {p.name for p in (tmp_path / "c").rglob("*") if p.is_file()}
-    assert {"gecko.py", "pyproject.toml", "README.md", "thesaurus.txt", "questions.jsonl", "test_llm.py"} <= names
-    assert not {"wrong_answers.py", "test_course.py", "COURSE.md", "make_course.py"} & names
-    assert "1 / r_ql" not in (tmp_path / "c/llm.py").read_text() and "truncate_dim(x, dim)" in (
-        tmp_path / "c/train.py").read_text()
+    assert {"gecko.py", "pyproject.toml", "README.md", "AGENTS.md", "thesaurus.txt", "test_llm.py"} <= names
+    assert not {"wrong_answers.py", "test_course.py", "COURSE.md", "make_course.py", "RESULTS.md"} & names
+    for n, (module, *_) in EXERCISES.items():
+        solution = next(m[4] for m in make_course.BODY.finditer((ROOT / module).read_text()) if int(m[2]) == n)
+        assert (solution in (tmp_path / "c" / module).read_text()) == (n not in {4, 7})
+    page = (tmp_path / "c/EXERCISES.md").read_text()
+    assert "| 4 | `rrf` | `llm.py` |" in page and make_course.command(7) in page and "| 2 |" not in page
     with pytest.raises(make_course.InputError, match="something stands there"):
         make_course.make(tmp_path / "c", {4})
     with pytest.raises(make_course.InputError, match="exercise 99: give numbers from 1"):
         make_course.make(tmp_path / "d", {99})
+
+
+def test_the_instructors_page_names_the_exercises():
+    """Function, minutes and points of each."""
+    page = (ROOT / "tests/course/COURSE.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines()]
+    stated = {int(row[1]): (row[2], int(row[4]), int(row[5])) for row in rows if len(row) > 5 and row[1].isdigit()}
+    assert stated == {n: (f"`{function}`", make_course.MINUTES[n], make_course.POINTS[n])
+                      for n, (_, function, *_) in EXERCISES.items()}
+    assert sum(make_course.POINTS.values()) == 100

@@ -75,13 +75,6 @@ def test_honest_bodies_are_free(case):
     assert grade.flags(with_body(n, new), n) == []
 
 
-def test_points_are_those_of_the_instructors_page():
-    page = (ROOT / "tests/course/COURSE.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if line.startswith("| ")]
-    assert {int(row[1]): int(row[5]) for row in rows if row[1].isdigit()} == grade.POINTS
-    assert sum(grade.POINTS.values()) == 100 and set(grade.POINTS) == set(make_course.exercises())
-
-
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
     """Three hand-ins, of exercises 1, 2 and 4, graded by the command line: an archive and two folders."""
