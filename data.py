@@ -385,7 +385,7 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
         print(f"  first {name}: {' '.join((text or '(none)').split())[:100]}")
     if model:
         tokens = model.tokens([text for three in texts for text in three if text], max_length)
-        print(f"  {model.cut} of {len(tokens)} texts are cut at {max_length or model.max_length} tokens")
+        print(f"  {model.truncated} of {len(tokens)} texts are cut at {max_length or model.max_length} tokens")
 
 
 def main() -> None:

@@ -312,8 +312,8 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
         own = None if negative in (query, positive) else negative    # a text is not its own negative
         sides.append([-1 if text is None else ids.setdefault(text, len(ids)) for text in (query, positive, own)])
     tokens = [array("i", text) for text in model.tokens(list(ids), max_length)]
-    if model.cut and processes()[0] == 0:
-        tqdm.write(f"{model.cut} of {len(tokens)} texts are cut at {max_length} tokens", file=sys.stderr)
+    if model.truncated and processes()[0] == 0:
+        tqdm.write(f"{model.truncated} of {len(tokens)} texts are cut at {max_length} tokens", file=sys.stderr)
     return tokens, np.array(sides)
 
 

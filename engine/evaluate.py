@@ -134,10 +134,10 @@ def encode_beir(
         P = model.encode_queries(inputs, task, progress=progress, **how)
     else:
         P = model.encode_passages(texts, titles, progress=progress, **how)
-    cut = model.cut
+    cut = model.truncated
     q = model.encode_queries(list(beir.queries.values()), task, **how)
     if progress:
-        say_truncated(model, cut + model.cut, len(P) + len(q))
+        say_truncated(model, cut + model.truncated, len(P) + len(q))
     return q, P
 
 
@@ -251,9 +251,9 @@ def sts_terms(model: Any, path: str | Path, dim: int | None = None, task: str = 
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
     first, second, scores = zip(*read_sts(path), strict=True)
     x = model.encode_queries(first, task, dim=dim)                   # (pairs, dim)
-    cut = model.cut
+    cut = model.truncated
     y = model.encode_queries(second, task, dim=dim)                  # (pairs, dim)
-    say_truncated(model, cut + model.cut, len(x) + len(y))
+    say_truncated(model, cut + model.truncated, len(x) + len(y))
     return spearman_terms((x * y).sum(1), scores)
 
 

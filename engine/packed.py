@@ -5,6 +5,7 @@ The same vectors in float32, to the last digits; in bfloat16 near ones, on a CPU
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -78,16 +79,15 @@ def attend(qkv: Tensor, runs: Sequence[tuple[int, int]], H: int) -> Tensor:
 def packed(encoder: Any, dtype: torch.dtype) -> Callable[[list[list[int]]], Tensor]:
     """`embed` in `dtype` for this encoder of gecko.py: token ids of B texts -> (B, d) float32."""
     c, e = encoder.config, encoder.embeddings
-    shape, eps = (c.hidden_size,), c.layer_norm_eps
     layers = []
     for layer in encoder.encoder["layer"]:
-        project, out = layer.attention["self"], layer.attention["output"]
-        parts = [project[name] for name in ("query", "key", "value")]
+        parts = [layer.attention["self"][name] for name in ("query", "key", "value")]
         qkv = Linear(torch.cat([x.weight for x in parts]), torch.cat([x.bias for x in parts]), dtype)
-        dense = [Linear(x["dense"].weight, x["dense"].bias, dtype)
-                 for x in (out, layer.intermediate, layer.output)]
-        norms = [(x["LayerNorm"].weight.to(dtype), x["LayerNorm"].bias.to(dtype)) for x in (out, layer.output)]
-        layers.append((qkv, *dense, *norms))
+        out, up, down = (Linear(x["dense"].weight, x["dense"].bias, dtype)
+                         for x in (layer.attention["output"], layer.intermediate, layer.output))
+        norm_1, norm_2 = (copy.deepcopy(x["LayerNorm"]).to(dtype)
+                          for x in (layer.attention["output"], layer.output))
+        layers.append((qkv, out, up, down, norm_1, norm_2))
 
     def embed_packed(tokens: list[list[int]]) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
@@ -98,8 +98,8 @@ def packed(encoder: Any, dtype: torch.dtype) -> Callable[[list[list[int]]], Tens
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
         for qkv, out, up, down, norm_1, norm_2 in layers:
             a = attend(qkv(x), runs, c.num_attention_heads)          # (N, d)
-            x = F.layer_norm(out.plus(a, x), shape, *norm_1, eps)    # (N, d)
-            x = F.layer_norm(down.plus(up.gelu(x), x), shape, *norm_2, eps)      # (N, d)
+            x = norm_1(out.plus(a, x))                               # (N, d)
+            x = norm_2(down.plus(up.gelu(x), x))                     # (N, d)
         return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
 
     return embed_packed

@@ -23,7 +23,7 @@ import gecko
 import llm
 import train
 from engine import corpus as corpus_module
-from engine import evaluate, files, offline, show
+from engine import evaluate, files, folder, offline, show
 
 ROOT = Path(__file__).parent.parent
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
@@ -140,7 +140,7 @@ def interrupt(monkeypatch, module, name, after):
 
 
 RECIPE = {"pre-finetuning": ("learning_rate", 1), "generate": ("templated_query", 50),
-          "save": ("checkpoint_json", 0), "mine": ("relabel", 20), "ladder": ("questions_beir", 0)}
+          "save": ("small_files", 0), "mine": ("relabel", 20), "ladder": ("questions_beir", 0)}
 
 
 @pytest.mark.parametrize("stage", RECIPE)
@@ -154,7 +154,7 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
     small = train.Sizes(pairs=100, pre_steps=3, queries=2, steps=3)
     monkeypatch.setattr(train, "Sizes", lambda: small)
     name, after = RECIPE[stage]
-    interrupt(monkeypatch, next(m for m in (train, llm, gecko, offline) if hasattr(m, name)), name, after)
+    interrupt(monkeypatch, next(m for m in (train, llm, gecko, offline, folder) if hasattr(m, name)), name, after)
     command = "train.py --out OUT/demo"
     assert run(command, project, tmp_path, monkeypatch, capsys) == (1, "interrupted; run the same command again")
     assert not half_written(tmp_path)
@@ -168,8 +168,8 @@ def test_bytes_that_are_no_text_are_refused(words, project, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("words, message", [
-    ("encode OUT/c.jsonl OUT/c.jsonl", "c.jsonl: the input stands there; name a .npy file"),
-    ("encode OUT/c.jsonl OUT", ": a folder stands there; name a .npy file"),
+    ("encode OUT/c.jsonl OUT/c.jsonl", "c.jsonl: it is an input too; name another file"),
+    ("encode OUT/c.jsonl OUT", ": a folder stands there; name a file"),
     ("search red --corpus OUT/c.jsonl", 'c.jsonl:2: no "_id"; every passage needs one of its own')])
 def test_a_wrong_file_is_refused_and_stays(words, message, project, tmp_path, monkeypatch, capsys):
     corpus = tmp_path / "c.jsonl"

@@ -179,3 +179,22 @@ def test_above_finds_all_above_a_floor_of_any_sign(dtype, lowest):
         assert row.tolist() == sorted(row.tolist())
         want = [(i, j) for i in range(5) for j in range(part.shape[1]) if part[i, j] > floor[i]]
         assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == want
+
+
+@pytest.mark.parametrize("budget", [4 * 7 * 3, 4 * 7 * 11, 1 << 20])
+@pytest.mark.parametrize("k", [1, 5, 29])
+def test_topk_equals_a_full_stable_sort(budget, k):
+    """Equal scores, which small integers make many of, come by lower index in every blocking."""
+    rng = np.random.default_rng(0)
+    q, p = rng.integers(-1, 2, (7, 3)).astype(np.float32), rng.integers(-1, 2, (29, 3)).astype(np.float32)
+    scores, indices = search.topk(q, p, k, budget=budget)
+    for i in range(7):
+        s = [sum(float(x * y) for x, y in zip(q[i], row, strict=True)) for row in p]
+        want = sorted(range(29), key=lambda j: (-s[j], j))[:k]
+        assert indices[i].tolist() == want
+        assert scores[i].tolist() == [s[j] for j in want]
+
+
+def test_topk_refuses_k_above_the_corpus():
+    with pytest.raises(gecko.InputError, match="k = 4 neighbours of 3"):
+        search.topk(np.eye(3), np.eye(3), 4)

@@ -1,4 +1,4 @@
-"""Real encoders in and out: transformers, sentence-transformers.   pytest tests/test_encoders.py
+"""Real encoders in and out: transformers, sentence-transformers.   pytest tests/test_folder.py
 
 Invariants: a BERT, RoBERTa or XLM-R folder gives transformers' vectors; what save writes gives
 sentence-transformers the same vectors and prompts, and comes back; what is not supported, damaged or
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import gecko
@@ -123,7 +124,7 @@ def test_vectors_are_transformers(folder):
     model = gecko.load(folder)
     want = by_transformers(folder, TEXTS)
     np.testing.assert_allclose(model.encode(TEXTS), want, atol=1e-5)
-    assert model.cut >= 1 and model.max_length == 40 and model.formats == gecko.PLAIN
+    assert model.truncated >= 1 and model.max_length == 40 and model.formats == gecko.PLAIN
     if model.encoder.config.model_type != "bert":        # negative control
         model.encoder.config.model_type = "bert"
         assert np.abs(model.encode(TEXTS) - want).max() > 1e-3
@@ -146,23 +147,9 @@ def test_minilm_is_sentence_transformers(tmp_path):
     _, want = by_sentence_transformers(source, texts)
     ours = model.encode(texts)
     np.testing.assert_allclose(ours, want, atol=1e-5)
-    assert model.max_length == 256 and model.formats == gecko.PLAIN and model.cut == 1
+    assert model.max_length == 256 and model.formats == gecko.PLAIN and model.truncated == 1
     gecko.save(model, tmp_path / "m")
     np.testing.assert_allclose(by_sentence_transformers(tmp_path / "m", texts)[1], ours, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_shards_and_old_names(kind, tmp_path):
-    """Shards of an index, and LayerNorm's gamma and beta, are the same encoder."""
-    whole = gecko.load(make(kind, tmp_path / "whole")).encode(TEXTS)
-    sharded = make(kind, tmp_path / "sharded", max_shard_size="20KB")
-    assert not (sharded / "model.safetensors").exists()
-    np.testing.assert_array_equal(gecko.load(sharded).encode(TEXTS), whole)
-    path = tmp_path / "whole/model.safetensors"
-    weights = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
-               for k, v in gecko.load_file(str(path)).items()}
-    gecko.save_file(weights, str(path))
-    np.testing.assert_array_equal(gecko.load(tmp_path / "whole").encode(TEXTS), whole)
 
 
 def test_makers_prompts_length_and_case_are_kept(bert, tmp_path):
@@ -273,9 +260,9 @@ def edit(folder, name, **changes):
 
 def weights(folder, change):
     path = str(folder / "model.safetensors")
-    content = gecko.load_file(path)
+    content = load_file(path)
     change(content)
-    gecko.save_file(content, path)
+    save_file(content, path)
 
 
 def raw(folder, change):
@@ -292,11 +279,6 @@ def modules(folder, *kinds, path="1_Pooling"):
 def pickled(folder):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04K*.")
-
-
-def index(folder, name):
-    (folder / "model.safetensors").rename(folder.parent / "outside.safetensors")
-    write(folder / "model.safetensors.index.json", {"weight_map": {"x": name}})
 
 
 WORD = "bert.embeddings.word_embeddings.weight"
@@ -328,10 +310,11 @@ REFUSED = {
                          "not a readable checkpoint"),
     "empty": (lambda m: raw(m, lambda b: b""), "not a readable checkpoint"),
     "a pickle alone": (pickled, "no model.safetensors there .a .bin is a pickle and is never opened"),
-    "index above": (lambda m: index(m, "../outside.safetensors"), "'../outside.safetensors' is not a name in"),
-    "index absolute": (lambda m: index(m, str(m.parent / "outside.safetensors")), "is not a name in this folder"),
-    "index misshapen": (lambda m: index(m, ["a"]), "not a readable|is not a name"),
-    "index of nothing": (lambda m: index(m, "gone.safetensors"), "gone.safetensors: not a readable"),
+    "shards": (lambda m: (m / "model.safetensors").rename(m / "model.safetensors.index.json"),
+               "no model.safetensors there .shards are not supported.; save the model again"),
+    "gamma and beta": (lambda m: weights(m, lambda w: w.update(
+        {k.replace("LayerNorm.weight", "LayerNorm.gamma"): w.pop(k) for k in list(w)})),
+        "lack embeddings.LayerNorm.weight.*older than 2020: save the model again"),
     "more tokens than weights": (lambda m: shutil.copy(make("roberta", m.parent / "other") / "tokenizer.json", m),
                                  "do not belong together"),
     "tokenizer damaged": (lambda m: (m / "tokenizer.json").write_text("{}"), "tokenizer.json: not a readable"),

@@ -1,0 +1,61 @@
+"""Files, errors and flags.   pytest tests/test_files.py
+
+Invariants: an output is written whole or not at all, and the same rows are the same bytes; what cannot
+be read is one line that names the file and the line.
+"""
+
+import time
+
+import pytest
+
+from engine import files
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    (tmp_path / "f").write_text("old")
+    with pytest.raises(RuntimeError), files.file_beside(tmp_path / "f") as new:
+        new.write_text("half")
+        raise RuntimeError
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_folder_through_a_link_and_never_over_a_file(tmp_path):
+    """The link's folder is the new one; a file stays what it was, and nothing is left beside either."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "file").write_text("old")
+    with files.folder_beside(tmp_path / "link") as new:
+        (new / "f").write_text("new")
+    with pytest.raises(files.InputError, match="a file stands there"), files.folder_beside(tmp_path / "file"):
+        pass
+    assert (tmp_path / "real/f").read_text() == "new" and (tmp_path / "file").read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
+
+
+def test_a_damaged_gz_is_one_line(tmp_path):
+    path = tmp_path / "in.jsonl.gz"
+    files.write_jsonl(path, [{"text": f"{i} {i * i}"} for i in range(2000)])
+    raw = bytearray(path.read_bytes())
+    raw[200:240] = bytes(40)                                         # not a deflate stream any more
+    path.write_bytes(bytes(raw))
+    with pytest.raises(files.InputError, match="in.jsonl.gz: unreadable|in.jsonl.gz:[0-9]+: not JSON"):
+        list(files.read_jsonl(path))
+
+
+@pytest.mark.parametrize("line", [r'{"text": "half a pair: \ud83d"}', "[" * 100_000], ids=["half a pair", "deep"])
+def test_a_row_that_python_alone_can_hold_is_one_line(line, tmp_path):
+    """JSON may write half a surrogate pair, which is no text; a whole pair is one."""
+    path = tmp_path / "in.jsonl"
+    path.write_text(r'{"text": "a whole pair: \uD83D\ude00"}' + f"\n{line}\n")
+    rows = files.read_jsonl(path)
+    assert next(rows)[1] == {"text": "a whole pair: 😀"}
+    with pytest.raises(files.InputError, match="in.jsonl:2: not JSON .*; one JSON object a line$"):
+        next(rows)
+
+
+def test_a_gz_is_the_same_bytes_whenever_written(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        monkeypatch.setattr(time, "time", lambda: 1e9 + ord(name))
+        files.write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "x"}])
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
+    assert [row for _, row in files.read_jsonl(tmp_path / "a.jsonl.gz")] == [{"text": "x"}]

@@ -1,0 +1,99 @@
+"""Encoding without padding, and many texts.   pytest tests/test_packed.py
+
+Invariants: packed gives the vectors of the plain encoder, whatever the batches; blocks and bfloat16
+change nothing but the last digits; what cannot be encoded is refused, and the encoder stays as it was.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import gecko
+from engine import files, packed, search
+
+BF16 = pytest.param("bf16", marks=pytest.mark.skipif(not search.has_bfloat16(torch.device("cpu")),
+                                                     reason="no fast bfloat16 on this CPU"))
+TEXTS = [" ".join(f"word{(i * j) % 17}" for j in range(1 + i * 7 % 23)) for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Two transformer layers that are not the identity."""
+    model = gecko.tiny(TEXTS, num_hidden_layers=2, hidden_size=48, num_attention_heads=3,
+                       intermediate_size=96, layer_norm_eps=1e-12)
+    generator = torch.Generator().manual_seed(0)
+    for p in model.encoder.parameters():
+        torch.nn.init.normal_(p, 0, 0.2, generator=generator)
+    model.encoder.eval()
+    return model
+
+
+def plainly(model):
+    """One text at a time: nothing is padded, nothing packed."""
+    with torch.no_grad():
+        return torch.cat([gecko.truncate_dim(gecko.embed(model.encoder, *gecko.pad([ids], 0)))
+                          for ids in model.tokens(TEXTS)]).numpy()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 4096])
+def test_packed_gives_the_plain_vectors(model, batch_tokens):
+    """In float32 within 1e-5; with one layer's bias changed they differ, so the comparison can fail."""
+    want = plainly(model)
+    pack = packed.packed(model.encoder, torch.float32)
+    tokens = model.tokens(TEXTS)
+    for batch in packed.length_batches([len(t) for t in tokens], batch_tokens):
+        with torch.no_grad():
+            x = gecko.truncate_dim(pack([tokens[i] for i in batch])).numpy()
+        np.testing.assert_allclose(x, want[batch], atol=1e-5)
+    with torch.no_grad():
+        model.encoder.encoder["layer"][1].attention["self"]["key"].weight += 0.1
+        changed = gecko.truncate_dim(packed.packed(model.encoder, torch.float32)(tokens)).numpy()
+        model.encoder.encoder["layer"][1].attention["self"]["key"].weight -= 0.1
+    assert np.abs(changed - want).max() > 1e-4
+
+
+@pytest.mark.parametrize("precision, atol", [("float32", 1e-5), pytest.param("bf16", 0.05, marks=BF16.marks)])
+def test_blocks_and_precision_keep_the_vectors(model, precision, atol, monkeypatch):
+    """In blocks of texts: float32 unit vectors in order; bfloat16 is near and not the same."""
+    want = plainly(model)
+    monkeypatch.setattr(gecko, "FEW_CHARS", 0)
+    whole = model.encode(TEXTS, precision=precision)
+    monkeypatch.setattr(gecko, "TEXTS_AT_ONCE", 50)
+    monkeypatch.setitem(gecko.BATCH_TOKENS, "cpu", 100)
+    x = model.encode(TEXTS, precision=precision)
+    assert x.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(x, want, atol=atol)
+    np.testing.assert_allclose(x, whole, atol=atol)
+    assert precision == "float32" or np.abs(x - want).max() > 1e-5
+
+
+def test_long_runs_of_one_length_are_cut_to_the_caches_size(model, monkeypatch):
+    """Attention a few texts at a time gives the same vectors."""
+    want = model.encode(TEXTS)
+    monkeypatch.setattr(gecko, "FEW_CHARS", 0)
+    monkeypatch.setattr(packed, "ATTENTION_BYTES", 4 * 3 * 20 * 20 * 2)
+    np.testing.assert_allclose(model.encode(TEXTS), want, atol=1e-5)
+
+
+def test_texts_cut_are_counted_over_the_blocks(model, monkeypatch):
+    monkeypatch.setattr(gecko, "TEXTS_AT_ONCE", 50)
+    model.encode([*TEXTS, "word1 " * 1000, *TEXTS, "word1 " * 1000])
+    assert model.truncated == 2 and model.lost() == "2 of 242 texts were cut at 256 tokens"
+    model.encode(TEXTS)
+    assert model.truncated == 0 and model.lost() == ""
+
+
+def test_precision_and_training_mode(model, monkeypatch):
+    """A wrong name, and bfloat16 without the instructions for it, are refused; training mode stays."""
+    with pytest.raises(files.InputError, match="--precision fp8"):
+        model.encode(TEXTS, precision="fp8")
+    monkeypatch.setattr(gecko, "has_bfloat16", lambda device: False)
+    with pytest.raises(files.InputError, match="--precision bf16: this cpu has no fast bfloat16"):
+        model.encode(TEXTS, precision="bf16")
+    model.encoder.train()
+    with pytest.raises(files.InputError, match="no tokens"):
+        model.encode([*TEXTS, " "])
+    model.encode(TEXTS)
+    assert model.encoder.training
+    model.encoder.eval()
