@@ -10,9 +10,11 @@ import contextlib
 import importlib
 import inspect
 import io
+import itertools
 import pkgutil
 import re
 import sys
+import unicodedata
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -24,13 +26,33 @@ Passage = dict[str, str]
 # Words and sentences
 
 
-def terms(text: str) -> list[str]:
-    """Lower-cased words, identifiers in their parts.
+# Thai, Lao, Burmese, Khmer, kana and Chinese characters: written without spaces between words
+UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+            "\U00020000-\U0003ffff")
 
-    >>> terms("csv.DictReader reads")
-    ['csv', 'dict', 'reader', 'reads']
+
+def terms(text: str) -> list[str]:
+    """Lower-cased words of any script, identifiers in parts; where no spaces are written, characters and pairs.
+
+    >>> terms("csv.DictReader reads"), terms("Größe 北京")
+    (['csv', 'dict', 'reader', 'reads'], ['größe', '北', '京', '北京'])
     """
-    return re.findall(r"[a-z0-9]+", spoken(text).lower())
+    text = spoken(text).lower()
+    if text.isascii():
+        return re.findall("[a-z0-9]+", text)
+    found = []
+    letters = "".join(c if is_letter(c) else " " for c in unicodedata.normalize("NFKC", text))
+    for word in re.findall(f"[{UNSPACED}]+|[^{UNSPACED} ]+", letters):
+        if re.match(f"[{UNSPACED}]", word):
+            found += [*word, *(a + b for a, b in itertools.pairwise(word))]
+        else:
+            found.append(word)
+    return found
+
+
+def is_letter(c: str) -> bool:
+    """A letter, a digit, or a mark on one: the vowels of many scripts are marks."""
+    return unicodedata.category(c)[0] in "LMN"
 
 
 def spoken(name: str) -> str:
@@ -43,7 +65,7 @@ def spoken(name: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, at least three words each.
+    """The sentences of a text, at least three words each, or four characters where no spaces are written.
 
     >>> sentences("Return x. This is the smallest\\ninteger. It may be big!")
     ['This is the smallest integer.', 'It may be big!']
@@ -51,8 +73,9 @@ def sentences(text: str) -> list[str]:
     found = []
     for paragraph in paragraphs(text):
         line = " ".join(paragraph.split())
-        found += re.split(r"(?<=[.!?:])\s+(?=[A-Z`\"'(])", line)
-    return [sentence for sentence in found if len(sentence.split()) >= 3]
+        # a sentence begins with no small Latin letter; those of Chinese and Japanese need no space
+        found += re.split(r"(?<=[.!?:])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])", line)
+    return [text for text in found if len(text.split()) >= 3 or re.search(f"[{UNSPACED}]{{4}}", text)]
 
 
 def paragraphs(text: str) -> list[str]:

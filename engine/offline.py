@@ -174,8 +174,8 @@ CLAUSES = re.compile(r"[,;:]\s+|\s+(?:which|whereas|while|thereby|although|becau
 
 def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     """A query for an article: what its title or a sentence, more often a late one, states."""
-    max_words = 18
-    found, pick = sentences(p["text"]) or [p["text"]], rng.random()
+    max_words, text = 18, p["text"] or p["title"]
+    found, pick = sentences(text) or [text], rng.random()
     said = rng.choice(found[-3:] if pick < 0.45 else found)
     if pick > 0.7 and len(p["title"].split()) > 3:
         said = p["title"]
@@ -184,7 +184,7 @@ def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     if len(said.split()) > max_words:                                # one of its clauses, or its beginning
         clauses = [c for c in CLAUSES.split(said) if 6 <= len(c.split()) <= max_words]
         said = rng.choice(clauses or [said])
-    words = said.split()[:max_words] or p["text"].split()[:max_words]
+    words = said.split()[:max_words] or text.split()[:max_words]
     # a question would need grammar; a statement is said twice as often as the others
     task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
     if task == "search result":

@@ -5,11 +5,35 @@ type; nothing with a side effect is imported; the same interpreter gives the sam
 """
 
 import doctest
+import re
 
 import pytest
 
 from engine import corpus
 from engine.corpus import builtin_corpus
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Коты пьют 14 литров", ["коты", "пьют", "14", "литров"]), ("naïve Größe", ["naïve", "größe"]),
+    ("हिन्दी में", ["हिन्दी", "में"]), ("العربية", ["العربية"]), ("집에 간다", ["집에", "간다"]),
+    ("Python3で書く", ["python3", "で", "書", "く", "で書", "書く"]), ("茶", ["茶"]), ("ＡＢ１", ["ab1"]),
+    ("«?!» _", [])])
+def test_words_of_any_script(text, words):
+    """No letter is lost, nor the marks that are vowels; pairs of characters where no spaces are written."""
+    assert corpus.terms(text) == words
+
+
+def test_ascii_words_are_runs_of_letters_and_digits(rows):
+    for row in rows[::50]:
+        if row["text"].isascii():
+            assert corpus.terms(row["text"]) == re.findall("[a-z0-9]+", corpus.spoken(row["text"]).lower())
+
+
+@pytest.mark.parametrize("text, count", [
+    ("Коты пьют молоко. Собаки едят мясо утром!", 2),
+    ("茶在热水里泡开。咖啡在冷水里也可以！", 2), ("短。也短。", 0)])
+def test_sentences_of_other_scripts(text, count):
+    assert len(corpus.sentences(text)) == count
 
 
 @pytest.fixture(scope="module")

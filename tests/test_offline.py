@@ -6,13 +6,15 @@ given; generation follows from the seed, and a passage drawn twice gets another 
 
 import math
 import random
+import sys
 from collections import Counter
 
 import pytest
 
+import llm
 from engine import offline
 from engine.corpus import terms
-from engine.files import InputError
+from engine.files import InputError, read_jsonl, write_jsonl
 from engine.offline import Offline
 
 TASKS = ["question answering", "search result", "fact checking", "sentence similarity"]
@@ -64,6 +66,39 @@ def test_an_empty_corpus_of_words_gives_equal_scores_and_no_division_by_zero():
     llm = Offline([{"_id": "1", "title": "", "text": "!?"}], None, TASKS)
     assert llm.query_likelihood([("?", {"_id": "1"})]) == [0.0]
     assert math.isfinite(llm.query_likelihood([("tea", {"_id": "1"})])[0])
+
+
+RUSSIAN = ["Коты пьют молоко каждый день в 14 часов.", "Собаки едят мясо утром в 8 часов.", "Рыбы плавают в реке."]
+CHINESE = ["茶在热水里泡开，需要三分钟。", "咖啡豆要先磨成粉，再用开水冲。", "鱼在河里游来游去，很快乐。"]
+
+
+@pytest.mark.parametrize("texts, query, best", [
+    (RUSSIAN, "когда едят собаки", 1), (RUSSIAN, "коты", 0), (CHINESE, "咖啡怎么冲", 1),
+    (CHINESE, "河里的鱼", 2), (CHINESE, "茶", 0)])
+def test_query_likelihood_reads_any_script(texts, query, best):
+    corpus = [{"_id": str(i), "title": "", "text": text} for i, text in enumerate(texts)]
+    scores = Offline(corpus, None, TASKS).query_likelihood([(query, p) for p in corpus])
+    assert scores.index(max(scores)) == best and sorted(scores)[-2] < max(scores)
+
+
+@pytest.mark.parametrize("texts", [RUSSIAN, CHINESE])
+def test_generated_queries_keep_their_script(texts, tmp_path, monkeypatch, capsys):
+    """On the command line: all are kept, and each is made of the passage's own words."""
+    write_jsonl(tmp_path / "c.jsonl", [{"_id": str(i), "title": "", "text": text} for i, text in enumerate(texts)])
+    out = tmp_path / "q.jsonl"
+    monkeypatch.setattr(sys, "argv", ["llm.py", "generate", str(tmp_path / "c.jsonl"), str(out), "--llm", "offline",
+                                      "--limit", "30"])
+    llm.main()
+    assert "kept 30 of 30" in capsys.readouterr().out
+    for _, row in read_jsonl(out):
+        passage = texts[int(row["seed_id"])]
+        assert set(terms(row["query"])) <= set(terms(passage)) and not row["query"].isascii()
+
+
+def test_a_title_alone_is_asked_for():
+    for title in ("m.ceil", "How tea is made in Japan", "Чай"):
+        answer, = Offline([], None, TASKS).generate([{"_id": "1", "title": title, "text": ""}])
+        assert len(answer.split("Query: ")[1]) >= 3
 
 
 def test_relevance_is_the_similarity_that_it_is_given():
