@@ -83,7 +83,9 @@ class Local:
             token = self.tensor(sum(targets, []))                    # (P,)
             of_token = log_p.gather(1, token[:, None])[:, 0]         # (P,)
             for of_text in of_token.split([len(text) for text in targets]):
-                scores[next(of_pairs)] = float(of_text.sum())
+                pair = next(of_pairs)
+                scores[pair] = float(of_text.sum())
+                self.keep("log_likelihood", pair, scores[pair])      # a stopped run goes on from the last pack
         return [scores[pair] for pair in pairs]
 
     def top_tokens(self, prompts: Sequence[str], k: int = 20) -> list[list[tuple[str, float]] | None]:

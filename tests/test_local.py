@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers", reason="no transformers: pip 
 
 import tiny_llama  # noqa: E402
 
+from engine.cache import Cached  # noqa: E402
 from engine.files import InputError  # noqa: E402
 from engine.local import Local  # noqa: E402
 
@@ -119,6 +120,26 @@ def test_samples_follow_the_models_own_probabilities(folder):
     answers = model.complete(PREFIXES[:1] * 400, range(400))
     p = float(torch.tensor(log_p).exp())
     assert answers.count(token) / 400 == pytest.approx(p, abs=4 * (p * (1 - p) / 400) ** 0.5)
+
+
+def test_answers_are_kept_as_they_come(folder, tmp_path, monkeypatch):
+    """Stopped in the middle, a run goes on from the last pack: the cache holds all that was read."""
+    model, path = Local(folder, room=60), tmp_path / "cache.jsonl"
+    expected, packs, read = model.log_likelihood(PAIRS), [], model.read
+
+    def stopping(pack):
+        packs.append(pack)
+        if len(packs) == 3:
+            raise KeyboardInterrupt
+        return read(pack)
+
+    monkeypatch.setattr(model, "read", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        Cached(model, path).log_likelihood(PAIRS)
+    done = sum(len(texts) for pack in packs[:2] for _, texts in pack)
+    again = Cached(Local(folder, room=60), path)
+    assert again.log_likelihood(PAIRS) == pytest.approx(expected, abs=1e-4)
+    assert again.found == done > 0
 
 
 def test_what_is_no_model_is_one_line(tmp_path):
