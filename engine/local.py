@@ -40,8 +40,9 @@ class Local:
             raise InputError(f"{folder}: transformers opens no causal language model there "
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
-        self.folder, self.temperature, self.max_tokens, self.stop = folder, temperature, max_tokens, tuple(stop)
-        self.room, self.rows, self.read_tokens = room, rows, 0
+        self.name, self.read_tokens = f"hf:{folder}", 0
+        self.temperature, self.max_tokens, self.stop = temperature, max_tokens, tuple(stop)
+        self.room, self.rows = room, rows
         self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
         config = self.model.config
         sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
@@ -53,17 +54,17 @@ class Local:
         self.head: Tokens = []
         self.head_states: list[tuple[Tensor, Tensor]] = []           # keys and values of each layer
 
-    def identity(self, call: str) -> str:
-        return f"{self.folder} {self.temperature} {self.max_tokens} {self.stop} {self.model.dtype}"
-
     def describe(self, call: str) -> str:
-        return f"{self.folder}: in this process, {str(self.model.dtype).removeprefix('torch.')}"
+        how = f"{self.name} in {str(self.model.dtype).removeprefix('torch.')}"
+        if call == "complete":
+            return f"{how}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
+        return how
 
     def can(self, call: str) -> bool:
         return True
 
     def report(self) -> str:
-        return f"{self.folder} read {self.read_tokens:,} tokens in this process"
+        return f"{self.name} read {self.read_tokens:,} tokens in this process"
 
     def log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Sum of log p of the text's tokens after its prefix."""
