@@ -38,11 +38,11 @@ def project(tmp_path_factory):
               for i in range(120)]
     files.write_jsonl(folder / "corpus.jsonl", corpus)
     model = gecko.tiny([p["text"] for p in corpus], hidden_size=64)
-    gecko.save(model, folder / "seed")
-    judge = llm.Offline(corpus, llm.similarity(model), list(llm.TASKS))
-    llm.write_kept(folder / "queries.jsonl", llm.generate(judge, corpus, 300), 300, "generate")
+    gecko.save(model, folder / "retriever")
+    ranker = llm.Offline(corpus, llm.similarity(model), list(llm.TASKS))
+    llm.write_kept(folder / "queries.jsonl", llm.generate(ranker, corpus, 300), 300, "generate")
     queries = llm.read_queries(folder / "queries.jsonl", corpus)
-    llm.write_kept(folder / "fret.jsonl", llm.mine(judge, model, corpus, queries), 300, "mine")
+    llm.write_kept(folder / "fret.jsonl", llm.mine(ranker, model, corpus, queries), 300, "mine")
     (folder / "beir/qrels").mkdir(parents=True)
     shutil.copy(folder / "corpus.jsonl", folder / "beir")
     (folder / "beir/qrels/test.tsv").write_text("".join(f"{q['_id']}\t{q['seed_id']}\t1\n" for q in queries))
@@ -54,12 +54,12 @@ COMMANDS = {
     "corpus": "data.py corpus OUT/c.jsonl",
     "convert": "data.py convert pairs IN/fret.jsonl OUT/pairs.jsonl",
     "generate": "llm.py generate IN/corpus.jsonl OUT/q.jsonl --limit 400",
-    "mine": "llm.py mine IN/corpus.jsonl IN/queries.jsonl OUT/f.jsonl --model-dir IN/seed",
+    "mine": "llm.py mine IN/corpus.jsonl IN/queries.jsonl OUT/f.jsonl --model-dir IN/retriever",
     "show": "llm.py show IN/fret.jsonl --html OUT/page.html",
     "prefinetune": "train.py prefinetune IN/queries.jsonl --init tiny --out OUT/m --steps 4 --batch-size 64",
-    "finetune": "train.py finetune IN/fret.jsonl --init IN/seed --out OUT/m --steps 4 --batch-size 64",
-    "encode": "gecko.py encode IN/corpus.jsonl OUT/x.npy --model IN/seed --passages",
-    "evaluate": "train.py evaluate --model IN/seed --beir IN/beir --out OUT/scores.json",
+    "finetune": "train.py finetune IN/fret.jsonl --init IN/retriever --out OUT/m --steps 4 --batch-size 64",
+    "encode": "gecko.py encode IN/corpus.jsonl OUT/x.npy --model IN/retriever --passages",
+    "evaluate": "train.py evaluate --model IN/retriever --beir IN/beir --out OUT/scores.json",
 }
 
 
@@ -160,10 +160,10 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
     assert not half_written(tmp_path)
 
 
-@pytest.mark.parametrize("words", ["search \udcff --model IN/seed", "search red --model IN/seed --task \udcff"])
+@pytest.mark.parametrize("words", ["search \udcff", "search red --task \udcff"])
 def test_bytes_that_are_no_text_are_refused(words, project, tmp_path, monkeypatch, capsys):
     """As Python gives them to a program whose caller typed another encoding."""
-    code, said = run(f"gecko.py {words}", project, tmp_path, monkeypatch, capsys)
+    code, said = run(f"gecko.py {words} --model IN/retriever", project, tmp_path, monkeypatch, capsys)
     assert code == 2 and "invalid utf8 value" in said
 
 
@@ -175,7 +175,7 @@ def test_a_wrong_file_is_refused_and_stays(words, message, project, tmp_path, mo
     corpus = tmp_path / "c.jsonl"
     corpus.write_text('{"_id": 0, "text": "red"}\n{"_id": null, "text": "green"}\n')
     before = corpus.read_bytes()
-    code, said = run(f"gecko.py {words} --model IN/seed".replace("OUT ", f"{tmp_path} "), project, tmp_path,
+    code, said = run(f"gecko.py {words} --model IN/retriever".replace("OUT ", f"{tmp_path} "), project, tmp_path,
                      monkeypatch, capsys)
     assert code == 2 and said.endswith(message)
     assert corpus.read_bytes() == before and list(tmp_path.iterdir()) == [corpus]
@@ -213,8 +213,8 @@ def test_output_that_nobody_takes(output, code, last, project):
     read, closed = os.pipe()
     os.close(read)
     with open(closed if output == "closed" else "/dev/full", "w") as stdout:
-        child = subprocess.run([sys.executable, ROOT / "gecko.py", "search", "red", "--model", project / "seed"],
-                               stdout=stdout, stderr=subprocess.PIPE, text=True,
+        command = [sys.executable, ROOT / "gecko.py", "search", "red", "--model", project / "retriever"]
+        child = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONUNBUFFERED": ""})
     assert child.returncode == code and child.stderr.splitlines()[-1].startswith(last), child.stderr
 
@@ -222,7 +222,7 @@ def test_output_that_nobody_takes(output, code, last, project):
 def test_a_letter_that_the_terminal_lacks_is_escaped(project, tmp_path):
     corpus = tmp_path / "c.jsonl"
     files.write_jsonl(corpus, [{"_id": "1", "text": "a café"}])
-    code, out, _ = Command(gecko.main, "search", "red", "--corpus", corpus, "--model", project / "seed",
+    code, out, _ = Command(gecko.main, "search", "red", "--corpus", corpus, "--model", project / "retriever",
                            before=ascii_terminal).result()
     assert code == 0 and out.endswith("a caf\\xe9\n")
 
@@ -236,7 +236,7 @@ def test_ctrl_c_in_a_process_of_its_own(project, tmp_path):
     rows = [json.dumps({"_id": str(i), "text": "stone river " * 50}) for i in range(30_000)]
     (tmp_path / "long.jsonl").write_text("\n".join(rows) + "\n")
     child = subprocess.Popen([sys.executable, ROOT / "gecko.py", "encode", tmp_path / "long.jsonl",
-                              tmp_path / "x.npy", "--model", project / "seed", "--passages"],
+                              tmp_path / "x.npy", "--model", project / "retriever", "--passages"],
                              stderr=subprocess.PIPE, text=True)
     assert "model=" in child.stderr.readline()                       # it has begun
     time.sleep(0.2)

@@ -82,7 +82,7 @@ def test_commands_that_need_the_recipe_alone_run(project, tmp_path, monkeypatch,
     """Those whose files are there, in the page's order, in a folder where the recipe has run (in small)."""
     demo = tmp_path / "runs/demo"
     shutil.copytree(project, demo)
-    shutil.copytree(demo / "seed", demo / "gecko")
+    shutil.copytree(demo / "retriever", demo / "gecko")
     shutil.copytree(demo / "beir", demo / "questions")
     monkeypatch.chdir(tmp_path)
     ran = []
