@@ -7,20 +7,18 @@ A model is whatever has encode_queries and encode_passages.
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from engine.beir import Beir as Beir
 from engine.beir import read_beir as read_beir
 from engine.beir import read_qrels as read_qrels
 from engine.corpus import terms
-from engine.files import InputError, read_jsonl
+from engine.files import InputError, read_jsonl, say
 from engine.search import topk
 
 # Q queries, P passages, d the dimension of their vectors, whose rows have length 1.
@@ -123,7 +121,7 @@ def encode_beir(
     dim: int | None = None,     # None: all
     symmetric: bool = False,    # passages are formatted as inputs
     precision: str = "float32",
-    progress: str = "",         # the name of a bar; with one, texts that are cut are counted too
+    progress: str = "",         # the name of a bar; with one, what the tokens lack is said too
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
     """Unit vectors of a set."""
     how = {"dim": dim, "precision": precision}
@@ -134,16 +132,18 @@ def encode_beir(
         P = model.encode_queries(inputs, task, progress=progress, **how)
     else:
         P = model.encode_passages(texts, titles, progress=progress, **how)
-    cut = model.truncated
+    if progress:
+        say_lost(model, "passages")
     q = model.encode_queries(list(beir.queries.values()), task, **how)
     if progress:
-        say_truncated(model, cut + model.truncated, len(P) + len(q))
+        say_lost(model, "queries")
     return q, P
 
 
-def say_truncated(model: Any, cut: int, texts: int) -> None:
-    if cut:
-        tqdm.write(f"{cut} of {texts} texts are cut at {model.max_length} tokens", file=sys.stderr)
+def say_lost(model: Any, what: str) -> None:
+    """How many texts were cut, and the share of unknown tokens, of what was encoded last."""
+    if model.lost():
+        say(**{what: model.lost()})
 
 
 def rankings(
@@ -251,9 +251,9 @@ def sts_terms(model: Any, path: str | Path, dim: int | None = None, task: str = 
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
     first, second, scores = zip(*read_sts(path), strict=True)
     x = model.encode_queries(first, task, dim=dim)                   # (pairs, dim)
-    cut = model.truncated
+    say_lost(model, "sentence1")
     y = model.encode_queries(second, task, dim=dim)                  # (pairs, dim)
-    say_truncated(model, cut + model.truncated, len(x) + len(y))
+    say_lost(model, "sentence2")
     return spearman_terms((x * y).sum(1), scores)
 
 

@@ -7,10 +7,13 @@ refused with the line, and what is left out is said; a query does not find itsel
 import gzip
 import json
 import math
+import re
+import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 
 import gecko
 import train
@@ -299,7 +302,7 @@ def test_the_command_says_what_is_cut_and_what_is_missing(model, tmp_path, monke
     rows = [{"_id": f"p{i}", "title": "", "text": word * (1 if i else 60)} for i, word in enumerate(WORDS)]
     command(model, monkeypatch, "--beir", beir_folder(tmp_path, rows, qrels="q0\tp0\t1\nq1\tgone\t1\n"))
     said = capsys.readouterr()
-    assert "1 of 12 texts are cut at 64 tokens" in said.err
+    assert "passages=1 of 10 texts were cut at 64 tokens" in said.err and "queries=" not in said.err
     assert "1 of 2 judged passages are not in corpus.jsonl, first: gone" in said.err
     assert "ndcg@10 0." in said.out
 
@@ -323,6 +326,51 @@ def test_a_fault_is_one_line_and_exit_2(change, message, model, tmp_path, monkey
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
     assert not said.out and not (tmp_path / "scores.json").exists()
+
+
+def test_the_command_says_the_share_of_unknown_tokens(tmp_path, monkeypatch, capsys):
+    """A tokenizer that has no bytes to fall back on gives all letters that it does not know one vector."""
+    made = gecko.tiny(["cat dog"] * 3, hidden_size=64)
+    rules = json.loads(made.tokenizer.to_str())
+    rules["model"]["byte_fallback"] = False
+    made.tokenizer = made.tokenizer.from_str(json.dumps(rules))
+    made.unknown_id = made.tokenizer.token_to_id("[UNK]")
+    gecko.save(made, tmp_path / "m")
+    queries = [{"_id": "q0", "text": "猫 cat"}]
+    command(tmp_path / "m", monkeypatch, "--beir", beir_folder(tmp_path, queries=queries, qrels="q0\tp0\t1\n"))
+    assert "of the tokens are unknown to this model's tokenizer" in capsys.readouterr().err
+
+
+def test_a_vector_that_is_no_number_is_refused_by_its_text(model, tmp_path, monkeypatch, capsys):
+    """In retrieval and in similarity; Spearman's correlation of three pairs with one NaN would be 1."""
+    made = gecko.load(model)
+    word = made.tokenizer.encode("cat", add_special_tokens=False).ids[0]
+    with torch.no_grad():
+        made.encoder.embeddings.word_embeddings.weight[word] = math.nan
+    gecko.save(made, tmp_path / "m")
+    pairs = [{"sentence1": word, "sentence2": "a dog", "score": n} for n, word in enumerate(WORDS[:3])]
+    files.write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    for arguments in (("--beir", beir_folder(tmp_path)), ("--sts", tmp_path / "pairs.jsonl")):
+        with pytest.raises(SystemExit) as stop:
+            command(tmp_path / "m", monkeypatch, *arguments)
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and not said.out and re.search("no finite vector.*cat", said.err)
+
+
+def test_a_model_of_another_similarity_is_refused_by_name(model, tmp_path, monkeypatch, capsys):
+    """Rankings are by cosine; the dot product of vectors of any length is another order."""
+    shutil.copytree(model, tmp_path / "m")
+    for path in (tmp_path / "m").rglob("*Normalize*"):
+        shutil.rmtree(path)
+    modules = json.loads((tmp_path / "m/modules.json").read_text())
+    modules = [part for part in modules if "Normalize" not in part["type"]]
+    (tmp_path / "m/modules.json").write_text(json.dumps(modules))
+    config = tmp_path / "m/config_sentence_transformers.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"similarity_fn_name": "dot"}))
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path / "m", monkeypatch, "--beir", beir_folder(tmp_path))
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and not said.out and "similarity_fn_name 'dot'" in said.err
 
 
 @pytest.mark.parametrize("change, message", [
