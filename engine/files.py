@@ -33,7 +33,7 @@ class InputError(ValueError):
 
 def read_json(path: Path, kind: type = object) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({first_line(error)}); write or copy it again"
                          ) from error
@@ -102,7 +102,7 @@ def check_output(path: str, *inputs: str | Path) -> None:
 def open_text(path: str | Path) -> Any:
     """Open UTF-8 text, plain or .gz, to read it."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8")
+    return opener(path, "rt", encoding="utf-8-sig")                 # with a byte order mark or without
 
 
 def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -214,20 +214,42 @@ def beir_file(folder: str | Path, name: str) -> Path:
 
 
 def read_passages(path: str | Path) -> list[dict[str, str]]:
-    """A BEIR corpus.jsonl: rows of _id, title (may be empty) and text."""
-    rows: list[dict[str, str]] = []
-    seen: dict[str, str] = {}
+    """A BEIR corpus.jsonl: rows of _id, title and text, in their order.
+
+    A title alone is a passage. A row with neither stays in its place with two empty texts. A row that
+    stands twice, word for word, is read once. Both are counted, to stderr.
+    """
+    passages: dict[str, dict[str, str]] = {}
+    places: dict[str, str] = {}
+    empty = repeated = 0
     for where, row in read_jsonl(path):
-        text, key = row.get("text"), "" if row.get("_id") is None else str(row["_id"])
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f'{where}: no "text"; every passage needs one')
-        if not key:
+        key, title, text = row.get("_id"), row.get("title") or "", row.get("text")
+        if "text" not in row and row.keys() <= {"_id", "title", "metadata"}:
+            text = ""                                                # no other name can be the text's
+        if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
             raise InputError(f'{where}: no "_id"; every passage needs one of its own')
-        if key in seen:
-            raise InputError(f'{where}: "_id" {key!r} stands already at {seen[key]}; make it unique')
-        seen[key] = where
-        rows.append({"_id": key, "title": str(row.get("title") or ""), "text": text})
-    return rows
+        if not isinstance(text, str) or not isinstance(title, str):
+            raise InputError(f'{where}: no "text", or one that is not a string; every passage needs one '
+                             '("" where it has a title alone)')
+        key = str(key)
+        passage = {"_id": key, "title": title, "text": text}
+        if not (title.strip() or text.strip()):
+            passage |= {"title": "", "text": ""}
+        if key not in passages:
+            passages[key], places[key] = passage, where
+            empty += not (passage["title"] or passage["text"])
+        elif passages[key] == passage:
+            repeated += 1
+        else:
+            raise InputError(f'{where}: "_id" {key!r} stands already at {places[key]} with another text; '
+                             "make it unique")
+    if empty == len(passages):
+        raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
+    if empty:
+        print(f"{path}: {empty} of {len(passages)} passages have neither title nor text", file=sys.stderr)
+    if repeated:
+        print(f"{path}: {repeated} repeated rows are read once", file=sys.stderr)
+    return list(passages.values())
 
 
 def utf8(text: str) -> str:

@@ -4,6 +4,7 @@ Invariants: an output is written whole or not at all, and the same rows are the 
 be read is one line that names the file and the line.
 """
 
+import json
 import time
 
 import pytest
@@ -59,3 +60,42 @@ def test_a_gz_is_the_same_bytes_whenever_written(tmp_path, monkeypatch):
         files.write_jsonl(tmp_path / f"{name}.jsonl.gz", [{"text": "x"}])
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()
     assert [row for _, row in files.read_jsonl(tmp_path / "a.jsonl.gz")] == [{"text": "x"}]
+
+
+# --------------------------------------------------------------------------------------------------
+# BEIR's corpus.jsonl
+
+
+def corpus(tmp_path, *rows, mark=""):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(mark + "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_passages_of_public_corpora(tmp_path, capsys):
+    """A title alone is a passage; empty ones keep their place; a row that stands twice is read once."""
+    path = corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}, {"_id": "b", "title": "T"},
+                  {"_id": "c", "title": " ", "text": ""}, {"_id": 4, "text": "y", "metadata": {}},
+                  {"_id": "a", "title": "T", "text": "x"}, mark="\ufeff")
+    passages = files.read_passages(path)
+    assert [p["_id"] for p in passages] == ["a", "b", "c", "4"]
+    assert passages[1] == {"_id": "b", "title": "T", "text": ""}
+    assert passages[2] == {"_id": "c", "title": "", "text": ""}
+    said = capsys.readouterr().err
+    assert "1 of 4 passages have neither title nor text" in said and "1 repeated rows are read once" in said
+    files.read_passages(corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{"_id": "a", "text": "x"}, {"_id": "a", "text": "y"}], "2: .* stands already at .*:1 with another text"),
+    ([{"_id": "1", "text": "x"}, {"_id": 1, "text": "y"}], "stands already"),
+    ([{"text": "x"}], 'no "_id"'), ([{"_id": "", "text": "x"}], 'no "_id"'),
+    ([{"_id": 1.5, "text": "x"}], 'no "_id"'),
+    ([{"_id": "a", "title": "T", "body": "x"}], 'no "text"'), ([{"_id": "a", "text": None}], 'no "text"'),
+    ([{"_id": "a", "text": 7}], 'no "text"'), (['{"_id": "a", "text": NaN}'], 'no "text"'),
+    ([{"_id": "a", "title": ["T"], "text": "x"}], "not a string"),
+    ([{"_id": "a", "text": " "}], 'no passage has a "title" or a "text"')])
+def test_a_corpus_that_cannot_be_read_one_way_is_refused(rows, message, tmp_path):
+    with pytest.raises(files.InputError, match=message):
+        files.read_passages(corpus(tmp_path, *rows))

@@ -191,7 +191,7 @@ def bad(*parts):
 ])
 def test_a_mistake_is_one_line_and_exit_2(parts, demo, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "notext.jsonl").write_text('{"_id": "1", "title": "x", "text": " "}\n')
+    (tmp_path / "notext.jsonl").write_text('{"_id": "1", "title": "x", "body": "y"}\n')
     (tmp_path / "broken.jsonl").write_text('{"_id": "1", "title": "x", "te\n')
     before = bytes_of(tmp_path)
     arguments = [p.format(tmp=tmp_path, demo=demo[0]) for p in parts]
