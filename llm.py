@@ -24,7 +24,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +33,7 @@ import numpy as np
 
 from data import Record, record, side
 from engine.cache import Cached, DryRun, Strings
-from engine.corpus import terms  # noqa: F401
+from engine.corpus import terms
 from engine.endpoint import Endpoint, Trials
 from engine.files import (
     InputError,
@@ -55,7 +55,9 @@ from engine.show import known_passages, show, summary
 from engine.transport import LLMError, server_address
 from gecko import Gecko, fill, format_query, load
 
-Passage = dict[str, str]  # {"_id", "title", "text"}
+Passage = dict[str, str]     # {"_id", "title", "text"}
+Pair = tuple[str, Passage]   # a query and a candidate
+Scores = list[float | None]  # None: a call that failed
 # C the corpus; p_seed the passage that a query q and its task t were written for; P the N candidates
 # of q; QL and RC their scores, R the fused ones, larger is better; r ranks from 1; p+ and p- (p_pos,
 # p_neg) the new labels; d the embedding's dimension.
@@ -165,6 +167,14 @@ def task_kind(task: str) -> str:
     return "other"
 
 
+MAX_PASSAGE_CHARS = 4000  # more than the embedder reads of it
+
+
+def truncated_passage(p: Passage) -> str:
+    """A passage as prompts show it, in one line. One that no context holds would lose each query it is near to."""
+    return " ".join(f"{p['title']}\n{p['text']}".split())[:MAX_PASSAGE_CHARS]
+
+
 # --------------------------------------------------------------------------------------------------
 # The LLM: three calls, lists in and lists out
 
@@ -175,10 +185,10 @@ class LLM(Protocol):
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
         """LLM(P_QG, p): for each passage the text "Task: ...", "Query: ..."."""
 
-    def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def query_likelihood(self, pairs: Sequence[Pair]) -> Scores:
         """QL(q, p) = log LLM(q | p, P_QL), summed over the query's tokens."""
 
-    def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def relevance(self, pairs: Sequence[Pair]) -> Scores:
         """RC(q, p) = log LLM(label | q, p, P_RC)."""
 
 
@@ -189,63 +199,59 @@ class LanguageModel:
         self.strings, self.score, self.seed = strings, score, seed
         self.labels = LABELS if score == "expected" else LABELS[:1]
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
-        self.asked = self.unlisted = 0                               # labels among the top tokens, or not
+        self.labels_asked = self.labels_unlisted = 0                 # among the likeliest first tokens
 
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
-        seeds = []
+        prompts, seeds = [], []
         for p in passages:
             self.drawn[p["_id"]] += 1                                # drawn again: another seed, another query
+            prompts.append(fill(P_QG, passage=truncated_passage(p)))
             seeds.append(1000 * self.seed + self.drawn[p["_id"]])
-        return self.strings.complete([fill(P_QG, passage=truncated_passage(p)) for p in passages], seeds)
+        return self.strings.complete(prompts, seeds)
 
-    def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def query_likelihood(self, pairs: Sequence[Pair]) -> Scores:
         # subtle: the blank goes with the query, for tokens such as " what" would else cross the border
-        return self.strings.log_likelihood(
-            [(fill(P_QL, passage=truncated_passage(p)), " " + q) for q, p in pairs])
+        return self.strings.log_likelihood([
+            (fill(P_QL, passage=truncated_passage(p)), " " + q) for q, p in pairs])
 
-    def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def relevance(self, pairs: Sequence[Pair]) -> Scores:
         prompts = [fill(P_RC, query=q, passage=truncated_passage(p)) for q, p in pairs]
         if self.strings.can("log_likelihood"):
             log_p = self.strings.log_likelihood([(prompt, label) for prompt in prompts for label in self.labels])
         else:
             log_p = self.first_tokens(prompts)
-        n = len(self.labels)
+        n = len(self.labels)                                         # log_p: n for each prompt
         return [expected_relevance(log_p[i:i + n]) for i in range(0, len(log_p), n)]
 
-    def first_tokens(self, prompts: Sequence[str]) -> list[float | None]:
+    def first_tokens(self, prompts: Sequence[str]) -> Scores:
         """In place of log_likelihood where a server scores no prompt: a label's first token alone."""
-        log_p: list[float | None] = []
+        log_p: Scores = []
         for top in self.strings.top_tokens(prompts):
             for label in self.labels:
                 value, listed = first_token_log_prob(top, label) if top else (None, True)
                 log_p.append(value)
-                self.asked += 1
-                self.unlisted += not listed
+                self.labels_asked += 1
+                self.labels_unlisted += not listed
         return log_p
 
     def scored_by(self, rank: str) -> dict[str, str | None]:
         """Which model gives the scores, and how; LLMError where it cannot."""
+        scored: dict[str, str | None] = {"ql": None}
+        if "ql" in rank:
+            scored["ql"] = self.strings.describe("log_likelihood")
         call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-        return {"ql": self.strings.describe("log_likelihood") if "ql" in rank else None,
-                "rc": f"{self.strings.describe(call)} ({self.score})"}
+        scored["rc"] = f"{self.strings.describe(call)} ({self.score})"
+        return scored
 
     def report(self) -> str:
-        """What was sent, and how far the scores can be trusted."""
-        if self.unlisted <= 0.01 * self.asked:
+        """What was asked, and how far the scores can be trusted."""
+        if self.labels_unlisted <= 0.01 * self.labels_asked:
             return self.strings.report()
-        return (f"{self.strings.report()}\nwarning: {self.unlisted:,} of {self.asked:,} labels were outside the "
-                "top tokens: their log-probability is only bounded (an upper bound was taken)")
+        return (f"{self.strings.report()}\nwarning: {self.labels_unlisted:,} of {self.labels_asked:,} labels were "
+                "outside the top tokens: their log-probability is only bounded (an upper bound was taken)")
 
 
-MAX_PASSAGE_CHARS = 4000  # more than the embedder reads of it
-
-
-def truncated_passage(passage: Passage) -> str:
-    """A passage as prompts show it, in one line. One that no context holds would lose each query it is near to."""
-    return " ".join(f"{passage['title']}\n{passage['text']}".split())[:MAX_PASSAGE_CHARS]
-
-
-def expected_relevance(log_p: Sequence[float | None]) -> float | None:
+def expected_relevance(log_p: Scores) -> float | None:
     """RC from the labels' log p, best label first: of the top label alone its log p, as in the paper; of
     all labels the expected grade (Zhuang et al. 2023). None where one is missing.
 
@@ -261,6 +267,9 @@ def expected_relevance(log_p: Sequence[float | None]) -> float | None:
     return sum(p_label * grade for p_label, grade in zip(p, GRADES, strict=True)) / sum(p)
 
 
+EXAMPLES = {tuple(terms(line)) for line in P_QG.splitlines() if line.startswith("Query: ")}
+
+
 def parse_generation(answer: str) -> tuple[str, str]:
     """The task and the query of an answer to P_QG; ValueError when it is not two such lines.
 
@@ -268,12 +277,16 @@ def parse_generation(answer: str) -> tuple[str, str]:
     ('find an answer', 'what is tea')
     """
     lines = [line for line in answer.split("\n") if line.strip()]
-    if len(lines) == 2 and lines[1].startswith("Query:"):
-        task = lines[0].strip().removeprefix("Task:").strip()        # the prompt ends with "Task:"
-        query = lines[1].removeprefix("Query:").strip()
-        if task and query and not any(text.startswith(("Task:", "Query:")) for text in (task, query)):
-            return task, query
-    raise ValueError("not a Task line and a Query line")
+    if len(lines) != 2 or not lines[1].startswith("Query:"):
+        raise ValueError("not a Task line and a Query line")
+    task = lines[0].strip().removeprefix("Task:").strip()            # the prompt ends with "Task:"
+    query = lines[1].removeprefix("Query:").strip()
+    for text in (task, query):
+        if not text or text.startswith(("Task:", "Query:")):
+            raise ValueError("not a Task line and a Query line")
+    if tuple(terms(lines[1])) in EXAMPLES:                           # a small model copies the first
+        raise ValueError("it repeats an example of the prompt")
+    return task, query
 
 
 # --------------------------------------------------------------------------------------------------
@@ -310,17 +323,19 @@ def rrf(*rankings: Sequence[float]) -> list[float]:
     # END EXERCISE
 
 
-def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last",
-            rng: random.Random | None = None, positive: int | None = None) -> tuple[int, int | None]:
+def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last", rng: random.Random | None = None,
+            positive: int | None = None, answers: Collection[str] = ()) -> tuple[int, int | None]:
     """(index of p+, index of p-) in R and texts, which hold the N candidates nearest first, as equal R stay.
 
     p+ is p_1, of the largest R (or `positive`, for the paper's p_seed rows). p- is p_N ("last"), one that
-    rng samples from P without p+ ("sampled"), or None ("none"); it never has the text of p+.
+    rng samples from P without p+ ("sampled"), or None ("none"). It never has the text of p+, nor one of
+    `answers`, which are right for the same query elsewhere.
     """
-    # EXERCISE 5 (about 8 lines)
+    # EXERCISE 5 (about 9 lines)
     order = sorted(range(len(R)), key=lambda i: -R[i])               # p_1 ... p_N
     p_pos = order[0] if positive is None else positive
     others = [i for i in order if texts[i] != texts[p_pos]]
+    others = [i for i in others if texts[i] not in answers]
     if negative == "none" or not others:
         return p_pos, None
     if negative == "last":
@@ -375,25 +390,49 @@ def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence
          block: int = 256) -> Iterator[Record]:
     """The embedder's top N of q from C, ranked by the LLM, fused and relabelled.
 
-    Yields FRet records, or {"_id", "failed"} where a score is missing. `negative` is relabel's. The LLM
-    is given `block` queries at a time.
+    Yields FRet records in the order of queries, or {"_id", "failed"} where a score is missing. `negative`
+    is relabel's. The LLM is given about `block` queries at a time.
     """
     scorers = {"ql": llm.query_likelihood, "rc": llm.relevance}
+    passages = {p["_id"]: p for p in corpus}
     index = {p["_id"]: i for i, p in enumerate(corpus)}
     C = embedder.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])  # (|C|, d)
-    for start in range(0, len(queries), block):
-        rows = queries[start:start + block]
+    finished: dict[int, Record] = {}
+    following = 0                                                    # the next place in queries to yield
+    for places in query_blocks(queries, block):
+        rows = [queries[n] for n in places]
         q = embedder.encode([format_query(row["query"], row["task"], embedder.formats)
                              for row in rows])                       # (rows, d)
         _, nearest = topk(q, C, N)                                   # (rows, N) places in C
-        pairs = []                                                   # rows * N of (q, p)
-        for row, places in zip(rows, nearest.tolist(), strict=True):
-            pairs += [(row["query"], corpus[i]) for i in ensure_seed(places, index[row["seed_id"]])]
-        scores = {name: scorers[name](pairs) for name in rank.split(",")}
+        pairs: list[Pair] = []                                       # rows * N
+        for row, near in zip(rows, nearest.tolist(), strict=True):
+            pairs += [(row["query"], corpus[i]) for i in ensure_seed(near, index[row["seed_id"]])]
+        scores = {name: scorers[name](pairs) for name in rank.split(",")}  # rows * N of each
+        scored = []
         for n, row in enumerate(rows):
             own = slice(n * N, (n + 1) * N)
-            P = [p for _, p in pairs[own]]
-            yield fret_record(row, P, {name: values[own] for name, values in scores.items()}, negative, seed)
+            scored.append(scored_row(row, pairs[own], {name: values[own] for name, values in scores.items()}))
+        records = iter(labelled([row for row in scored if "failed" not in row], passages, "p1", negative, seed))
+        for n, row in zip(places, scored, strict=True):
+            finished[n] = row if "failed" in row else next(records)
+        while following in finished:
+            yield finished.pop(following)
+            following += 1
+
+
+def query_blocks(queries: Sequence[Record], block: int) -> Iterator[list[int]]:
+    """Places in queries, at least `block` at a time, and all rows that ask the same together."""
+    same: dict[str, list[int]] = {}
+    for n, row in enumerate(queries):
+        same.setdefault(row["query"], []).append(n)
+    places: list[int] = []
+    for group in same.values():
+        places += group
+        if len(places) >= block:
+            yield places
+            places = []
+    if places:
+        yield places
 
 
 def ensure_seed(nearest: list[int], seed: int) -> list[int]:
@@ -401,40 +440,56 @@ def ensure_seed(nearest: list[int], seed: int) -> list[int]:
     return nearest if seed in nearest else nearest[:-1] + [seed]
 
 
-def fret_record(row: Record, P: Sequence[Passage], scores: dict[str, list[float | None]], negative: str,
-                seed: int) -> Record:
-    """One row of FRet, with all N candidates and their scores kept beside it."""
+def scored_row(row: Record, pairs: Sequence[Pair], scores: dict[str, Scores]) -> Record:
+    """A query with its candidates, their scores and R; {"_id", "failed"} where a score is missing."""
     if any(None in values for values in scores.values()):
         return {"_id": row["_id"], "failed": "a score is missing: an LLM call failed"}
     R = rrf(*scores.values())  # type: ignore[arg-type]
-    p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, random.Random(f"{seed} {row['_id']}"))
-    candidates: list[dict[str, Any]] = [{"id": p["_id"], "ql": None, "rc": None} for p in P]
-    for i, candidate in enumerate(candidates):
-        candidate |= {name: values[i] for name, values in scores.items()}
-        candidate["R"] = R[i]
-    return record(
-        row["task"], row["query"], side(P[p_pos]), side(P[p_neg]) if p_neg is not None else None,
-        _id=row["_id"], kind=row["kind"], seed_id=row["seed_id"], positive_id=P[p_pos]["_id"],
-        negative_id=P[p_neg]["_id"] if p_neg is not None else None, rank=",".join(scores), candidates=candidates)
+    candidates = []
+    for i, (_, p) in enumerate(pairs):
+        candidate: dict[str, Any] = {"id": p["_id"], "ql": None, "rc": None}
+        for name, values in scores.items():
+            candidate[name] = values[i]
+        candidates.append(candidate | {"R": R[i]})
+    return {**row, "rank": ",".join(scores), "candidates": candidates}
 
 
-def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, negative: str,
+def labelled(rows: Sequence[Record], passages: dict[str, Passage], positive: str, negative: str,
              seed: int = 0) -> list[Record]:
-    """FRet rows with other labels (the rows of Table 3), from the scores that the file keeps.
+    """FRet records out of scored rows, which a FRet file keeps: the rows of Table 3, with no LLM call.
 
-    positive: "seed" or "p1"; negative: "none", "sampled" or "last". No LLM is called.
+    positive: "seed" or "p1"; negative: "none", "sampled" or "last". Where rows ask the same, the seed and
+    the positive of one are no hard negative of another: they answer its query too.
     """
-    by_id = {p["_id"]: p for p in corpus}
-    records = []
+    first = []                                                       # the place of p+ among the candidates
+    right = []                                                       # the texts that the row itself says are right
+    answers: dict[str, Counter[str]] = {}                            # query -> in how many rows a text is right
     for row in rows:
-        P = [by_id[candidate["id"]] for candidate in row["candidates"]]
-        R = [candidate["R"] for candidate in row["candidates"]]
-        p_seed = P.index(by_id[row["seed_id"]]) if positive == "seed" else None
+        ids, texts, R = candidates_of(row, passages)
+        p_seed = ids.index(row["seed_id"])
+        p_pos = p_seed if positive == "seed" else relabel(R, texts, "none")[0]
+        first.append(p_pos)
+        right.append({texts[p_seed], texts[p_pos]})
+        answers.setdefault(row["query"], Counter()).update(right[-1])
+    records = []
+    for row, p_pos, own in zip(rows, first, right, strict=True):
+        ids, texts, R = candidates_of(row, passages)
+        elsewhere = {text for text in texts if answers[row["query"]][text] > (text in own)}
         rng = random.Random(f"{seed} {row['_id']}")
-        p_pos, p_neg = relabel(R, [p["text"] for p in P], negative, rng, p_seed)
-        records.append(record(row["task"], row["query"], side(P[p_pos]),
-                              side(P[p_neg]) if p_neg is not None else None))
+        _, p_neg = relabel(R, texts, negative, rng, p_pos, elsewhere)
+        positive_id, negative_id = ids[p_pos], None if p_neg is None else ids[p_neg]
+        records.append(record(
+            row["task"], row["query"], side(passages[positive_id]),
+            None if negative_id is None else side(passages[negative_id]), _id=row["_id"], kind=row["kind"],
+            seed_id=row["seed_id"], positive_id=positive_id, negative_id=negative_id, rank=row["rank"],
+            candidates=row["candidates"]))
     return records
+
+
+def candidates_of(row: Record, passages: dict[str, Passage]) -> tuple[list[str], list[str], list[float]]:
+    """Ids, texts and R of a scored row's candidates."""
+    ids = [candidate["id"] for candidate in row["candidates"]]
+    return ids, [passages[key]["text"] for key in ids], [candidate["R"] for candidate in row["candidates"]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,7 +500,8 @@ def labelled(rows: Sequence[Record], corpus: Sequence[Passage], positive: str, n
 class Options:
     """What generate and mine share; one flag a field."""
 
-    llm: str = flag("offline", "offline, or an endpoint's URL such as http://127.0.0.1:8000/v1")
+    llm: str = flag("offline", "offline, or an endpoint's base URL such as http://127.0.0.1:8000/v1; it is "
+                    "asked directly: HTTP_PROXY and HTTPS_PROXY are not used")
     model: str = flag("", "the model's name at the endpoint; else the first that it serves")
     threads: int = flag(16, "requests at a time")
     timeout: float = flag(120.0, "seconds an answer may take; a slow server wants this or fewer threads")
@@ -513,8 +569,9 @@ def count_calls(rows: Iterator[Record], what: str, llm: LLM) -> None:
 
 
 def probe_command(args: argparse.Namespace) -> None:
+    at_least(0.001, timeout=args.timeout)
     start = time.monotonic()
-    endpoint = Endpoint(args.llm, args.model, TRIALS)
+    endpoint = Endpoint(args.llm, args.model, TRIALS, timeout=args.timeout)
     can = {call: endpoint.can(call) for call in ("complete", "log_likelihood", "top_tokens")}
     print(f"{endpoint.name} (model {endpoint.model})")
     for call, (_, evidence) in endpoint.capabilities.items():
@@ -585,7 +642,7 @@ def show_command(args: argparse.Namespace) -> None:
 
 # Old names, until all have moved on.
 ENGINE = Path(__file__).parent / "engine"
-TASKS, with_seed, passages_of = FREQUENT_TASKS, ensure_seed, known_passages
+TASKS, passages_of = FREQUENT_TASKS, known_passages
 
 
 def in_short(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
@@ -596,8 +653,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     prober = commands.add_parser("probe", help="what an endpoint can do, with the evidence")
-    prober.add_argument("--llm", required=True, help="the endpoint's URL")
+    prober.add_argument("--llm", required=True, help="the endpoint's base URL; HTTP(S)_PROXY is not used")
     prober.add_argument("--model", default="", help="else the first that it serves")
+    prober.add_argument("--timeout", type=float, default=120.0, help="seconds an answer may take (%(default)s)")
     gen = commands.add_parser("generate", help="step 1: a task and a query for passages")
     gen.add_argument("corpus")
     gen.add_argument("queries", help="JSONL to write")

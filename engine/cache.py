@@ -121,7 +121,7 @@ class Cached:
             self.offsets[first_bits(key)] = os.lseek(self.file, 0, os.SEEK_END) - len(line)
 
     def report(self) -> str:
-        return f"{self.found:,} answers from the cache; {self.strings.report()}"
+        return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
 
 
 def first_bits(key: str) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from engine.files import say
 from engine.replies import (
     answer_text,
+    check_not_cut,
     continuation_log_prob,
     first_token_log_prob,
     forced_log_prob,
@@ -67,9 +68,9 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, trials: Trials, threads: int = 16, timeout: float = 120.0, *,
                  max_requests: int = 0, backoff: float = 0.5) -> None:
-        self.name, self.model, self.trials = url, model, trials
         self.usage = Usage(max_requests)
         self.server = Server(url, threads, timeout, self.usage, backoff)
+        self.name, self.model, self.trials = self.server.url, model, trials
         self.report = self.usage.report
         self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
         self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
@@ -120,8 +121,14 @@ class Endpoint:
     # Requests
 
     def post(self, route: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any], tries: int = 0) -> Any:
-        body = {name: value for name, value in body.items() if value is not None}
-        return self.server.call(self.server.base + route, {"model": self.model} | body, read, tries)
+        body = {"model": self.model} | {name: value for name, value in body.items() if value is not None}
+        prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+
+        def checked(answer: dict[str, Any]) -> Any:
+            check_not_cut(answer, prompt)
+            return read(answer)
+
+        return self.server.call(self.server.base + route, body, checked, tries)
 
     def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
@@ -133,10 +140,11 @@ class Endpoint:
     def top(self, mode: ScoringMode, prompt: str) -> list[tuple[str, float]]:
         """The likeliest first tokens of the answer."""
         body: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
+        read = functools.partial(listed_tokens, labels=self.trials.labels)
         if mode[0] == "chat":
             body |= {"messages": as_user(prompt), "logprobs": True, "top_logprobs": 20}
-            return self.post("/chat/completions", body | mode[1], listed_tokens)
-        return self.post("/completions", body | {"prompt": prompt} | mode[1], listed_tokens)
+            return self.post("/chat/completions", body | mode[1], read)
+        return self.post("/completions", body | {"prompt": prompt} | mode[1], read)
 
     def echo(self, chunk: Pairs, tries: int = 0) -> list[tuple[float, int]]:
         """The server returns the prompt with its log-probabilities; several prompts a request."""
@@ -207,10 +215,15 @@ class Endpoint:
         return mode
 
     def describe(self, call: str) -> str:
-        return f"{self.model}: {spelled(self.require(call))}"
+        mode = self.require(call)                                    # which finds the model's name too
+        return f"{self.model}: {spelled(mode)}"
 
     def probe(self, call: str) -> None:
         """Try the modes of a call, one after another, until one works; the evidence is what came back."""
+        with self.server.impatient():
+            self.try_modes(call)
+
+    def try_modes(self, call: str) -> None:
         if not self.capabilities:
             self.find_model()
         attempt = getattr(self, f"try_{call}")

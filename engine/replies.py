@@ -27,21 +27,42 @@ def answer_text(answer: Reply) -> str:
     return text
 
 
+def is_log_prob(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < 1e-3
+
+
 def log_prob(value: Any) -> float:
     """A log-probability, or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < 1e-3:
+    if not is_log_prob(value):
         raise ValueError(f"{value!r} is no log-probability")
     return float(value)
 
 
-def listed_tokens(answer: Reply) -> list[tuple[str, float]]:
-    """The likeliest first tokens of an answer, from either of the two shapes that servers use."""
+def listed_tokens(answer: Reply, labels: Sequence[str]) -> list[tuple[str, float]]:
+    """The likeliest first tokens of an answer, from either of the two shapes that servers use.
+
+    Some servers list null or -Infinity beside tokens: they are left out, but a label must have a number.
+    """
     scored = answer["choices"][0].get("logprobs") or {}
     if scored.get("content"):
-        return [(top["token"], log_prob(top["logprob"])) for top in scored["content"][0]["top_logprobs"]]
-    if not scored.get("top_logprobs"):
+        listed = [(top["token"], top["logprob"]) for top in scored["content"][0]["top_logprobs"]]
+    elif scored.get("top_logprobs"):
+        listed = list(scored["top_logprobs"][0].items())
+    else:
         raise CallFailed("it answered 200 but sent no top_logprobs")
-    return [(token, log_prob(value)) for token, value in scored["top_logprobs"][0].items()]
+    top = []
+    for token, value in listed:
+        if is_log_prob(value) or any(begins(label, token) for label in labels):
+            top.append((token, log_prob(value)))
+    if not top:
+        raise CallFailed("it answered 200 but no top_logprobs is a number")
+    return top
+
+
+def begins(label: str, token: str) -> bool:
+    """Is the token the beginning of a label, in any spelling?"""
+    letters = token.strip(" ▁Ġ\n").lower()
+    return letters != "" and label.strip().lower().startswith(letters)
 
 
 def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[float, bool]:
@@ -50,19 +71,25 @@ def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[
     >>> first_token_log_prob([(" Not", -0.1), (" the", -3.0)], " Highly Relevant")
     (-3.0, False)
     """
-    values = []
-    for token, value in top:
-        letters = token.strip(" ▁Ġ\n").lower()
-        if letters and label.strip().lower().startswith(letters):
-            values.append(value)
+    values = [value for token, value in top if begins(label, token)]
     if not values:
         return min(value for _, value in top), False
     largest = max(values)
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values)), True
 
 
-def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[float | None]]:
-    """Tokens of an echoed prompt and their log-probabilities; CallFailed if it was not scored."""
+def check_not_cut(answer: Reply, prompt: str | Sequence[str]) -> None:
+    """CallFailed where `usage` counts so few tokens that the server cannot have read the whole prompt."""
+    size = len(prompt) if isinstance(prompt, str) else sum(map(len, prompt))
+    tokens = (answer.get("usage") or {}).get("prompt_tokens")
+    # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
+    if tokens and tokens < size / 8 / 2:
+        raise CallFailed(f"the server read {tokens} tokens of a prompt of {size:,} characters: it cuts prompts in "
+                         "silence; give the model a longer context there")
+
+
+def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[Any]]:
+    """Tokens of an echoed prompt and what stands for their log-probabilities; CallFailed if it was not scored."""
     usage: Reply = answer.get("usage") or {}
     choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
     if answer.get("prompt"):                                         # Together: apart from the answer
@@ -80,7 +107,7 @@ def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[float | N
         raise CallFailed(f"{n} log-probs for a {usage['prompt_tokens']}-token prompt")
     if prompt.split()[0] not in "".join(tokens[:12]):
         raise CallFailed("the prompt's beginning was cut off: is the model's context too short?")
-    return tokens[:n], values[:1] + [log_prob(value) for value in values[1:n]]
+    return tokens[:n], values[:n]
 
 
 def continuation_log_prob(answer: Reply, prefix: str, text: str,
@@ -103,7 +130,7 @@ def continuation_log_prob(answer: Reply, prefix: str, text: str,
         start = len(alone)
         if not 0 < start < len(tokens) or tokens[:start] != alone:
             raise CallFailed(f"a token crosses the prompt's end before {text!r}")
-    return math.fsum(v for v in values[start:] if v is not None), len(tokens) - start
+    return math.fsum(log_prob(value) for value in values[start:]), len(tokens) - start
     # END EXERCISE
 
 

@@ -14,9 +14,10 @@ import os
 import random
 import re
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -28,6 +29,7 @@ from engine.files import InputError, one_line
 MAX_TRIES = 6                 # of one request
 MAX_FAILED_IN_A_ROW = 20      # calls; then the run stops
 MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
+FIRST_WORD = 5.0              # seconds of silence before a probe says that it waits
 MAX_REPLY_BYTES = 1 << 26     # the log-probs of a whole vocabulary take a third of it
 
 
@@ -100,8 +102,9 @@ class Server:
 
     def __init__(self, url: str, threads: int, timeout: float, usage: Usage, backoff: float = 0.5) -> None:
         self.address = server_address(url)
-        self.base = self.address.path.rstrip("/").removesuffix("/v1") + "/v1"
+        self.base = self.address.path.rstrip("/") or "/v1"           # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
+        self.url = f"{self.address.scheme}://{self.address.netloc}{self.base}"
         self.threads, self.usage, self.backoff = threads, usage, backoff
         self.timeout = min(timeout, 1e6)                             # no socket takes inf
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -110,6 +113,7 @@ class Server:
         self.headers = {"Content-Type": "application/json"}
         if self.key:
             self.headers["Authorization"] = f"Bearer {self.key}"
+        self.patient = True                                          # a probe is not: it waits --timeout once
         self.stopped = threading.Event()                             # set: nothing more is sent
         self.resume_at = 0.0                                         # nor before this time
         self.connections: dict[int, http.client.HTTPConnection] = {}  # by thread
@@ -165,12 +169,28 @@ class Server:
                     self.resume_at = max(self.resume_at, time.monotonic() + error.seconds)
                     pause = 0.0
             except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, TimeoutError) and not self.patient:
+                    raise LLMError(f"{self.url} does not answer within {self.timeout:g} s; a slow server wants a "
+                                   "larger --timeout") from error
                 reason = f"no answer ({type(error).__name__}: {error})"
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {error})"
             if attempt + 1 < tries and self.stopped.wait(pause):
                 raise CallFailed("the run was stopped")
         raise CallFailed(f"{self.quoted(reason)}, {tries} times")
+
+    @contextlib.contextmanager
+    def impatient(self) -> Iterator[None]:
+        """For a probe: say that it waits, and do not wait as long again."""
+        note = threading.Timer(FIRST_WORD, lambda: print(
+            f"waiting for {self.url}: up to {self.timeout:g} s for an answer (--timeout)", file=sys.stderr))
+        note.start()
+        self.patient = False
+        try:
+            yield
+        finally:
+            self.patient = True
+            note.cancel()
 
     def exchange(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         """One request: the decoded reply, or an exception that says what its status means."""

@@ -300,8 +300,8 @@ def rc_prompt(query: str, p: dict[str, str]) -> str:
     return llm.P_RC.replace("{query}", query).replace("{passage}", f"{p['title']} {p['text']}".strip())
 
 
-def endpoint(server: FakeServer, **options: Any) -> Endpoint:
-    return Endpoint(server.url, "tiny", llm.TRIALS, **{"threads": 8, "backoff": 0.001, "timeout": 5.0, **options})
+def endpoint(server: FakeServer, model: str = "tiny", **options: Any) -> Endpoint:
+    return Endpoint(server.url, model, llm.TRIALS, **{"threads": 8, "backoff": 0.001, "timeout": 5.0, **options})
 
 
 def echoing(server: FakeServer, **options: Any) -> Endpoint:

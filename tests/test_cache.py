@@ -62,7 +62,7 @@ def test_each_item_is_asked_for_once_and_prompts_that_begin_alike_together(tells
     again = Fake()
     same = Cached(again, tmp_path / "c.jsonl")
     assert same.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, -2.0] and same.complete(["p"], [2]) == ["p 2 é\n"]
-    assert not again.asked and same.report() == "4 answers from the cache; sent nothing"
+    assert not again.asked and same.report() == f"4 answers of fake from {tmp_path}/c.jsonl; sent nothing"
 
 
 @pytest.mark.parametrize("other", ["another model", "fake"])

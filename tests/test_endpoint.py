@@ -17,6 +17,7 @@ from teach import check
 
 import llm
 from engine import transport
+from engine.cache import Cached
 from engine.endpoint import CHATS, MODES
 from engine.replies import (
     answer_text,
@@ -113,7 +114,7 @@ def test_span_refuses_what_it_cannot_be_sure_of():
     merged = echoed(["<s>", "a", ": b", "!"], [None, -1.0, -2.0, -0.5], "a: b")
     with pytest.raises(CallFailed, match="crosses"):
         continuation_log_prob(merged, "a:", " b", head=lambda _: ["<s>", "a", ":"])
-    for spoiled in ([None, -1.0, None, -3.0, -0.5], [None, -1.0, -2.0, float("nan"), -0.5],
+    for spoiled in ([None, -1.0, -2.0, None, -0.5], [None, -1.0, -2.0, float("nan"), -0.5],
                     [None, -1.0, -2.0, 3.0, -0.5], [None, -1.0, -2.0, "-3", -0.5], values[:-1]):
         with pytest.raises(ValueError):
             continuation_log_prob(echoed(tokens, spoiled, "a: b"), "a:", " b", list)
@@ -204,7 +205,7 @@ def test_a_label_that_is_not_listed_is_bounded():
     """It gets the smallest listed value, which its own cannot exceed."""
     top = [{"token": " Not", "logprob": -0.1}, {"token": " the", "logprob": -3.0}]
     answer = {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
-    got = [first_token_log_prob(listed_tokens(answer), label) for label in llm.LABELS]
+    got = [first_token_log_prob(listed_tokens(answer, llm.LABELS), label) for label in llm.LABELS]
     assert got == [(-3.0, False), (-3.0, False), (-0.1, True)]
 
 
@@ -343,3 +344,119 @@ def test_failed_calls_are_none_and_counted(monkeypatch):
     assert got.count(None) == e.usage.failed == lost > 20
     for value, pair in zip(got, fake_server.pairs(300), strict=True):
         assert value is None or value == pytest.approx(by_hand(*pair), abs=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------
+# What servers do in silence
+
+
+@pytest.mark.parametrize("value", [None, -math.inf, math.nan, "-inf"])
+def test_what_is_not_a_number_beside_a_token_that_is_no_label_is_no_matter(value, monkeypatch):
+    """Only what is used is validated; beside a label it spoils the reply, which is asked for again."""
+    prompt = rc_prompt("is tea mild", passage(1))
+    top = fake_server.relevance_top(prompt)
+    for spoiled, failed in ((" the", False), (" High", True)):
+        monkeypatch.setattr(fake_server, "relevance_top", lambda _, spoiled=spoiled: [
+            (token, value if token == spoiled else log_p) for token, log_p in top])
+        with FakeServer("openai") as server:
+            e = endpoint(server)
+            e.capabilities = {"top_tokens": (CHATS[0], "")}
+            got, = e.top_tokens([prompt])
+        assert got == (None if failed else [(token, log_p) for token, log_p in top if token != spoiled])
+        assert len(server.bodies) == (transport.MAX_TRIES if failed else 1)
+
+
+def test_what_is_not_a_number_beside_a_token_of_the_prefix_is_no_matter():
+    """Only the text's own tokens are summed."""
+    tokens = ["<s>", "a", ":", " b", "!"]
+    for values, good in (([None, None, -math.inf, -3.0, -0.5], True), ([None, -1.0, -2.0, -math.inf, -0.5], False)):
+        if good:
+            assert continuation_log_prob(echoed(tokens, values, "a: b"), "a:", " b", list) == (-3.0, 1)
+        else:
+            with pytest.raises(ValueError, match="-inf is no log-probability"):
+                continuation_log_prob(echoed(tokens, values, "a: b"), "a:", " b", list)
+
+
+@pytest.mark.parametrize("kind, call", [("openai", "complete"), ("openai", "top_tokens"),
+                                        ("vllm", "log_likelihood"), ("vllm", "complete")])
+def test_a_prompt_that_was_cut_in_silence_is_a_failed_call(kind, call, monkeypatch):
+    """`usage` gives it away: fewer tokens than any tokenizer makes of so many characters."""
+    prompts = [llm.TRIALS.prompt + "x" * 99, llm.TRIALS.prompt]
+    with FakeServer(kind) as server:
+        e = endpoint(server)
+        e.require(call)
+        answer = server.answer
+
+        def cut(path, body):
+            status, reply = answer(path, body)
+            if "x" * 99 in str(body):
+                reply["usage"]["prompt_tokens"] = 20
+            return status, reply
+
+        monkeypatch.setattr(server, "answer", cut)
+        if call == "complete":
+            got = e.complete(prompts, [1, 1])
+        elif call == "top_tokens":
+            got = e.top_tokens(prompts)
+        else:
+            got = e.log_likelihood([(prompt, " tea") for prompt in prompts])
+    assert got[0] is None and got[1] is not None
+    assert "the server read 20 tokens of a prompt of" in e.usage.last_failure and e.usage.failed == 1
+
+
+@pytest.mark.parametrize("base, asked", [
+    ("", "/v1"), ("/", "/v1"), ("/v1", "/v1"), ("/v1/", "/v1"), ("/v1beta/openai", "/v1beta/openai"),
+    ("/v1/openai/", "/v1/openai"), ("/api/v3", "/api/v3"), ("/inference/v1", "/inference/v1"),
+    ("/openai", "/openai")])
+def test_a_base_url_is_taken_as_openais_client_takes_it(base, asked, monkeypatch, capsys):
+    """Only a bare host gets /v1; any other path stays as it is."""
+    with FakeServer("openai") as server:
+        answer, seen = server.answer, []
+
+        def strict(path, body):
+            seen.append(path)
+            return answer(path.replace(asked, "/v1", 1), body) if path.startswith(asked) else (404, {"error": path})
+
+        monkeypatch.setattr(server, "answer", strict)
+        host = server.url.removesuffix("/v1")
+        e = endpoint(server)
+        monkeypatch.setattr(sys, "argv", ["llm.py", "probe", "--llm", host + base])
+        llm.main()
+    assert capsys.readouterr().out.startswith(f"{host}{asked} (model ") and f"{asked}/chat/completions" in seen
+    assert e.name == f"{host}/v1"
+
+
+def test_a_probe_of_a_server_that_never_answers_says_that_it_waits_and_waits_once(monkeypatch, capsys):
+    """One line while it waits, one at the end, and no second try of what took the whole --timeout."""
+    monkeypatch.setattr(transport, "FIRST_WORD", 0.1)
+    for silent in ("do_GET", "do_POST"):
+        with FakeServer("openai") as server:
+            released = fake_server.threading.Event()
+            monkeypatch.setattr(server.server.RequestHandlerClass, silent, lambda self: released.wait(30))
+            monkeypatch.setattr(sys, "argv", ["llm.py", "probe", "--llm", server.url, "--timeout", "0.5"])
+            start = fake_server.time.monotonic()
+            with pytest.raises(LLMError, match=f"{server.url} does not answer.* within 0.5 s; .*larger --timeout"):
+                llm.main()
+            assert fake_server.time.monotonic() - start < 3
+            released.set()
+        assert f"waiting for {server.url}: up to 0.5 s" in capsys.readouterr().err
+
+
+def test_a_cache_that_two_servers_share_gives_each_its_own_answers(tmp_path):
+    """Neither lists its models: the base URL tells them apart."""
+    got = []
+    for n in range(2):
+        with FakeServer("openai") as server:
+            server.chat = lambda body, n=n: (200, {"choices": [{"message": {"content": f"Task: t\nQuery: q{n}"}}]})
+            cached = Cached(endpoint(server, model=""), tmp_path / "c.jsonl")
+            got += cached.complete(["Task:"], [1]) + cached.complete(["Task:"], [1])
+            assert cached.found == 1 and f"1 answers of {server.url} from" in cached.report()
+    assert got == ["Task: t\nQuery: q0"] * 2 + ["Task: t\nQuery: q1"] * 2
+
+
+def test_that_proxies_are_not_used_is_said(monkeypatch, capsys):
+    for command in ("probe", "generate", "mine"):
+        monkeypatch.setattr(sys, "argv", ["llm.py", command, "--help"])
+        with pytest.raises(SystemExit):
+            llm.main()
+        assert re.search(r"HTTPS?.*_PROXY\s+(and\s+HTTPS_PROXY\s+are|is)\s+not\s+used", capsys.readouterr().out)

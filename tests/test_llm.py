@@ -116,6 +116,7 @@ def test_relabel_takes_first_and_last():
     check(llm.relabel(R[:4], ["a", "b", "b", "d"]), (1, 0), {
         "p- has the very text of p+; compare texts, not numbers": (1, 2)})
     assert llm.relabel(R, ["b"] * 5) == (1, None), "where all texts are p+'s there is no negative"
+    check(llm.relabel(R, texts, answers={"c"}), (1, 4), {"p- answers the same query in another row": (1, 2)})
 
 
 @pytest.mark.ex5
@@ -144,6 +145,17 @@ def test_generate_counts_what_cannot_be_parsed_and_draws_every_passage():
 def test_parse_generation_refuses(answer):
     with pytest.raises(ValueError):
         llm.parse_generation(answer)
+
+
+@pytest.mark.parametrize("query", ["which part of a cell produces its energy",
+                                   "Best lightweight 2-person tent?", "internet box flashes orange"])
+def test_an_answer_that_repeats_an_example_is_a_failure(query):
+    """A small model copies the first example's query; the third here is one of its own."""
+    if query.startswith("internet"):
+        assert llm.parse_generation(f"Task: t\nQuery: {query}") == ("t", query)
+    else:
+        with pytest.raises(ValueError, match="repeats an example"):
+            llm.parse_generation(f"Task: t\nQuery: {query}")
 
 
 @pytest.mark.parametrize("answer", [" t\nQuery: q", "Task:t \n\nQuery:q\n\n", "Task: t\r\nQuery: q\r\n"])
@@ -203,14 +215,49 @@ def test_a_missing_score_is_a_failure_not_a_score(embedder):
     assert all(c["ql"] is None for r in alone for c in r["candidates"])
 
 
+class Opinionated(Fake):
+    """The passage that a query names is the best for it, the one that it refuses the worst."""
+
+    def query_likelihood(self, pairs):
+        return [0.0 if p["_id"] in q else -9.0 if p["_id"][2:] in q else -3.0 for q, p in pairs]
+
+    relevance = query_likelihood
+
+
+def same_query_rows():
+    """Three rows that ask the same of other seeds, with others between them."""
+    rows = queries(6)
+    for n, seed in ((0, "m.floor"), (2, "o.rmdir"), (5, "l.sort")):
+        rows[n] |= {"query": "l.sort but not floor and not twin", "seed_id": seed}
+    return rows
+
+
+@pytest.mark.parametrize("block", [1, 2, 99])
+@pytest.mark.parametrize("negative", ["last", "sampled"])
+def test_what_is_right_in_a_row_is_no_hard_negative_of_the_same_query(negative, block, embedder):
+    """m.floor is last by R for the three rows, and the seed of one: it stays no other row's negative."""
+    rows = list(llm.mine(Opinionated(), embedder, CORPUS, same_query_rows(), N=6, negative=negative, block=block))
+    assert [row["_id"] for row in rows] == [f"q{i}" for i in range(6)]
+    same = [row for row in rows if row["query"].startswith("l.sort but")]
+    for row in same:
+        for other in same:
+            assert other is row or row["negative_id"] not in (other["seed_id"], other["positive_id"])
+    # negative control: the row's own seed may be, and alone the row has it
+    if negative == "last":
+        alone = list(llm.mine(Opinionated(), embedder, CORPUS, [same_query_rows()[2]], N=6))
+        assert alone[0]["negative_id"] == "m.floor" == same[0]["negative_id"] != same[1]["negative_id"]
+    passages = {p["_id"]: p for p in CORPUS}
+    assert llm.labelled(rows, passages, "p1", negative) == rows
+
+
 def test_labelled_gives_the_rows_of_table_3(embedder):
     rows = list(llm.mine(Fake(), embedder, CORPUS, queries(), N=5))
-    title = {p["_id"]: p["title"] for p in CORPUS}
-    assert [r["positive"]["title"] for r in llm.labelled(rows, CORPUS, "seed", "none")] == [
-        title[r["seed_id"]] for r in rows]
-    again = llm.labelled(rows, CORPUS, "p1", "last")
+    passages = {p["_id"]: p for p in CORPUS}
+    assert [r["positive"]["title"] for r in llm.labelled(rows, passages, "seed", "none")] == [
+        passages[r["seed_id"]]["title"] for r in rows]
+    again = llm.labelled(rows, passages, "p1", "last")
     assert [(r["positive"], r["negative"]) for r in again] == [(r["positive"], r["negative"]) for r in rows]
-    assert all(r["negative"] is None for r in llm.labelled(rows, CORPUS, "p1", "none"))
+    assert all(r["negative"] is None for r in llm.labelled(rows, passages, "p1", "none"))
 
 
 def test_write_kept_says_how_many_and_refuses_equal_scores(tmp_path, capsys, embedder):
@@ -305,8 +352,8 @@ def test_relevance_by_first_tokens_where_prompts_are_not_scored(score):
     high, some, no = math.exp(-1) + math.exp(-2), math.exp(-1.5), math.exp(-3)
     assert got[0] == pytest.approx(math.log(high) if score == "label" else (2 * high + some) / (high + some + no))
     assert got[1] is None and (score == "expected" or got[2] == -4.0)
-    assert model.unlisted == (1 if score == "label" else 2) and "warning: " in model.report()
-    model.asked *= 100                                     # less than one in a hundred
+    assert model.labels_unlisted == (1 if score == "label" else 2) and "warning: " in model.report()
+    model.labels_asked *= 100                                     # less than one in a hundred
     assert "warning" not in model.report()
 
 
@@ -538,6 +585,34 @@ def test_the_key_goes_to_the_server_and_nowhere_else(work, tmp_path, monkeypatch
     shown = "".join(capsys.readouterr()) + str(error.value) + "".join(
         path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     assert "[key]" in shown and "do-not-show" not in shown
+
+
+@pytest.mark.parametrize("kept", [0, 20])
+def test_a_server_that_cuts_prompts_in_silence_is_met_with_a_line(kept, work, tmp_path, monkeypatch, capsys):
+    """Exit code 2 where it cuts all prompts; where it cuts some, they are failures, counted and shown."""
+    with FakeServer("openai") as server:
+        answer = server.answer
+
+        def cut(path, body):
+            status, reply = answer(path, body)
+            if len(server.bodies) > kept:
+                reply["usage"] = {"prompt_tokens": 30, "completion_tokens": 9}
+            return status, reply
+
+        monkeypatch.setattr(server, "answer", cut)
+        argv = [*commands(work, tmp_path, server.url)[0], "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", ["llm.py", *argv])
+        if not kept:
+            with pytest.raises(SystemExit) as stop:
+                files.run(llm.main)
+            assert stop.value.code == 2 and not (tmp_path / "queries.jsonl").exists()
+            assert re.search(r"error: .*cannot do complete: .*the server read 30 tokens of a prompt of 3,\d+ "
+                             r"characters: it cuts prompts in silence", capsys.readouterr().err)
+            return
+        files.run(llm.main)
+    out = capsys.readouterr().out
+    assert "generate: kept 19 of 30; a failure: the call failed" in out
+    assert "11 calls failed; the last: the server read 30 tokens of a prompt of" in out
 
 
 def test_scores_all_equal_write_nothing(undisturbed, work, tmp_path, monkeypatch):

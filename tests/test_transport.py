@@ -215,7 +215,7 @@ def test_a_servers_words_are_cut_without_the_key_or_terminal_controls(monkeypatc
                 monkeypatch.setattr(server, "answer", lambda *_, reply=reply: reply)
                 with pytest.raises(CallFailed) as error:
                     if reply[1] is cut:
-                        e.post("/chat/completions", {}, answer_text)
+                        e.post("/completions", {"prompt": "a:"}, answer_text)
                     e.echo([("a:", " b")])
                 shown = str(error.value)
                 assert "sk" not in shown and "\x1b" not in shown and len(shown) < 250

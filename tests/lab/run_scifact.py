@@ -204,7 +204,7 @@ def main() -> None:
         llm.write_kept(out / "mined.jsonl", llm.mine(ranker, first, corpus, queries, N), len(queries), "mine")
     mined = [row for _, row in read_jsonl(out / "mined.jsonl")]
     at = {p["_id"]: i for i, p in enumerate(corpus)}
-    rows = llm.labelled(mined, corpus, "p1", "none")                # p- would cost near half as much again
+    rows = llm.labelled(mined, {p["_id"]: p for p in corpus}, "p1", "none")  # p- would cost near half as much again
     groups = topical(P[[at[row["positive_id"]] for row in mined]], np.arange(len(rows)))
     sets = [[rows[i] for i in group] for group in groups]
     changed = np.mean([row["positive_id"] != row["seed_id"] for row in mined])

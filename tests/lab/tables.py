@@ -153,7 +153,7 @@ def cases(name: str, lab: Lab) -> dict[str, Case]:
 
 
 def labelled_set(lab: Lab, positive: str, negative: str, seed: int) -> list[list[Record]]:
-    return [llm.labelled(lab.rows, lab.corpus, positive, negative, seed)]
+    return [llm.labelled(lab.rows, {p["_id"]: p for p in lab.corpus}, positive, negative, seed)]
 
 
 def fret_set(lab: Lab, seed: int) -> list[list[Record]]:
