@@ -19,18 +19,18 @@ import argparse
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engine import convert as publishers
 from engine import pairs
-from engine.convert import beir, choice, content, contrasted, labelled, labelled_pairs, nli
+from engine.beir import read_beir
 from engine.corpus import Passage
 from engine.corpus import builtin_corpus as builtin_corpus
-from engine.evaluate import Beir, read_beir
 from engine.files import (
     InputError,
     add_flags,
@@ -43,7 +43,7 @@ from engine.files import (
     write_jsonl,
 )
 from engine.search import topk
-from gecko import FORMATS, Gecko, format_passage, format_query, load
+from gecko import FORMATS, format_passage, format_query, load
 
 Record = dict[str, Any]  # the row described at `record`
 # x, x+ and x- are the three texts of a classification triple; B rows in a batch.
@@ -103,8 +103,8 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
     among those that leave an x-, x- among all that are left. Rows are symmetric; an x of which no triple can
     be made is left out. InputError, "at least two labels", where there is but one.
     """
-    # EXERCISE 3 (about 22 lines)
-    groups: dict[Any, list[int]] = {}                                # label -> numbers of its texts
+    # EXERCISE 3 (about 25 lines)
+    groups: dict[Any, list[int]] = {}                                # label -> the numbers of its texts
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
     if len(groups) < 2:
@@ -115,12 +115,12 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
         return drawn(rng, range(len(texts)), lambda j: labels[j] != label and texts[j] not in (x, positive))
 
     for x, label in zip(texts, labels, strict=True):
-        same = drawn(rng, groups[label], lambda j: texts[j] != x)
+        same = drawn(rng, groups[label], lambda j: texts[j] != x)    # x+
         if same is None:
             continue                                                 # x alone with its label
-        other = draw_negative(x, label, texts[same])
+        other = draw_negative(x, label, texts[same])                 # x-
         if other is None:
-            # subtle: no text but x+ itself could be x-; any other x+ leaves it
+            # subtle: the only text that x- could be is x+ itself; any other x+ leaves it
             taken = texts[same]
             same = drawn(rng, groups[label], lambda j: texts[j] not in (x, taken))
             other = None if same is None else draw_negative(x, label, texts[same])
@@ -269,7 +269,7 @@ def check_record(where: str, row: Record) -> None:
     check_side(where, row, "positive")
     if row["negative"] is not None:
         check_side(where, row, "negative")
-        if content(row["negative"]) == content(row["positive"]):
+        if publishers.content(row["negative"]) == publishers.content(row["positive"]):
             raise InputError(f"{where}: positive and negative are the same text; remove the negative")
 
 
@@ -277,7 +277,7 @@ def check_side(where: str, row: Record, key: str) -> None:
     p = row.get(key)
     if not (isinstance(p, dict) and isinstance(p.get("title"), str | None) and isinstance(p.get("text"), str)):
         raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
-    if not (p["text"] if row["symmetric"] else content(p)).strip():  # a symmetric target shows no title
+    if not (p["text"] if row["symmetric"] else publishers.content(p)).strip():  # a symmetric target shows no title
         raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
 
 
@@ -306,39 +306,41 @@ class Convert:
 def converted(kind: str, paths: Sequence[str], left_out: Counter[str], c: Convert | None = None) -> list[Record]:
     """Records of files of one kind; `left_out` gets, by the reason, how many rows gave none."""
     c = c or Convert()
-    task, rng = c.task or CONVERTERS[kind], None
+    task, rng = c.task or CONVERTERS[kind], np.random.default_rng(c.seed)
     if kind == "classification":
-        texts, labels = labelled(paths)
+        texts, labels = publishers.labelled(paths)
         triples = classification_triples(texts, labels, c.seed, task, c.ids)
         left_out["texts of which no triple can be made"] += len(texts) - len(triples)
         return triples
     if kind == "nli":
-        rows = nli(paths, left_out)
+        rows = publishers.nli(paths, left_out)
     elif kind == "pairs":
-        rows = labelled_pairs(paths, left_out, c.positive_from)
+        rows = publishers.labelled_pairs(paths, left_out, c.positive_from)
     elif kind == "choice":
-        rows, rng = choice(paths, left_out, c.first), np.random.default_rng(c.seed)
+        rows = publishers.choice(paths, left_out, c.first)
     else:
-        model, rng = load(c.model) if c.model else None, np.random.default_rng(c.seed)
-        folders = [read_beir(path, c.split) for path in paths]
-        near = [nearest_passages(model, folder, task, c.depth) if model else {} for folder in folders]
-        rows = itertools.chain.from_iterable(map(beir, folders, near))
+        rows = itertools.chain.from_iterable(beir_rows(path, task, c) for path in paths)
     records = []
-    for query, positive, negative, symmetric in contrasted(rows, left_out, rng):
+    for query, positive, negative, symmetric in publishers.contrasted(rows, left_out, rng):
         records.append(record(task, query, side(positive), negative and side(negative), symmetric))
     return records
 
 
-def nearest_passages(model: Gecko, beir: Beir, task: str, depth: int) -> dict[str, list[Passage]]:
-    """The `depth` passages nearest to each query, by its id: those that are not relevant are hard negatives.
+def beir_rows(folder: str, task: str, c: Convert) -> Iterator[publishers.Row]:
+    """Each query with each relevant passage; with a model, of its nearest passages the others are wrong.
 
     The very first are the likeliest to be relevant and unjudged (false negatives): let `depth` be large.
     """
-    P = model.encode_passages([p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus],
-                              progress="passages")                   # (P, d)
-    q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
-    _, ids = topk(q, P, min(depth, len(P)))                          # (Q, depth)
-    return {query: [beir.corpus[i] for i in row] for query, row in zip(beir.queries, ids, strict=True)}
+    beir, near = read_beir(folder, c.split), {}
+    if c.model:
+        model, passages = load(c.model), beir.corpus
+        P = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
+                                  progress="passages")               # (P, d)
+        q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
+        _, ids = topk(q, P, min(c.depth, len(P)))                    # (Q, depth)
+        for query, row in zip(beir.queries, ids, strict=True):
+            near[query] = [passages[i] for i in row]
+    return publishers.beir(beir, near)
 
 
 def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
@@ -384,8 +386,10 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
     for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
         print(f"  first {name}: {' '.join((text or '(none)').split())[:100]}")
     if model:
-        tokens = model.tokens([text for three in texts for text in three if text], max_length)
-        print(f"  {model.truncated} of {len(tokens)} texts are cut at {max_length or model.max_length} tokens")
+        model.tokens([text for three in texts for text in three if text], max_length)
+        print(f"  {model.truncated} of {model.texts} texts are cut at {max_length or model.max_length} tokens")
+        if model.unknown > 0.01:
+            print(f"  {model.unknown:.0%} of the tokens are unknown to this model's tokenizer")
 
 
 def main() -> None:

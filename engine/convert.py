@@ -27,33 +27,34 @@ Cells = Iterator[tuple[str, list[str]]]     # ("file:line", the cells of a table
 
 
 class Row(NamedTuple):
-    """A query, a right answer, and the wrong ones of which its hard negative may be drawn."""
+    """A query, a right answer, and the wrong ones: one of them becomes the hard negative."""
 
     query: str
     positive: Passage
     wrong: list[Passage]
     symmetric: bool = False
+    draw: bool = False                      # any of the wrong ones, not the first
 
 
-def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Generator | None = None,
+def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Generator,
                ) -> Iterator[tuple[str, Passage, Passage | None, bool]]:
-    """(query, positive, hard negative or None, symmetric): a wrong answer drawn by rng, without one the first.
+    """(query, positive, hard negative or None, symmetric) of each row.
 
     What is right for a query in any row, whatever its id, is no hard negative of the same query in another.
     """
     rows = list(rows)
-    right: dict[str, set[str]] = {}
+    right: dict[str, set[str]] = {}                                  # query -> it and its right answers
     for row in rows:
         right.setdefault(row.query, {row.query}).add(content(row.positive))
-    for query, positive, wrong, symmetric in rows:
-        if content(positive) in ("", query):
+    for row in rows:
+        if content(row.positive) in ("", row.query):
             left_out["pairs of a text with itself or with nothing"] += 1
             continue
-        hard = [p for p in wrong if content(p) and content(p) not in right[query]]
+        hard = [p for p in row.wrong if content(p) and content(p) not in right[row.query]]
         negative = None
         if hard:
-            negative = hard[0 if rng is None else int(rng.integers(len(hard)))]
-        yield query, positive, negative, symmetric
+            negative = hard[int(rng.integers(len(hard)))] if row.draw else hard[0]
+        yield row.query, row.positive, negative, row.symmetric
 
 
 def content(passage: Passage) -> str:
@@ -232,7 +233,7 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Ite
             left_out["questions without an answer"] += 1
             continue
         wrong = [without_title(text) for text in options if text != options[number - first]]
-        yield Row(text_in(where, row, "question"), without_title(options[number - first]), wrong)
+        yield Row(text_in(where, row, "question"), without_title(options[number - first]), wrong, draw=True)
 
 
 def first_option(where: str, row: dict[str, Any], numbers: set[int]) -> int:
@@ -256,7 +257,7 @@ def beir(folder: Any, near: dict[str, list[Passage]]) -> Iterator[Row]:
         wrong = [p for p in near.get(query, []) if p["_id"] not in (query, *judged)]
         for passage in judged:
             if passage in passages:
-                yield Row(folder.queries[query].strip(), passages[passage], wrong)
+                yield Row(folder.queries[query].strip(), passages[passage], wrong, draw=True)
 
 
 # --------------------------------------------------------------------------------------------------

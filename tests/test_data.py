@@ -230,6 +230,22 @@ def test_no_title_may_be_written_as_null(tmp_path, capsys):
     assert "first positive: title: none | text: p" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("unknown, said", [(0.38, "38% of the tokens are unknown"), (0.01, "")])
+def test_check_says_what_the_model_loses_of_the_texts(tmp_path, monkeypatch, capsys, unknown, said):
+    class Model:
+        formats, max_length = data.FORMATS, 32
+
+        def tokens(self, texts, max_length):
+            self.texts, self.truncated, self.unknown = len(texts), 1, unknown
+
+    files.write_jsonl(tmp_path / "r.jsonl", [GOOD, GOOD])
+    monkeypatch.setattr(data, "load", lambda folder: Model())
+    data.check(str(tmp_path / "r.jsonl"), "model", None)
+    printed = capsys.readouterr().out
+    assert "1 of 4 texts are cut at 32 tokens" in printed and said in printed
+    assert ("unknown" in printed) == bool(said)
+
+
 def test_candidates_are_left_out_where_no_one_needs_them(tmp_path):
     files.write_jsonl(tmp_path / "r.jsonl", [{**GOOD, "candidates": [{"id": "a"}]}])
     with_them, without = (data.read_records(tmp_path / "r.jsonl", candidates=c) for c in (True, False))
