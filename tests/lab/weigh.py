@@ -1,0 +1,54 @@
+"""How heavy a file is to read.   python tests/lab/weigh.py gecko.py data.py llm.py train.py engine/*.py
+
+Words are Python's tokens without comments, layout and docstrings; a code line is one that has some. Lines are a
+poor measure alone: a line that does three things is three lines.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import sys
+import tokenize
+from pathlib import Path
+from typing import NamedTuple
+
+LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef)
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+class Weight(NamedTuple):
+    lines: int
+    code: int           # lines that hold code
+    words: int
+    nested: int         # comprehensions that hold another
+    walruses: int
+    longest: int        # lines of the longest function, `train` left out
+    words_a_line: float
+
+
+def weigh(path: Path) -> Weight:
+    text = path.read_text(encoding="utf-8")
+    nodes = list(ast.walk(ast.parse(text)))
+    docs = set()
+    for node in nodes:
+        if isinstance(node, SCOPES) and ast.get_docstring(node) is not None:
+            docs |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    words = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
+             if token.type not in LAYOUT and token.start[0] not in docs]
+    nested = [node for node in nodes if isinstance(node, COMPREHENSIONS)
+              and any(isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node)]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name != "train"]
+    lengths = [(node.end_lineno or 0) - node.lineno + 1 for node in functions]
+    code = len(set(words))
+    return Weight(len(text.splitlines()), code, len(words), len(nested),
+                  sum(isinstance(node, ast.NamedExpr) for node in nodes), max(lengths, default=0),
+                  round(len(words) / max(1, code), 1))
+
+
+if __name__ == "__main__":
+    weights = [weigh(Path(name)) for name in sys.argv[1:]]
+    for name, weight in zip(sys.argv[1:], weights, strict=True):
+        print(f"{name:20}", "  ".join(f"{field} {value}" for field, value in weight._asdict().items()))
+    print(f"{'all':20} lines {sum(weight.lines for weight in weights)}  words {sum(w.words for w in weights)}")
