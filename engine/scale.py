@@ -1,10 +1,136 @@
-"""Several processes (torch.distributed), and seeds that no two of them share."""
+"""A batch larger than memory, on any number of processes: the gradient of the plain loss, in parts.
+
+Gradient caching embeds a batch a few texts at a time, the blockwise loss scores a few rows at a time. Both
+call the functions that they are given, and autograd takes every gradient. No equation stands here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from engine.packed import length_batches
+
+# S sides (inputs, positives, hard negatives), B rows of all processes, d the vectors' dimension.
+
+BLOCK = 32 << 20   # bytes of one (rows, B) matrix of scores, of which a loss holds about eight at a time
+
+
+def cached_backward(
+    embed: Callable[[Tensor], Tensor],     # ids of n texts -> their vectors (n, d), with a graph
+    loss: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    # of vectors (S, B, d), for some of the rows -> their share of the loss, its gradient (S, B, d)
+    ids: Tensor,                           # (S, B) ids of the texts, -1 where a row has none
+    lengths: Tensor,                       # (texts) the tokens of each text
+    micro_batch: int,                      # texts of mean length to embed at a time; 0: all
+    d: int,
+    parameters: Sequence[torch.nn.Parameter],
+    seed: Sequence[int],                   # of this step's dropout
+) -> Tensor:                               # the loss, scalar
+    """Replaces embedding all texts, the loss and loss.backward(): the same gradient, in bounded memory.
+
+    Gradient caching (Gao et al. 2021): embed all texts without a graph, take the loss's gradient on the
+    vectors, embed each micro-batch again, with the same dropout, and hand it its part of that gradient.
+    Of several processes each embeds and scores its own rows, against everybody's vectors.
+    """
+    S, B = ids.shape
+    rank, size = processes()
+    rows = slice(B * rank // size, B * (rank + 1) // size)           # this process's rows
+    numbers = torch.arange(S * B, device=ids.device).view(S, B)      # of the rows of x below
+    mine = numbers[:, rows][ids[:, rows] >= 0]                       # (n) those that this process fills
+    parts = [mine[part] for part in micro_batches(lengths[ids.flatten()[mine].cpu()], micro_batch)]
+    # EXERCISE 9 (about 18 lines)
+    last = len(parts) - 1
+
+    def embed_part(n: int) -> Tensor:                                # (texts of part n, d)
+        torch.manual_seed(derive_seed(*seed, rank, n))               # the second time, the same dropout
+        return embed(ids.flatten()[parts[n]])
+
+    x = torch.zeros(S * B, d, dtype=parameters[0].dtype, device=ids.device)  # (S * B, d)
+    for n, part in enumerate(parts):
+        with torch.set_grad_enabled(n == last):                      # of the last alone the graph is kept
+            vectors = embed_part(n)
+        x[part] = vectors.detach().to(x.dtype)
+    all_reduce_sum(x)                                                # now every process has all vectors
+    value, g = loss(x.view(S, B, d), rows)
+    all_reduce_sum(value)
+    all_reduce_sum(g)                                                # what others' rows say about my texts
+    for n in reversed(range(len(parts))):
+        if n < last:
+            vectors = embed_part(n)
+        vectors.backward(g.view(S * B, d)[parts[n]].to(vectors.dtype))
+    # END EXERCISE
+    for p in parameters:                                             # each process has its texts' part
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        all_reduce_sum(p.grad)
+    return value
+
+
+def micro_batches(lengths: Tensor, size: int) -> list[Tensor]:
+    """Indices of texts in groups of like length, each of about `size` texts of mean length; 0: one group."""
+    if len(lengths) == 0:
+        return []
+    if size == 0:
+        return [torch.arange(len(lengths))]
+    tokens = max(1, int(size * lengths.double().mean()))
+    return [torch.tensor(part) for part in length_batches(lengths.tolist(), tokens)]
+
+
+def blockwise_loss(
+    loss: Callable[..., Tensor],                # of S tensors (B, dim) with unit rows: the mean over `rows`
+    truncate: Callable[[Tensor, int], Tensor],  # (B, d) -> (B, dim), then to length 1
+    dims: Iterable[int],
+    x: Tensor,                                  # (S, B, d) vectors, not of length 1
+    rows: slice,                                # whose loss is taken, each against all B
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:                     # these rows' share of the loss; its gradient on x (S, B, d)
+    """Replaces the sum of the loss over dims and its backward to x: no B x B matrix, some rows at a time.
+
+    Vectors are cut and normalised once for each of dims: blocks add to the gradient on these unit vectors,
+    which then goes through the normalisation once.
+    """
+    S, B, _ = x.shape
+    value, g = x.new_zeros(()), [x.new_zeros(0)] * S                 # S of (B, d), made when they are needed
+    for dim in sorted(dims, reverse=True):                           # the largest while no g is there yet
+        units = [truncate(side, dim).requires_grad_() for side in x]     # S of (B, dim)
+        for some in blocks(rows, block // (B * x.element_size())):
+            value += add_gradient(loss, units, some)
+        for k in range(S):
+            g_unit = units.pop(0).grad                               # (B, dim)
+            if len(g[k]) == 0:
+                g[k] = torch.zeros_like(x[k])
+            if g_unit is not None:
+                add_through(truncate, x[k], dim, g_unit, g[k])
+            del g_unit
+    return value, torch.stack(g)
+
+
+def add_gradient(loss: Callable[..., Tensor], units: Sequence[Tensor], rows: slice) -> Tensor:
+    """These rows' share of the mean over all; its gradient is added to that of the units."""
+    share = loss(*units, rows=rows) * ((rows.stop - rows.start) / len(units[0]))
+    share.backward()
+    return share.detach()
+
+
+def add_through(truncate: Callable[[Tensor, int], Tensor], x: Tensor, dim: int, g_unit: Tensor, g: Tensor) -> None:
+    """The gradient on truncate(x, dim), (B, dim), goes back through it and is added to g, (B, d)."""
+    for some in blocks(slice(0, len(x)), 1024):                      # in blocks for the sake of memory alone
+        vectors = x[some].detach().requires_grad_()                  # (rows, d)
+        truncate(vectors, dim).backward(g_unit[some])
+        assert vectors.grad is not None
+        g[some] += vectors.grad
+
+
+def blocks(rows: slice, size: int) -> Iterator[slice]:
+    """The rows in slices of that size, at least of one row."""
+    size = max(1, size)
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))
 
 
 def processes() -> tuple[int, int]:

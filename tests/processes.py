@@ -17,7 +17,7 @@ from engine import files
 
 TESTS = Path(__file__).resolve().parent
 START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["torch._dynamo", "train", "fake_server", "test_training"])
+START.set_forkserver_preload(["torch._dynamo", "train", "fake_server", "test_scale", "test_runs"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
 

@@ -36,8 +36,9 @@ import gecko  # noqa: E402
 import train  # noqa: E402
 from data import builtin_corpus, builtin_pairs, formatted  # noqa: E402
 from engine.files import read_jsonl  # noqa: E402
+from engine.scale import blockwise_loss  # noqa: E402
 from engine.search import certified_topk  # noqa: E402
-from train import main_loss, mrl_loss, streamed_loss  # noqa: E402
+from train import batch_loss, mrl_loss  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 Settings = dict[str, Any]
@@ -170,7 +171,8 @@ def loss_ours(s: Settings) -> Iterator[Any]:
     x, ids = embeddings(s)
     yield
     while True:
-        loss, g = streamed_loss(x, 0.05, s["dims"], ids, slice(0, s["part"] or s["rows"]), True)
+        rows = slice(0, s["part"] or s["rows"])
+        loss, g = blockwise_loss(batch_loss("finetune", 0.05, ids), gecko.truncate_dim, s["dims"], x, rows)
         yield [loss.item(), g.norm().item()]
 
 
@@ -179,7 +181,7 @@ def loss_plain(s: Settings) -> Iterator[Any]:
     yield
     while True:
         q, p, n = (vector.clone().requires_grad_() for vector in x)
-        loss = mrl_loss(lambda q, p, n: main_loss(q, p, n, 0.05, *ids), s["dims"], q, p, n)
+        loss = mrl_loss(batch_loss("finetune", 0.05, ids), s["dims"], q, p, n)
         loss.backward()
         yield [loss.item(), torch.stack([q.grad, p.grad, n.grad]).norm().item()]
 

@@ -446,7 +446,7 @@ def table_command(args: argparse.Namespace) -> None:
     say(table=args.table, fret=mined, init=init, sets=", ".join(beir), llm=o.llm, key=key[:8], **vars(c))
     if args.table == "rerank":
         by = f"ranked by {o.model or o.llm}"
-        retriever = model if args.init else load(home / "seed")
+        retriever = model if args.init else load(home / "retriever")
         run_cases = rerank_cases(ranker, retriever, beir, args.task, c.precision)
     else:
         by = f"generated and ranked by {o.model or o.llm}"

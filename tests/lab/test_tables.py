@@ -139,7 +139,8 @@ def made_cases(home, out, lab, table, *more):
 def test_pairs_without_words_are_left_to_no_format(home, lab, monkeypatch):
     """Of the built-in pairs some have a query without a letter, which PLAIN would make a text of no tokens."""
     blank = data.record("search result", " ", {"title": "math.ceil", "text": "the ceiling of x"})
-    monkeypatch.setattr(tables, "builtin_pairs", lambda *a: [blank, {**blank, "query": "round up"}] * 8)
+    other = data.record("search result", "open a file", {"title": "os.open", "text": "open the file path"})
+    monkeypatch.setattr(tables, "builtin_pairs", lambda *a: [blank, {**blank, "query": "round up"}, other] * 8)
     for run in made_cases(home, lab[1], lab[0], "formats").values():
         assert run(0)
 
@@ -270,7 +271,7 @@ def test_bf16_is_for_the_row_and_not_around_it(table, home, tmp_path, monkeypatc
 @pytest.mark.parametrize("more", [
     ["mixture", "--data", *"abcd"], ["rerank", "--init", "no"],
     ["labels", "--init", "no"], ["rerank", "--beir", "no"], ["labels", "--mix", "set"], ["labels", "--tau", "0"],
-    ["labels", "--negatives", "each"], ["labels", "--precision", "half"], ["labels", "--seed", "-1"],
+    ["labels", "--precision", "half"], ["labels", "--seed", "-1"],
     ["labels", "--seeds", "0"], ["labels", "--queries", "-1"], ["labels", "--dims", "99"],
     ["labels", "--sts", "no"], ["labels", "--sts", "IN/sts.jsonl"], ["labels", "--sts", "IN/empty.jsonl"],
     ["labels", "--sts", "IN/alike.jsonl"], ["labels", "--classes", "no", "no"],
