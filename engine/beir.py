@@ -50,7 +50,7 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
         if len(missing) == len(judged):
             raise InputError(f"{path}: {what}, first: {missing[0]}; take both files of one release")
         tqdm.write(f"{path}: {what}, first: {missing[0]}; they count as not found", file=sys.stderr)
-    corpus = [p for p in passages if p["title"].strip() or p["text"].strip()]
+    corpus = [p for p in passages if p["title"] or p["text"]]
     corpus.sort(key=lambda p: p["_id"], reverse=True)
     return Beir(corpus, {query: queries[query] for query in queries if query in qrels}, qrels)
 
@@ -59,9 +59,10 @@ def read_queries(path: Path) -> dict[str, str]:
     """{query id: text}."""
     queries: dict[str, str] = {}
     for where, row in read_jsonl(path):
-        query, text = str(row.get("_id")), row.get("text")
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f'{where}: no "text"; every query needs one')
+        query, text = row.get("_id"), row.get("text")
+        if type(query) not in (str, int) or not isinstance(text, str) or not text.strip():
+            raise InputError(f'{where}: want "_id" and "text"; every query needs both')
+        query = str(query)
         if queries.setdefault(query, text) != text:
             raise InputError(f'{where}: "_id" {query!r} has another text above; make it unique')
     return queries

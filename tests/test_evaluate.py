@@ -212,7 +212,8 @@ def test_judged_passages_that_the_corpus_has_not_are_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize("queries, message", [
     ([{"_id": "1", "text": "a cat"}, {"_id": 1, "text": "a dog"}], "jsonl:2: \"_id\" '1' has another text above"),
-    ([{"_id": "1", "text": " "}], "queries.jsonl:1: no \"text\""),
+    ([{"_id": "1", "text": " "}], "queries.jsonl:1: want \"_id\" and \"text\""),
+    ([{"_id": None, "text": "a cat"}], "queries.jsonl:1: want \"_id\" and \"text\""),
     ([{"_id": "2", "text": "a cat"}], "query 1 is not in queries.jsonl")])
 def test_queries_that_are_not_one_text_each_are_refused(queries, message, tmp_path):
     with pytest.raises(files.InputError, match=message):
@@ -305,6 +306,31 @@ def test_the_command_says_what_is_cut_and_what_is_missing(model, tmp_path, monke
     assert "passages=1 of 10 texts were cut at 64 tokens" in said.err and "queries=" not in said.err
     assert "1 of 2 judged passages are not in corpus.jsonl, first: gone" in said.err
     assert "ndcg@10 0." in said.out
+
+
+def test_passages_without_a_text_are_never_found(model, tmp_path, monkeypatch, capsys):
+    """As FiQA and HotpotQA ship them; a judged one counts as not found. A title alone is a passage."""
+    rows = [{"_id": "p0", "title": "Cat", "text": ""}, {"_id": "p1", "title": "", "text": " "},
+            *({"_id": f"empty{n}", "title": "", "text": ""} for n in range(200)),
+            {"_id": "p2", "title": "", "text": "all about the horse"}]
+    beir = evaluate.read_beir(beir_folder(tmp_path, rows, qrels="q0\tp0\t1\nq1\tp1\t1\nq2\tp2\t1\n"))
+    assert evaluate.bm25_rankings(beir) == {"q0": ["p0"], "q1": [], "q2": ["p2"]}
+    capsys.readouterr()
+    command(model, monkeypatch, "--beir", tmp_path)
+    said = capsys.readouterr()
+    assert "201 of 203 passages have neither title nor text" in said.err
+    assert "recall@100 0.6667" in said.out and "not in corpus.jsonl" not in said.err
+
+
+def test_repeated_rows_and_a_byte_order_mark_change_no_figure(model, tmp_path, monkeypatch, capsys):
+    command(model, monkeypatch, "--beir", beir_folder(tmp_path))
+    figures = capsys.readouterr().out
+    for name in ("corpus", "queries"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\ufeff" + path.read_text() + path.read_text().splitlines()[0] + "\n", encoding="utf-8")
+    command(model, monkeypatch, "--beir", tmp_path)
+    said = capsys.readouterr()
+    assert said.out == figures and "corpus.jsonl: 1 repeated rows are read once" in said.err
 
 
 def test_judgements_in_trecs_form_give_the_figure_of_beirs(model, tmp_path, monkeypatch, capsys):
