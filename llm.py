@@ -5,8 +5,8 @@ N nearest passages, the same LLM ranks them twice (query likelihood, relevance c
 are fused, and the best passage becomes the positive, the last one the hard negative.
 
     python llm.py probe --llm URL
-    python llm.py generate CORPUS QUERIES --llm URL|offline
-    python llm.py mine CORPUS QUERIES FRET --llm URL|offline --model-dir DIR
+    python llm.py generate CORPUS QUERIES --llm URL|hf:DIR|offline
+    python llm.py mine CORPUS QUERIES FRET --llm URL|hf:DIR|offline --model-dir DIR
     python llm.py show FRET [--changed] [--html FILE]
 
 Where we differ from the paper, or fill a gap in it:
@@ -48,6 +48,7 @@ from engine.files import (
     say,
 )
 from engine.kept import write_kept
+from engine.local import Local
 from engine.offline import Offline, similarity
 from engine.replies import first_token_log_prob
 from engine.search import topk
@@ -236,11 +237,12 @@ class LanguageModel:
 
     def scored_by(self, rank: str) -> dict[str, str | None]:
         """Which model gives the scores, and how; LLMError where it cannot."""
-        scored: dict[str, str | None] = {"ql": None}
+        scored: dict[str, str | None] = {"ql": None, "rc": None}
         if "ql" in rank:
             scored["ql"] = self.strings.describe("log_likelihood")
-        call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-        scored["rc"] = f"{self.strings.describe(call)} ({self.score})"
+        if "rc" in rank:
+            call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
+            scored["rc"] = f"{self.strings.describe(call)} ({self.score})"
         return scored
 
     def report(self) -> str:
@@ -382,7 +384,8 @@ def seed_draws(size: int, limit: int, seed: int) -> list[int]:
 # --------------------------------------------------------------------------------------------------
 # Step 2: neighbours, rankings, labels
 
-RANKINGS = ("ql,rc", "rc")  # --rank: R sums over these; "rc" where an endpoint cannot score prompts
+# --rank: R sums over these; "rc" where an endpoint cannot score prompts, "ql" where a model is too small for labels
+RANKINGS = ("ql,rc", "rc", "ql")
 
 
 def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence[Record],
@@ -500,8 +503,8 @@ def candidates_of(row: Record, passages: dict[str, Passage]) -> tuple[list[str],
 class Options:
     """What generate and mine share; one flag a field."""
 
-    llm: str = flag("offline", "offline, or an endpoint's base URL such as http://127.0.0.1:8000/v1; it is "
-                    "asked directly: HTTP_PROXY and HTTPS_PROXY are not used")
+    llm: str = flag("offline", "offline, hf:FOLDER (a causal model in this process), or an endpoint's base URL, "
+                    "as http://127.0.0.1:8000/v1, asked directly: HTTP_PROXY and HTTPS_PROXY are not used")
     model: str = flag("", "the model's name at the endpoint; else the first that it serves")
     threads: int = flag(16, "requests at a time")
     timeout: float = flag(120.0, "seconds an answer may take; a slow server wants this or fewer threads")
@@ -511,7 +514,7 @@ class Options:
     dry_run: bool = flag(False, "count calls and prompt tokens, call nothing, write nothing")
 
     def __post_init__(self) -> None:
-        if self.llm != "offline":
+        if self.llm != "offline" and not self.llm.startswith("hf:"):
             server_address(self.llm)                                 # before it is printed: it may hold a key
         at_least(1, threads=self.threads)
         at_least(0.001, timeout=self.timeout)
@@ -539,9 +542,12 @@ def open_llm(o: Options, output: str, corpus: Sequence[Passage], embedder: Gecko
         return LanguageModel(DryRun(), score, o.seed)
     if o.llm == "offline":
         return Offline(corpus, similarity(embedder) if embedder else None, list(FREQUENT_TASKS), o.seed)
-    endpoint = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, max_requests=o.max_requests)
+    if o.llm.startswith("hf:"):
+        strings: Strings = Local(o.llm.removeprefix("hf:"))
+    else:
+        strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, max_requests=o.max_requests)
     name = Path(output.removesuffix(".gz"))
-    return LanguageModel(Cached(endpoint, o.cache or name.with_name(f"{name.stem}.cache.jsonl")), score, o.seed)
+    return LanguageModel(Cached(strings, o.cache or name.with_name(f"{name.stem}.cache.jsonl")), score, o.seed)
 
 
 def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:

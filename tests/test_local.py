@@ -4,6 +4,8 @@ Invariants: a score is what transformers, read plainly, gives: alone, among othe
 beside a text in a pack is not seen by it; a seed's answer does not depend on the other rows.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -11,8 +13,10 @@ transformers = pytest.importorskip("transformers", reason="no transformers: pip 
 
 import tiny_llama  # noqa: E402
 
+import gecko  # noqa: E402
+import llm  # noqa: E402
 from engine.cache import Cached  # noqa: E402
-from engine.files import InputError  # noqa: E402
+from engine.files import InputError, write_jsonl  # noqa: E402
 from engine.local import Local  # noqa: E402
 
 SIZES = {"vocab_size": tiny_llama.V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -140,6 +144,25 @@ def test_answers_are_kept_as_they_come(folder, tmp_path, monkeypatch):
     again = Cached(Local(folder, room=60), path)
     assert again.log_likelihood(PAIRS) == pytest.approx(expected, abs=1e-4)
     assert again.found == done > 0
+
+
+def test_mine_with_a_model_in_this_process(folder, tmp_path, monkeypatch, capsys):
+    """--llm hf:FOLDER --rank ql: candidates are ranked by the sums above, and the records say by which model."""
+    corpus = [{"_id": name, "title": name, "text": f"{name} is a drink."} for name in ("tea", "milk", "coffee")]
+    write_jsonl(tmp_path / "c.jsonl", corpus)
+    write_jsonl(tmp_path / "q.jsonl", [{"_id": "q0", "task": "find it", "query": "what is tea", "seed_id": "milk"}])
+    gecko.save(gecko.tiny([p["text"] for p in corpus]), tmp_path / "m")
+    paths = [str(tmp_path / name) for name in ("c.jsonl", "q.jsonl", "f.jsonl")]
+    flags = ["--model-dir", str(tmp_path / "m"), "--llm", f"hf:{folder}", "--rank", "ql", "-N", "3"]
+    monkeypatch.setattr("sys.argv", ["llm.py", "mine", *paths, *flags])
+    llm.main()
+    row = json.loads((tmp_path / "f.jsonl").read_text())
+    assert row["scored_by"] == {"ql": f"hf:{folder} in float32", "rc": None} and row["rank"] == "ql"
+    for p in row["candidates"]:
+        prefix = gecko.fill(llm.P_QL, passage=f"{p['id']} {p['id']} is a drink.")
+        assert p["ql"] == pytest.approx(log_likelihood_spec(folder, prefix, " what is tea"), abs=1e-3)
+    assert row["positive_id"] == max(row["candidates"], key=lambda p: p["ql"])["id"]
+    assert "in this process" in capsys.readouterr().out
 
 
 def test_what_is_no_model_is_one_line(tmp_path):
