@@ -17,7 +17,6 @@ Where we differ from the paper, or fill a gap in it:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -44,7 +43,7 @@ from engine.files import (
     utf8,
 )
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
-from engine.packed import length_batches, packed
+from engine.packed import length_batches, packed, tokenise
 from engine.search import has_bfloat16, topk
 
 # Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
@@ -224,9 +223,8 @@ def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------
 # A text embedding model: encoder + tokenizer + formats
 
-TEXTS_AT_ONCE = 8192         # that are tokenised, and sorted by length
+TEXTS_AT_ONCE = 8192         # that are sorted by length, so that a batch needs little padding
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-CHARS_A_TOKEN = 16           # more than a token has in the mean, by far
 FEW_CHARS = 8192             # texts of so many characters in all do not repay packing
 
 
@@ -238,42 +236,24 @@ class Gecko:
         self.encoder, self.tokenizer, self.max_length = encoder, tokenizer, max_length
         self.formats = dict(formats)
         self.dims = tuple(dims) or (encoder.config.hidden_size,)     # that it was trained for
-        self.texts = self.truncated = 0      # of the last call: texts, and those cut at max_length
-        self.unknown = 0.0                   # of the last call: the share of unknown tokens
-        self.unknown_id = tokenizer.token_to_id("[UNK]") or tokenizer.token_to_id("<unk>") or -1
-        tokenizer.no_padding()
+        # of the last call of `tokens`
+        self.texts = self.truncated = 0                              # texts, and those that were cut
+        self.unknown = 0.0                                           # the share of unknown tokens
 
     @property
     def device(self) -> torch.device:
         return next(self.encoder.parameters()).device
 
     def tokens(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
-        """Token ids of each text, cut at max_length; counts what that lost, see `lost`."""
+        """Token ids of each text, cut at max_length; `lost` says what they lack of the texts."""
         check_list(texts)
         length = min(max_length or self.max_length, self.max_length)
-        self.tokenizer.enable_truncation(length)
-        tokens: list[list[int]] = []
-        self.truncated = 0
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            part = list(texts[start:start + TEXTS_AT_ONCE])
-            # A long text's beginning has the same first tokens, and is tokenised much faster.
-            beginnings = [text[:CHARS_A_TOKEN * length] for text in part]
-            encodings = self.tokenizer.encode_batch_fast(beginnings)
-            for i, text in enumerate(part):
-                # subtle: of blanks or one endless word the beginning may have too few tokens
-                if len(text) > len(beginnings[i]) and len(encodings[i].overflowing) < 2:
-                    encodings[i] = self.tokenizer.encode(text)
-                if not encodings[i].ids:
-                    raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
-                tokens.append(encodings[i].ids)
-                self.truncated += bool(encodings[i].overflowing)
+        tokens, self.truncated, self.unknown = tokenise(self.tokenizer, texts, length)
         self.texts = len(tokens)
-        unknown = sum(ids.count(self.unknown_id) for ids in tokens)
-        self.unknown = unknown / max(1, sum(map(len, tokens)))
         return tokens
 
     def lost(self) -> str:
-        """What the last call's tokens lack of its texts, in words; empty where that is nothing."""
+        """What the last tokens lack of their texts, in words; empty where that is nothing."""
         notes = []
         if self.truncated:
             notes.append(f"{self.truncated} of {self.texts} texts were cut at {self.max_length} tokens")
@@ -304,23 +284,23 @@ class Gecko:
         precision: float32 or bf16. progress: the name of a bar; none without.
         """
         tokens = self.tokens(texts)
-        embed_batch = fast_embed(self, precision, sum(map(len, texts)) < FEW_CHARS)
-        x = torch.empty(len(texts), self.check_dim(dim))             # (len(texts), dim)
+        few = sum(len(text) for text in texts) < FEW_CHARS
+        embed_batch = fast_embed(self, precision, few)
+        vectors = torch.empty(len(texts), self.check_dim(dim))       # (len(texts), dim)
         was_training = self.encoder.training
         self.encoder.eval()
-        with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
-            for start in range(0, len(texts), TEXTS_AT_ONCE):
-                part = tokens[start:start + TEXTS_AT_ONCE]
-                for batch in length_batches([len(ids) for ids in part], BATCH_TOKENS[self.device.type]):
-                    W = embed_batch([part[i] for i in batch])        # (B, d)
-                    x[start + torch.tensor(batch)] = truncate_dim(W, dim).cpu()
-                    bar.update(len(batch))
+        bar = tqdm(total=len(texts), desc=progress, unit="text", disable=not progress)
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            lengths = [len(ids) for ids in tokens[start:start + TEXTS_AT_ONCE]]
+            for batch in length_batches(lengths, BATCH_TOKENS[self.device.type]):
+                places = [start + i for i in batch]
+                x = embed_batch([tokens[i] for i in places])         # (B, d)
+                vectors[places] = truncate_dim(x, dim).cpu()         # (B, dim)
+                bar.update(len(batch))
+        bar.close()
         self.encoder.train(was_training)
-        bad = torch.where(~(x.norm(dim=1) > 0.5))[0].tolist()        # not a number neither
-        if bad:
-            raise InputError(f"{len(bad)} texts have no finite vector, the first: "
-                             f"{one_line(texts[bad[0]], 60)!r}; the model's weights are damaged")
-        return x.numpy()
+        check_finite(vectors, texts)
+        return vectors.numpy()
 
     def encode_queries(self, texts: Sequence[str], task: str = TASKS[0], **how: Any) -> np.ndarray:
         """Queries of one task -> (len(texts), dim). The task's tokens are in the mean (eq. 1)."""
@@ -345,21 +325,27 @@ def check_list(texts: Sequence[str]) -> None:
         raise TypeError(f"give a list of texts, such as [{one_line(texts, 40)!r}], not one text")
 
 
+def check_finite(vectors: Tensor, texts: Sequence[str]) -> None:
+    """InputError where a vector is no number, or has no direction."""
+    bad = torch.where(~(vectors.norm(dim=1) > 0.5))[0].tolist()      # true of nan as well
+    if bad:
+        raise InputError(f"{len(bad)} of {len(texts)} texts have no finite vector, the first: "
+                         f"{one_line(texts[bad[0]], 60)!r}; the model's weights are damaged")
+
+
 def fast_embed(model: Gecko, precision: str, few: bool) -> Callable[[list[list[int]]], Tensor]:
-    """`Gecko.embed` without gradient, in that precision, packed where that is worth its preparation."""
-    encoder = model.encoder
+    """`Gecko.embed` in that precision; on a CPU packed, where that is worth its preparation."""
     if precision not in ("float32", "bf16"):
         raise InputError(f"--precision {precision}: give float32 or bf16")
-    if is_bag(encoder) or precision == "float32" and few:
+    if is_bag(model.encoder) or (precision == "float32" and few):
         return model.embed
     if precision == "bf16" and not has_bfloat16(model.device):
         raise InputError(f"--precision bf16: this {model.device.type} has no fast bfloat16 products "
-                         "(AVX512-BF16, AMX or a GPU from 2020 on); encode in float32")
+                         "(AVX512-BF16, AMX, or a GPU from 2020 on); encode in float32")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if model.device.type == "cpu":
-        return packed(encoder, dtype)
-    low = copy.deepcopy(encoder).to(dtype)
-    return Gecko(low, model.tokenizer, model.max_length).embed
+        return packed(model.encoder, dtype)
+    return torch.autocast(model.device.type, dtype, enabled=precision == "bf16")(model.embed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -514,46 +500,64 @@ def load(name: str | Path) -> Gecko:
 # Command line
 
 
+def say_lost(what: str, model: Gecko) -> None:
+    if model.lost():
+        say(**{what: model.lost()})
+
+
 def search_command(args: argparse.Namespace) -> None:
     model = load(args.model)
     corpus = args.corpus or Path(args.model).parent / "corpus.jsonl"
     passages = [p for p in read_passages(corpus) if p["title"] or p["text"]]
-    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=model.check_dim(args.dim))
-    q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
-    note_lost("query", model)
-    P = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
-                              dim=args.dim, progress="passages")     # (P, dim)
-    note_lost("passages", model)
+    dim = model.check_dim(args.dim)
+    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=dim)
+    q = model.encode_queries([args.query], args.task, dim=dim)       # (1, dim)
+    say_lost("query", model)
+    texts, titles = [p["text"] for p in passages], [p["title"] for p in passages]
+    P = model.encode_passages(texts, titles, dim=dim, progress="passages")   # (P, dim)
+    say_lost("passages", model)
     scores, indices = topk(q, P, min(args.k, len(passages)))         # (1, k) twice
     for score, i in zip(scores[0], indices[0], strict=True):
-        p = passages[i]
-        print(f"{score:.3f}  {one_line(p['title'] or p['_id'], 80)}  {one_line(p['text'], 80)}")
+        name = titles[i] or passages[i]["_id"]
+        print(f"{score:.3f}  {one_line(name, 80)}  {one_line(texts[i], 80)}")
 
 
-def note_lost(kind: str, model: Gecko) -> None:
-    if model.lost():
-        say(**{kind: model.lost()})
+def read_texts(args: argparse.Namespace, formats: dict[str, str]) -> list[str]:
+    """The formatted texts of a file, one a row; empty for a passage that has neither title nor text."""
+    texts = []
+    for where, row in read_jsonl(args.input):
+        text, title = row.get("text"), row.get("title") or ""
+        if not args.passages:
+            text = row.get("query") or text
+        elif text is None and title:
+            text = ""                                                # a title alone is a passage
+        if not isinstance(text, str) or not isinstance(title, str) or not (args.passages or text.strip()):
+            raise InputError(f'{where}: no {"" if args.passages else "query or "}"text"; every row needs one')
+        if not args.passages:
+            texts.append(format_query(text, args.task, formats))
+        elif text.strip() or title.strip():
+            texts.append(format_passage(text, title, formats))
+        else:
+            texts.append("")
+    return texts
 
 
 def encode_command(args: argparse.Namespace) -> None:
+    check_output(args.output, args.input)
     model = load(args.model)
     dim = model.check_dim(args.dim)
-    check_output(args.output, args.input)
-    texts = []
-    for where, row in read_jsonl(args.input):
-        title, text = str(row.get("title") or ""), row.get("text") or ""
-        if not args.passages:
-            title, text = "", row.get("query") or text
-        if not isinstance(text, str) or not (title + text).strip():
-            raise InputError(f'{where}: no {"" if args.passages else "query or "}"text"; every row needs one')
-        texts.append(format_passage(text, title, model.formats) if args.passages
-                     else format_query(text, args.task, model.formats))
+    texts = read_texts(args, model.formats)
     kind = "passages" if args.passages else f"queries of task {args.task!r}"
     say(model=args.model, kind=kind, rows=len(texts), dim=dim, precision=args.precision)
-    x = model.encode(texts, dim, args.precision, progress="texts")   # (rows, dim)
+    filled = [i for i, text in enumerate(texts) if text]
+    x = np.zeros((len(texts), dim), np.float32)                      # (rows, dim)
+    x[filled] = model.encode([texts[i] for i in filled], dim, args.precision, progress="texts")
     with file_beside(args.output) as new, open(new, "wb") as file:
         np.save(file, x)
-    print(f"wrote {args.output}: float32 {x.shape}; {model.lost() or 'no text was cut'}")
+    notes = [model.lost() or "no text was cut"]
+    if len(filled) < len(texts):
+        notes.append(f"{len(texts) - len(filled)} empty passages have the vector 0")
+    print(f"wrote {args.output}: float32 {x.shape}; {'; '.join(notes)}")
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def check_modules(path: Path, d: int) -> bool:
     """modules.json and 1_Pooling: encoder, mean over all tokens; true where vectors are made of length 1."""
-    kinds, poolings = ["Transformer", "Pooling", "Normalize"], sorted(path.glob("1_Pooling/config.json"))
+    kinds, poolings = ["Transformer", "Pooling"], sorted(path.glob("1_Pooling/config.json"))
     listed = path / "modules.json"
     if listed.is_file():
         modules = read_json(listed, list)

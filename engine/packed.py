@@ -1,6 +1,7 @@
-"""Eq. 1 without padding, for encoding on a CPU: `embed` of gecko.py, all tokens of a batch in one matrix.
+"""Many texts at once: their tokens, batches of like length, and eq. 1 without padding for a CPU.
 
-The same vectors in float32, to the last digits; in bfloat16 near ones, on a CPU that multiplies in it.
+`packed` is `embed` of gecko.py with all tokens of a batch in one matrix: the same vectors in float32, to
+the last digits; in bfloat16 near ones, on a CPU that multiplies in it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,47 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from engine.files import InputError, one_line
 from engine.search import ONEDNN, has_bfloat16
 
 # Shapes: B texts, N tokens of all texts, n tokens of each text of a run, d the model's dimension,
 #         H heads. A run is what stands together and has one length; attention goes run by run.
 
 ATTENTION_BYTES = 4 << 20    # of attention's scores at a time, which stay in a CPU's cache
+
+
+TEXTS_AT_ONCE = 1024         # that are tokenised together, to bound the memory
+CHARS_A_TOKEN = 16           # far more than a token has in the mean
+
+
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[list[list[int]], int, float]:
+    """Token ids of each text, cut at `length`; how many texts were cut; the share of unknown tokens.
+
+    Of a long text only the beginning is tokenised, which has the same first tokens.
+    """
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(length)
+    unknown = tokenizer.token_to_id("[UNK]") or tokenizer.token_to_id("<unk>") or -1
+    tokens: list[list[int]] = []
+    truncated = unknown_tokens = 0
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        part = list(texts[start:start + TEXTS_AT_ONCE])
+        beginnings = [text[:CHARS_A_TOKEN * length] for text in part]
+        encodings = tokenizer.encode_batch_fast(beginnings)
+        for text, beginning, encoding in zip(part, beginnings, encodings, strict=True):
+            # subtle: of blanks, or of one endless word, the beginning may have too few tokens; two more
+            # pieces of this length say that the cut is far behind the tokens that are kept
+            if len(beginning) < len(text) and len(encoding.overflowing) < 2:
+                encoding = tokenizer.encode(text)
+            if not encoding.ids:
+                raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
+            tokens.append(encoding.ids)
+            truncated += bool(encoding.overflowing)
+            unknown_tokens += encoding.ids.count(unknown)
+    return tokens, truncated, unknown_tokens / max(1, sum(map(len, tokens)))
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:

@@ -330,6 +330,23 @@ REFUSED = {
         m, "1_Pooling/config.json", include_prompt=False)), "nor a prompt left out"),
     "pooling's width": (lambda m: (modules(m, "Transformer", "Pooling"), edit(
         m, "1_Pooling/config.json", word_embedding_dimension=99)), "dimension does not fit"),
+    "cut at the left": (lambda m: edit(m, "tokenizer_config.json", truncation_side="left"),
+        "truncation_side 'left'"),
+    "padded at the left": (lambda m: edit(m, "tokenizer_config.json", padding_side="left"),
+        "padding_side 'left'"),
+    "case kept elsewhere": (lambda m: edit(m, "tokenizer_config.json", do_lower_case=False),
+        "do_lower_case False"),
+    "accents kept elsewhere": (lambda m: edit(m, "tokenizer_config.json", strip_accents=False),
+        "strip_accents False"),
+    "han kept whole elsewhere": (lambda m: edit(m, "tokenizer_config.json", tokenize_chinese_chars=False),
+                                 "tokenize_chinese_chars False"),
+    "a token of another file": (lambda m: edit(m, "tokenizer_config.json", added_tokens_decoder={
+        "158": {"content": "[NEW]"}}), "the added token .\\[NEW\\]"),
+    "made for the dot product": (lambda m: (modules(m, "Transformer", "Pooling"), write(
+        m / "config_sentence_transformers.json", {"similarity_fn_name": "dot"})),
+        "similarity_fn_name 'dot' without"),
+    "made for distances": (lambda m: write(m / "config_sentence_transformers.json", {
+        "similarity_fn_name": "manhattan"}), "similarity_fn_name 'manhattan'"),
     "dense": (lambda m: modules(m, "Transformer", "Pooling", "Dense"), "modules Transformer, Pooling, Dense"),
     "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "'../x' is not a name"),
     "modules misshapen": (lambda m: write(m / "modules.json", [1]), "not a readable checkpoint"),

@@ -6,6 +6,7 @@ top-k equals a full stable sort whatever the blocks; a saved model gives the sam
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -184,3 +185,98 @@ def test_load_refuses_weights_of_another_shape(bag, layered, tmp_path):
 def test_sentence_of_no_tokens_is_refused(bag):
     with pytest.raises(files.InputError, match="no tokens"):
         bag.encode(["  "])
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing silent
+
+
+def test_tiny_loses_no_letter():
+    """Letters beyond the alphabet become their bytes: other texts have other tokens, and none is unknown."""
+    letters = [chr(i) for i in range(0x4E00, 0x4E00 + 1500)]
+    model = gecko.tiny(["".join(letters[i:i + 10]) for i in range(0, 1500, 10)] + TEXTS, hidden_size=12)
+    tokens = model.tokens([*letters, "Привет", "নমস্কার", "👋", "\x07"])
+    assert len(set(map(tuple, tokens))) == len(tokens) and model.unknown == 0
+    x = gecko.tiny(TEXTS, hidden_size=64).encode(["北京在哪里", "数学很难", "今天下雨"])
+    assert (x @ x.T)[np.triu_indices(3, 1)].max() < 0.9
+
+
+@pytest.mark.parametrize("call", [
+    lambda m: m.encode("ceiling"), lambda m: m.encode_queries("ceiling"), lambda m: m.encode_passages("ceiling"),
+    lambda m: m.encode_passages(["ceiling"], "T"), lambda m: m.tokens("ceiling")])
+def test_one_text_is_no_list(bag, call):
+    with pytest.raises(TypeError, match="give a list of texts, such as"):
+        call(bag)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 0.0])
+def test_a_vector_that_is_no_number_is_refused(number, bag):
+    """With the text's name; 0 has no direction."""
+    weight = bag.encoder.embeddings["LayerNorm"].weight.data
+    good = weight.clone()
+    try:
+        weight *= number
+        with pytest.raises(files.InputError, match="2 of 2 texts have no finite vector, the first: 'round"):
+            bag.encode(TEXTS[:2])
+    finally:
+        weight.copy_(good)
+
+
+def command(monkeypatch, capsys, *words):
+    """(exit code, stdout, last line of stderr)"""
+    monkeypatch.setattr(sys, "argv", ["gecko.py", *map(str, words)])
+    code = 0
+    try:
+        files.run(gecko.main)
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture
+def saved(bag, tmp_path):
+    gecko.save(bag, tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_the_commands_say_what_was_cut(saved, tmp_path, monkeypatch, capsys):
+    """search and encode, of texts that are too long; an empty passage keeps its row, and is never printed."""
+    files.write_jsonl(tmp_path / "corpus.jsonl", [
+        {"_id": "1", "title": "a", "text": "number " * 900}, {"_id": "2", "title": "", "text": ""},
+        {"_id": "3", "title": "delete a file", "text": ""}])
+    code, out, err = command(monkeypatch, capsys, "search", "round " * 500, "--model", saved)
+    assert code == 0 and "query=1 of 1 texts were cut at 256 tokens" in err
+    assert "passages=1 of 2 texts were cut at 256 tokens" in err
+    assert "1 of 3 passages have neither title nor text" in err and len(out.splitlines()) == 2
+    code, out, _ = command(monkeypatch, capsys, "encode", tmp_path / "corpus.jsonl", tmp_path / "x.npy",
+                           "--passages", "--model", saved)
+    assert code == 0 and "(3, 24); 1 of 2 texts were cut at 256 tokens; 1 empty passages have the vector 0" in out
+    np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "x.npy"), axis=1), [1, 0, 1], atol=1e-6)
+
+
+def test_a_damaged_model_writes_no_vectors(saved, tmp_path, monkeypatch, capsys):
+    model = gecko.load(saved)
+    model.encoder.embeddings["word_embeddings"].weight.data[5:] = np.nan
+    gecko.save(model, saved)
+    files.write_jsonl(tmp_path / "in.jsonl", [{"text": "delete a file"}])
+    words = ("encode", tmp_path / "in.jsonl", tmp_path / "x.npy", "--model", saved)
+    code, _, err = command(monkeypatch, capsys, *words)
+    assert code == 2 and "texts have no finite vector, the first: 'task: question answering" in err
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_encode_writes_whole_or_not_at_all(saved, tmp_path, monkeypatch, capsys):
+    """Queries and passages, in the input's order; a row without text leaves the older output as it was."""
+    rows = [{"query": t, "text": "other"} for t in TEXTS]
+    files.write_jsonl(tmp_path / "in.jsonl", rows)
+    words = ("encode", tmp_path / "in.jsonl", tmp_path / "x.npy", "--model", saved, "--dim", "8")
+    code, out, _ = command(monkeypatch, capsys, *words)
+    assert code == 0 and out.endswith("float32 (16, 8); no text was cut\n")
+    x = np.load(tmp_path / "x.npy")
+    np.testing.assert_array_equal(x, gecko.load(saved).encode_queries(TEXTS, dim=8))
+    files.write_jsonl(tmp_path / "in.jsonl", [*rows, {"query": " "}])
+    code, _, err = command(monkeypatch, capsys, *words)
+    assert code == 2 and 'in.jsonl:17: no query or "text"' in err
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), x)
+    assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "m", "x.npy"}

@@ -97,3 +97,50 @@ def test_precision_and_training_mode(model, monkeypatch):
     model.encode(TEXTS)
     assert model.encoder.training
     model.encoder.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts that are hard to tokenise
+
+
+@pytest.mark.parametrize("text", [
+    "word1 word2 " * 5000, "word1" * 5000, " " * 60_000 + "word3 word4", "x " + "\n" * 9000 + "word5 " * 900,
+    "word1 word2 " * 350, "漢字" * 9000, "\u0301" * 9000 + "word6"],
+    ids=["words", "one word", "blanks first", "blanks inside", "just too long", "han", "marks"])
+def test_a_long_text_has_the_tokens_of_the_whole(model, text):
+    """Its beginning is tokenised first; where that is not enough, all of it."""
+    model.tokenizer.enable_truncation(40)
+    whole = model.tokenizer.encode(text)
+    assert model.tokens([text, "word1"], 40)[0] == whole.ids
+    assert model.truncated == bool(whole.overflowing)
+
+
+def test_only_the_beginning_of_a_long_text_is_tokenised(model, monkeypatch):
+    """A long document costs no more than the tokens that are kept of it."""
+    seen, encode = [], model.tokenizer.encode_batch_fast
+    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 3)
+
+    class Spy:
+        no_padding, enable_truncation = model.tokenizer.no_padding, model.tokenizer.enable_truncation
+        token_to_id, encode = model.tokenizer.token_to_id, None
+
+        def encode_batch_fast(self, texts):
+            seen.append([len(t) for t in texts])
+            return encode(texts)
+
+    packed.tokenise(Spy(), ["word1 " * 10_000] * 4, 32)
+    assert seen == [[16 * 32] * 3, [16 * 32]]
+
+
+def test_unknown_tokens_are_said(tmp_path, capsys, monkeypatch):
+    """A tokenizer that does not know a script: the share is said, by the model and by the command."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "red": 2, "green": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = gecko.tiny(["red green"], hidden_size=12)
+    model = gecko.Gecko(known.encoder, tokenizer, 64, gecko.PLAIN)
+    model.encode(["red green", "北京 上海"])
+    assert model.unknown == 0.5 and model.lost() == "50% of the tokens are unknown to this model's tokenizer"
+    model.encode(["red green"])
+    assert model.lost() == ""
