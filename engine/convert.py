@@ -72,7 +72,7 @@ def without_title(text: str) -> Passage:
 
 def table(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", row) of .jsonl, or of .csv or .tsv with a header; plain or .gz."""
-    ending = Path(path.removesuffix(".gz")).suffix
+    ending = Path(path.removesuffix(".gz")).suffix.lower()
     if ending not in (".csv", ".tsv"):
         yield from read_jsonl(path)
         return
@@ -80,7 +80,7 @@ def table(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path}: no such file; check the path")
     try:
         with open_text(path) as file:
-            text = file.read().removeprefix("\ufeff")                # the byte order mark of a spreadsheet
+            text = file.read()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
     rows = cells(path, text, ",", True) if ending == ".csv" else tsv(path, text)
@@ -147,6 +147,11 @@ def as_text(where: str, value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
     raise InputError(f"{where}: {json.dumps(value)} is no text; give a string")
+
+
+def optional_text(where: str, row: dict[str, Any], name: str) -> str:
+    """The same, where a text may be missing."""
+    return "" if row.get(name) is None else as_text(where, row[name])
 
 
 def as_label(where: str, value: Any) -> str:
@@ -224,11 +229,13 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Ite
             numbers.append(int(cop))
     if first == -1:
         first = first_option(*rows[0], set(numbers))
+    if first not in (0, 1):
+        raise InputError(f"--first {first}: give 0 or 1")
     print(f"  options are counted from {first}: cop {first} is opa")
     for (where, row), number in zip(rows, numbers, strict=True):
         if number not in (-1, *range(first, first + 4)):
             raise InputError(f"{where}: cop {number}, but options are counted from {first}; see --first")
-        options = [as_text(where, row.get(name) or "") for name in ("opa", "opb", "opc", "opd")]
+        options = [optional_text(where, row, name) for name in ("opa", "opb", "opc", "opd")]
         if number == -1 or not options[number - first]:
             left_out["questions without an answer"] += 1
             continue
@@ -265,7 +272,8 @@ def beir(folder: Any, near: dict[str, list[Passage]]) -> Iterator[Row]:
 
 SAME = {"1", "true", "yes", "duplicate", "paraphrase", "equivalent", "entailment"}
 DIFFERENT = {"0", "false", "no", "not_duplicate", "not_paraphrase", "not_equivalent", "not_entailment"}
-LABELS = ("label", "gold_label", "is_duplicate", "score", "similarity", "similarity_score", "relatedness_score")
+LABELS = ("label", "labels", "gold_label", "is_duplicate", "is_paraphrase", "quality", "score", "gold_score",
+          "similarity", "similarity_score", "relatedness_score", "relevance", "grade", "rating")
 QUERIES = ("query", "question", "title", "sentence1", "question1")
 POSITIVES = ("positive", "pos", "answer", "body", "text", "passage", "sentence2", "question2")
 
@@ -276,45 +284,38 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], positive_from: 
     Negatives are kept where a file has them; of rows with a label only those are pairs whose label says so.
     """
     for path in paths:
+        found: dict[str, None] = {}                                  # names of the columns with the label
         for where, row in table(path):
-            if not is_pair(where, row, left_out, positive_from):
+            label = next((name for name in LABELS if name in row), "no column")
+            found[label] = None
+            if label in row and not is_pair(where, label, row[label], positive_from):
+                left_out[f"rows whose {label} says that they are no pair"] += 1
                 continue
             query, name = text_in(where, row, *QUERIES), column(where, row, *POSITIVES)
             positives = sides(where, row[name])
-            against = sides(where, row.get("negative") or row.get("neg") or [])
+            against = sides(where, next((row[key] for key in ("negative", "neg") if row.get(key) is not None), []))
             if not positives:
                 left_out["queries without a positive"] += 1
             for n, positive in enumerate(positives):
                 yield Row(query, positive, rotated(against, n), symmetric=name in ("sentence2", "question2"))
+        print(f"  {path}: {', '.join(found)} says which rows are pairs")
 
 
-def is_pair(where: str, row: dict[str, Any], left_out: Counter[str], positive_from: float) -> bool:
-    """Whether the label of a row, if it has one, says that its texts belong together."""
-    name = next((name for name in LABELS if row.get(name) is not None), "")
-    if not name:
-        return True
-    label = str(row[name]).strip().lower()
-    if not math.isnan(positive_from):
-        kept, reason = as_score(where, name, row[name]) >= positive_from, f"below {positive_from:g}"
-    elif isinstance(row[name], float) or label not in SAME | DIFFERENT:
-        raise InputError(f"{where}: {name} {json.dumps(row[name])} says neither yes nor no; where it is a score, "
+def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:
+    """Whether the label of a row, or its score with `positive_from`, says that its texts belong together."""
+    if math.isnan(positive_from):
+        label = str(value).strip().lower()
+        if label in SAME | DIFFERENT and not isinstance(value, float):
+            return label in SAME
+        raise InputError(f"{where}: {name} {json.dumps(value)} says neither yes nor no; where it is a score, "
                          "give --positive-from X, the score from which on rows are pairs")
-    else:
-        kept, reason = label in SAME, label
-    if not kept:
-        left_out[f"pairs whose {name} is {reason}"] += 1
-    return kept
-
-
-def as_score(where: str, name: str, value: Any) -> float:
-    if not isinstance(value, bool):
-        try:
-            score = float(value)
-            if math.isfinite(score):
-                return score
-        except (TypeError, ValueError):
-            pass
-    raise InputError(f"{where}: {name} {json.dumps(value)} is no number, which --positive-from needs")
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise InputError(f"{where}: {name} {json.dumps(value)} is no number, which --positive-from needs")
+    return score >= positive_from
 
 
 def sides(where: str, value: Any) -> list[Passage]:
@@ -322,8 +323,7 @@ def sides(where: str, value: Any) -> list[Passage]:
     passages = []
     for part in value if isinstance(value, list) else [value]:
         if isinstance(part, dict):
-            title, text = (as_text(where, part.get(key) or "") for key in ("title", "text"))
-            passages.append({"title": title, "text": text})
+            passages.append({key: optional_text(where, part, key) for key in ("title", "text")})
         else:
             passages.append(without_title(as_text(where, part)))
     return passages

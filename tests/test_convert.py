@@ -178,6 +178,9 @@ def test_quoted_tsv_is_known_by_its_header_or_by_a_doubled_quote(tmp_path):
     ("pairs", {"query": "q", "positive": {"title": 3, "text": "b"}}, "3 is no text"),
     ("pairs", {"query": ["q"], "positive": "b"}, '["q"] is no text'),
     ("pairs", {"query": "q", "positive": "b", "neg": [True]}, "true is no text"),
+    ("pairs", {"query": "q", "positive": "b", "negative": False}, "false is no text"),
+    ("pairs", {"query": "q", "positive": {"title": 0, "text": "b"}}, "0 is no text"),
+    ("choice", {"question": "q", "opa": "A", "opb": 0, "opc": "C", "opd": "D", "cop": 0}, "0 is no text"),
     ("classification", {"text": 12, "label": "a"}, "12 is no text"),
     ("classification", {"text": "a", "label": 0.5}, "0.5 is no label"),
     ("classification", {"text": "a", "label": float("nan")}, "NaN is no label"),
@@ -210,21 +213,28 @@ def two_texts(*labels, name="label"):
 def test_a_labelled_pair_is_one_only_where_the_label_says_so(tmp_path, command, name, labels):
     code, out, said = command("pairs", lines(tmp_path / "in.jsonl", *two_texts(*labels, name=name)))
     assert [texts(r) for r in out] == [("a0", "b0", None)] and out[0]["symmetric"]
-    assert f"left out: 1 pairs whose {name} is {str(labels[1]).lower()}" in said
+    assert f"left out: 1 rows whose {name} says that they are no pair" in said
 
 
 @pytest.mark.parametrize("name, label", [("label", 0.4), ("score", 3.8), ("label", "maybe"), ("score", "4.75"),
-                                         ("label", 5), ("similarity_score", 1.0), ("label", "contradiction")])
+                                         ("label", 5), ("similarity_score", 1.0), ("label", None),
+                                         ("label", "contradiction"), ("labels", ""), ("quality", -1)])
 def test_a_score_or_an_unknown_label_is_refused(tmp_path, command, name, label):
     code, out, said = command("pairs", lines(tmp_path / "in.jsonl", *two_texts(label, name=name)))
     assert (code, out) == (2, None) and f"in.jsonl:1: {name} {json.dumps(label)} says neither" in said
     assert "--positive-from X" in said
 
 
+def test_what_was_taken_for_the_label_is_said(tmp_path, command):
+    for name, said in (("is_duplicate", "is_duplicate"), ("something", "no column")):
+        path = lines(tmp_path / "in.jsonl", *two_texts(1, name=name))
+        assert f"in.jsonl: {said} says which rows are pairs" in command("pairs", path)[2]
+
+
 def test_a_score_needs_the_threshold_from_which_on_two_texts_are_a_pair(tmp_path, command):
     path = lines(tmp_path / "in.jsonl", *two_texts(5.0, "4.0", 3.99, 0, name="score"))
     code, out, said = command("pairs", path, "--positive-from", "4")
-    assert [r["query"] for r in out] == ["a0", "a1"] and "left out: 2 pairs whose score is below 4" in said
+    assert [r["query"] for r in out] == ["a0", "a1"] and "left out: 2 rows whose score says" in said
     for wrong in (float("nan"), True, "high"):
         path = lines(tmp_path / "in.jsonl", *two_texts(wrong, name="score"))
         code, out, said = command("pairs", path, "--positive-from", "4")
@@ -264,6 +274,8 @@ def test_a_numbering_that_the_file_does_not_tell_is_asked_for(tmp_path, command,
     for first in (0, 1):
         _, out, _ = command("choice", path, "--first", first)
         assert [r["positive"]["text"] for r in out] == ["ABCD"[row["cop"] - first] for row in rows]
+    code, out, said = command("choice", path, "--first", 2)
+    assert (code, out) == (2, None) and "--first 2: give 0 or 1" in said
 
 
 def test_numbers_of_both_countings_in_one_file_are_refused(tmp_path, command):
@@ -373,4 +385,4 @@ def test_nothing_is_written_where_no_record_can_be_made(tmp_path, command):
 def test_rows_that_are_labelled_as_different_are_counted(tmp_path):
     left_out = Counter()
     path = lines(tmp_path / "in.jsonl", *two_texts(0, 1, 0))
-    assert len(list(labelled_pairs([path], left_out))) == 1 and left_out == {"pairs whose label is 0": 2}
+    assert len(list(labelled_pairs([path], left_out))) == 1 and left_out.total() == 2
