@@ -1,29 +1,24 @@
 """Publishers' files -> plain rows, from which data.py makes records.
 
-Nothing is guessed: a text is a JSON string, a label a string, a whole number or a boolean; a table's rows have
-the header's width; what cannot be read one way only is refused with file:line, and `left_out` counts, by the
-reason, what no row was made of.
+What cannot be read one way only is refused with file:line; `left_out` counts, by the reason, what no row was
+made of.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.files import InputError, first_line, open_text, read_jsonl
+from engine.files import InputError
+from engine.table import as_text, column, label_in, optional_text, read_table, text_in
 
 Passage = dict[str, str]                    # {"title", "text"}, of a corpus with "_id"
-Cells = Iterator[tuple[str, list[str]]]     # ("file:line", the cells of a table's row)
 
 
 class Row(NamedTuple):
@@ -67,111 +62,6 @@ def without_title(text: str) -> Passage:
 
 
 # --------------------------------------------------------------------------------------------------
-# Tables, and the values in them
-
-
-def table(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", row) of .jsonl, or of .csv or .tsv with a header; plain or .gz."""
-    ending = Path(path.removesuffix(".gz")).suffix.lower()
-    if ending not in (".csv", ".tsv"):
-        yield from read_jsonl(path)
-        return
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    try:
-        with open_text(path) as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
-    rows = cells(path, text, ",", True) if ending == ".csv" else tsv(path, text)
-    _, header = next(rows, ("", []))
-    if len(set(header)) < len(header) or not header:
-        raise InputError(f"{path}:1: two columns of one name, or none; give each column of the header its own")
-    for where, row in rows:
-        yield where, dict(zip(header, row, strict=True))
-
-
-def cells(path: str, text: str, delimiter: str, quoted: bool) -> Cells:
-    """The rows of a table, all of the header's width; an InputError names the line where a row begins."""
-    csv.field_size_limit(2 ** 31 - 1)                                # a cell may hold a document
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-                        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
-    width = line = 0
-    try:
-        for row in reader:
-            where, line = f"{path}:{line + 1}", reader.line_num
-            if row:                                                  # not a blank line
-                width = width or len(row)
-                if len(row) != width:
-                    raise InputError(f"{where}: {len(row)} columns where the header has {width}; put a text "
-                                     f"that holds a {'tab' if delimiter != ',' else 'comma'} in double quotes")
-                yield where, row
-    except csv.Error as error:
-        raise InputError(f"{path}:{line + 1}: {error}; close each quote, and double those within a text"
-                         ) from error
-
-
-def tsv(path: str, text: str) -> Cells:
-    """TSV as pandas writes it (quoted where needed) or as GLUE does (quotes are part of a text): the file decides.
-
-    subtle: a file that both ways read is quoted if its header is, or if a quoted cell has a doubled quote in it.
-    """
-    if '"' not in text:
-        yield from cells(path, text, "\t", False)
-        return
-    errors: dict[bool, InputError] = {}
-    for quoted in (True, False):
-        try:
-            for _ in cells(path, text, "\t", quoted):
-                pass
-        except InputError as error:
-            errors[quoted] = error
-    if len(errors) == 2:
-        raise InputError(f"{errors[True]} (read as unquoted: {errors[False]})")
-    doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|\r?$)', text, re.M)
-    quoted = False in errors or True not in errors and (text.startswith('"') or doubled is not None)
-    print(f"  {path}: read as {'quoted' if quoted else 'unquoted'} TSV")
-    yield from cells(path, text, "\t", quoted)
-
-
-def column(where: str, row: dict[str, Any], *names: str) -> str:
-    """The first of these columns that the row has and that is not blank."""
-    for name in names:
-        if row.get(name) not in (None, "") and str(row[name]).strip():
-            return name
-    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
-
-
-def as_text(where: str, value: Any) -> str:
-    """A text of a file is a string: no number, null or list is made one."""
-    if isinstance(value, str):
-        return value.strip()
-    raise InputError(f"{where}: {json.dumps(value)} is no text; give a string")
-
-
-def optional_text(where: str, row: dict[str, Any], name: str) -> str:
-    """The same, where a text may be missing."""
-    return "" if row.get(name) is None else as_text(where, row[name])
-
-
-def as_label(where: str, value: Any) -> str:
-    """A label is a string, a whole number or a boolean; 1 and "1" are one label."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int):
-        return str(value).strip()
-    raise InputError(f"{where}: {json.dumps(value)} is no label; give a string or a whole number")
-
-
-def text_in(where: str, row: dict[str, Any], *names: str) -> str:
-    return as_text(where, row[column(where, row, *names)])
-
-
-def label_in(where: str, row: dict[str, Any], *names: str) -> str:
-    return as_label(where, row[column(where, row, *names)])
-
-
-# --------------------------------------------------------------------------------------------------
 # The publishers' files
 
 
@@ -179,7 +69,7 @@ def labelled(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     """Texts and their labels."""
     texts, labels = [], []
     for path in paths:
-        for where, row in table(path):
+        for where, row in read_table(path):
             texts.append(text_in(where, row, "text", "sentence", "utterance"))
             labels.append(label_in(where, row, "label", "category", "intent"))
     return texts, labels
@@ -192,7 +82,7 @@ def nli(paths: Iterable[str], left_out: Counter[str]) -> Iterator[Row]:
     """SNLI, MNLI and their like: a premise, what it entails, what contradicts it."""
     premises: dict[str, dict[str, list[str]]] = {}
     for path in paths:
-        for where, row in table(path):
+        for where, row in read_table(path):
             label = label_in(where, row, "gold_label", "label").lower()
             label = NLI.get(label, label)
             if label in ("-", "-1"):
@@ -221,7 +111,7 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Ite
     """MedMCQA: question, options opa to opd, and cop, the number of the right one, counted from `first`."""
     rows, numbers = [], []
     for path in paths:
-        for where, row in table(path):
+        for where, row in read_table(path):
             cop = label_in(where, row, "cop")
             if not re.fullmatch("-1|[0-4]", cop):
                 raise InputError(f"{where}: cop {cop!r}; give the number of the right option, or -1 for none")
@@ -285,7 +175,7 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], positive_from: 
     """
     for path in paths:
         found: dict[str, None] = {}                                  # names of the columns with the label
-        for where, row in table(path):
+        for where, row in read_table(path):
             label = next((name for name in LABELS if name in row), "no column")
             found[label] = None
             if label in row and not is_pair(where, label, row[label], positive_from):

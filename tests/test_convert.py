@@ -1,8 +1,8 @@
 """engine/convert.py: publishers' files -> rows.   pytest tests/test_convert.py
 
-Invariants: a text is a string of the file and a label one of its labels; a table's row has the header's width;
-what cannot be read one way only is refused with file:line, in one line, and nothing is written; what is left out
-is counted and said; a right answer is never the hard negative of the same query.
+Invariants: a text is a string of the file and a label one of its labels; what cannot be read
+one way only is refused with file:line, in one line, and nothing is written; what is left out is counted and
+said; a right answer is never the hard negative of the same query.
 """
 
 import gzip
@@ -15,8 +15,7 @@ import pytest
 
 import data
 from engine import files
-from engine.convert import Row, contrasted, labelled, labelled_pairs, table
-from engine.files import InputError
+from engine.convert import Row, contrasted, labelled, labelled_pairs
 from gecko import save, tiny
 
 
@@ -110,61 +109,6 @@ def test_pairs_of_several_publishers(tmp_path, command):
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command, kind, row, message):
     code, out, said = command(kind, lines(tmp_path / "in.jsonl", row))
     assert (code, out) == (2, None) and message in said and "\n" not in said.strip()
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
-
-
-def test_tables_of_spreadsheets_and_broken_archives(tmp_path):
-    """A byte order mark is no part of the first column's name; a cut or spoiled .gz is named."""
-    (tmp_path / "t.csv").write_bytes(b"\xef\xbb\xbflabel,text\r\nx,a\r\n")
-    assert [row for _, row in table(str(tmp_path / "t.csv"))] == [{"label": "x", "text": "a"}]
-    whole = gzip.compress("".join(f"{i * i},some text {i * 7919}\n" for i in range(999)).encode())
-    for spoiled in (whole[:200], whole[:90] + bytes([255] * 60) + whole[150:], b"label,text\n"):
-        (tmp_path / "t.csv.gz").write_bytes(spoiled)
-        with pytest.raises(InputError, match="t.csv.gz: unreadable"):
-            list(table(str(tmp_path / "t.csv.gz")))
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("comma.csv", "text,label\nfine,ok\nPaid, but nothing came,money\n", ":3: 3 columns where the header has 2"),
-    ("short.csv", "text,label\nfine\n", ":2: 1 columns where the header has 2"),
-    ("open.csv", 'text,label\n"never closed,a\nb,c\nd,e\n', ":2: unexpected end of data"),
-    ("swallowed.csv", 'text,label\n"never closed,a\nb,c\n"d",e\n', ":2: ',' expected after '\"'"),
-    ("tab.tsv", "text\tlabel\nfine\tok\na\tb\tc\n", ":3: 3 columns where the header has 2"),
-    ("twice.csv", "text,text\na,b\n", ":1: two columns of one name"),
-    ("empty.csv", "", ":1: two columns of one name, or none")])
-def test_a_row_that_is_not_as_wide_as_the_header_is_refused(tmp_path, command, name, content, message):
-    (tmp_path / name).write_text(content)
-    code, out, said = command("classification", tmp_path / name)
-    assert (code, out) == (2, None) and name + message in said and "\n" not in said.strip()
-
-
-HARD = ['say "hi" to him', 'a "quoted" one', "two\nlines", "a\ttab", 'ends with "', "plain", '"whole"', 'x, y']
-
-
-def test_tsv_as_pandas_writes_it_reads_right(tmp_path, command):
-    """Quoted where needed, quotes doubled, line breaks and tabs within quotes."""
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame({"text": HARD, "label": [i % 2 for i in range(len(HARD))]})
-    frame.to_csv(tmp_path / "t.tsv", sep="\t", index=False)
-    assert [row["text"] for _, row in table(str(tmp_path / "t.tsv"))] == HARD
-    assert "read as quoted TSV" in command("classification", tmp_path / "t.tsv")[2]
-
-
-@pytest.mark.parametrize("kept", [HARD[:2] + HARD[4:], ['"whole"', "plain"], ['"I did."', 'He said "no'], ["x"]])
-def test_tsv_as_glue_writes_it_keeps_its_quotes(tmp_path, kept, capsys):
-    lines(tmp_path / "t.tsv", "text\tlabel", *(f"{text}\t{i % 2}" for i, text in enumerate(kept)))
-    assert [row["text"] for _, row in table(str(tmp_path / "t.tsv"))] == kept
-    assert ("read as unquoted TSV" in capsys.readouterr().out) == any('"' in text for text in kept)
-
-
-def test_quoted_tsv_is_known_by_its_header_or_by_a_doubled_quote(tmp_path):
-    lines(tmp_path / "t.tsv", '"text"\t"label"', '"a"\t"x"')
-    assert [row for _, row in table(str(tmp_path / "t.tsv"))] == [{"text": "a", "label": "x"}]
-    lines(tmp_path / "t.tsv", "text\tlabel", '"say ""hi"""\tx')
-    assert [row for _, row in table(str(tmp_path / "t.tsv"))] == [{"text": 'say "hi"', "label": "x"}]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
 from data import classification_triples  # noqa: E402
-from engine.convert import table  # noqa: E402
+from engine.table import read_table  # noqa: E402
 from gecko import Gecko, load, truncate_dim  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -30,7 +30,7 @@ def study(a: argparse.Namespace) -> None:
     """
     def read(name: str) -> tuple[list[str], list[str]]:
         path = next(p for p in sorted(Path(a.data).iterdir()) if p.name.startswith(name + "."))
-        rows = [row for _, row in table(str(path))]
+        rows = [row for _, row in read_table(str(path))]
         rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:a.limit or None]]
         return [r["text"] for r in rows], [str(r["label"]) for r in rows]
 

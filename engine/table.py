@@ -1,0 +1,125 @@
+"""Tables of texts and labels: .jsonl, .csv and .tsv with a header, plain or .gz.
+
+Nothing is guessed: each row has the header's width, a text is a string, a label a string, a whole number or a
+boolean. What cannot be read one way only is refused with file:line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.files import InputError, first_line, open_text, read_jsonl
+
+Cells = Iterator[tuple[str, list[str]]]     # ("file:line", the cells of a row)
+
+
+def read_table(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", row) of .jsonl, or of .csv or .tsv with a header; plain or .gz."""
+    ending = Path(path.removesuffix(".gz")).suffix.lower()
+    if ending not in (".csv", ".tsv"):
+        yield from read_jsonl(path)
+        return
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; check the path")
+    try:
+        with open_text(path) as file:
+            text = file.read()
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
+    rows = cells(path, text, ",", True) if ending == ".csv" else tsv(path, text)
+    _, header = next(rows, ("", []))
+    if len(set(header)) < len(header) or not header:
+        raise InputError(f"{path}:1: two columns of one name, or none; give each column of the header its own")
+    for where, row in rows:
+        yield where, dict(zip(header, row, strict=True))
+
+
+def cells(path: str, text: str, delimiter: str, quoted: bool) -> Cells:
+    """The rows of a table, all of the header's width; an InputError names the line where a row begins."""
+    csv.field_size_limit(2 ** 31 - 1)                                # a cell may hold a document
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+                        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    width = line = 0
+    try:
+        for row in reader:
+            where, line = f"{path}:{line + 1}", reader.line_num
+            if row:                                                  # not a blank line
+                width = width or len(row)
+                if len(row) != width:
+                    raise InputError(f"{where}: {len(row)} columns where the header has {width}; put a text "
+                                     f"that holds a {'tab' if delimiter != ',' else 'comma'} in double quotes")
+                yield where, row
+    except csv.Error as error:
+        raise InputError(f"{path}:{line + 1}: {error}; close each quote, and double those within a text"
+                         ) from error
+
+
+def tsv(path: str, text: str) -> Cells:
+    """TSV as pandas writes it (quoted where needed) or as GLUE does (quotes are part of a text): the file decides.
+
+    subtle: a file that both ways read is quoted if its header is, or if a quoted cell has a doubled quote in it.
+    """
+    if '"' not in text:
+        yield from cells(path, text, "\t", False)
+        return
+    errors: dict[bool, InputError] = {}
+    for quoted in (True, False):
+        try:
+            for _ in cells(path, text, "\t", quoted):
+                pass
+        except InputError as error:
+            errors[quoted] = error
+    if len(errors) == 2:
+        raise InputError(f"{errors[True]} (read as unquoted: {errors[False]})")
+    doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|\r?$)', text, re.M)
+    quoted = False in errors or True not in errors and (text.startswith('"') or doubled is not None)
+    print(f"  {path}: read as {'quoted' if quoted else 'unquoted'} TSV")
+    yield from cells(path, text, "\t", quoted)
+
+
+# --------------------------------------------------------------------------------------------------
+# The values of a row
+
+
+def column(where: str, row: dict[str, Any], *names: str) -> str:
+    """The first of these columns that the row has and that is not blank."""
+    for name in names:
+        if row.get(name) not in (None, "") and str(row[name]).strip():
+            return name
+    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
+
+
+def as_text(where: str, value: Any) -> str:
+    """A text of a file is a string: no number, null or list is made one."""
+    if isinstance(value, str):
+        return value.strip()
+    raise InputError(f"{where}: {json.dumps(value)} is no text; give a string")
+
+
+def optional_text(where: str, row: dict[str, Any], name: str) -> str:
+    """The same, where a text may be missing."""
+    return "" if row.get(name) is None else as_text(where, row[name])
+
+
+def as_label(where: str, value: Any) -> str:
+    """A label is a string, a whole number or a boolean; 1 and "1" are one label."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int):
+        return str(value).strip()
+    raise InputError(f"{where}: {json.dumps(value)} is no label; give a string or a whole number")
+
+
+def text_in(where: str, row: dict[str, Any], *names: str) -> str:
+    return as_text(where, row[column(where, row, *names)])
+
+
+def label_in(where: str, row: dict[str, Any], *names: str) -> str:
+    return as_label(where, row[column(where, row, *names)])
