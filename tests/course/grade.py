@@ -16,15 +16,19 @@ import argparse
 import ast
 import builtins
 import csv
+import functools
 import io
 import json
 import multiprocessing
 import os
+import random
+import symtable
 import sys
 import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,19 +38,21 @@ import make_course  # noqa: E402
 from make_course import BODY, POINTS, ROOT, InputError, exercises, graders, run  # noqa: E402
 
 LIBRARIES = {"torch", "numpy", "math", "random", "itertools", "functools", "collections", "heapq", "bisect",
-             "statistics", "typing", "torch.nn.functional", "__future__"}
+             "statistics", "torch.nn.functional", "__future__"}
 MODULES = {"torch", "F", "np", "math", "random", "itertools", "functools", "Tensor", "Sequence", "Callable", "Any"}
 NO_BUILTINS = {"eval", "exec", "compile", "open", "input", "globals", "locals", "vars", "dir", "getattr", "setattr",
                "delattr", "breakpoint", "exit", "quit", "help", "type", "object", "super", "copyright", "credits",
                "license", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "BaseException"}
-# Attributes of the libraries above that lead to files, processes, other modules, frames, or change how they work.
-NO_ATTRIBUTES = {"os", "sys", "inspect", "importlib", "builtins", "subprocess", "multiprocessing",
-                 "distributed", "load", "save", "savez", "savez_compressed", "loadtxt", "savetxt", "genfromtxt",
-                 "fromfile", "tofile", "from_file", "memmap", "hub", "utils", "ops", "classes", "library",
-                 "overrides", "jit", "compile", "export", "onnx", "package", "fx", "testing", "lib",
-                 "ctypeslib", "f2py", "dump", "warnings", "gi_frame", "gi_code", "cr_frame", "ag_frame",
-                 "tb_frame", "f_back", "f_globals", "f_locals", "f_builtins", "register_hook", "torch", "types",
-                 "futures"}
+# Attributes that lead to files, processes, frames and strings that are run, or that change how others work. Beside
+# these, every name of a module that torch or numpy has imported, but for SUBMODULES.
+NO_ATTRIBUTES = {"load", "loads", "save", "savez", "savez_compressed", "loadtxt", "savetxt", "genfromtxt",
+                 "fromregex", "fromfile", "tofile", "from_file", "memmap", "open_memmap", "dump", "dumps",
+                 "ctypes", "compile", "gi_frame", "gi_code", "cr_frame", "ag_frame", "tb_frame", "f_back",
+                 "f_globals", "f_locals", "f_builtins", "register_hook", "singledispatch",
+                 "singledispatchmethod", "get_type_hints"}
+SUBMODULES = {"nn", "functional", "linalg", "fft", "special", "autograd", "random", "math", "functools",
+              "itertools", "collections", "array", "cond", "dropout", "fold", "linear", "sparse", "vmap",
+              "while_loop"}
 STORES = {"grad", "requires_grad", "data"}              # the attributes that a body may set
 
 
@@ -103,33 +109,37 @@ def transplanted(solved: str, n: int, new: str) -> str:
 # What a body may name
 
 
-def inside(text: str, n: int) -> tuple[ast.FunctionDef, list[ast.AST]]:
-    """The function that holds exercise n, and all nodes between the marks."""
+def inside(text: str, n: int) -> tuple[int, list[ast.AST]]:
+    """The first line of the function that holds exercise n, and all nodes between the marks."""
     match = next(match for match in BODY.finditer(text) if int(match[2]) == n)
-    first, last = (text.count("\n", 0, match.start(4)) + 1, text.count("\n", 0, match.end(4)) + 1)
-    functions = [f for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)
-                 and f.lineno < first <= (f.end_lineno or 0)]
-    nodes = [node for node in ast.walk(min(functions, key=lambda f: f.lineno))
-             if first <= getattr(node, "lineno", 0) < last]
-    return max(functions, key=lambda f: f.lineno), nodes
+    first, last = text.count("\n", 0, match.start(4)) + 1, text.count("\n", 0, match.end(4)) + 1
+    nodes = list(ast.walk(ast.parse(text)))
+    functions = [f for f in nodes if isinstance(f, ast.FunctionDef) and f.lineno < first <= (f.end_lineno or 0)]
+    return min(f.lineno for f in functions), [node for node in nodes if first <= getattr(node, "lineno", 0) < last]
 
 
-def local_names(function: ast.AST) -> set[str]:
-    names = set()
-    for node in ast.walk(function):
-        if isinstance(node, ast.arg):
-            names.add(node.arg)
-        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ExceptHandler)) and node.name:
-            names.add(node.name)
-        elif isinstance(node, ast.alias):
-            names.add((node.asname or node.name).split(".")[0])
-    return names
+def global_names(text: str, line: int) -> set[str]:
+    """The names that the function at this line, and all functions in it, take from outside."""
+    def tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+        yield table
+        for child in table.get_children():
+            yield from tables(child)
+
+    function = next(table for table in tables(symtable.symtable(text, "hand-in", "exec"))
+                    if table.get_type() == "function" and table.get_lineno() == line)
+    return {symbol.get_name() for table in tables(function) for symbol in table.get_symbols() if symbol.is_global()}
 
 
-def loaded(nodes: list[ast.AST]) -> set[str]:
-    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+@functools.cache
+def forbidden() -> set[str]:
+    """Attributes that no body may use: what is listed, and modules, less those that are a tensor's methods too."""
+    import numpy as np
+    import torch
+
+    theirs = {"torch", "numpy"} | sys.stdlib_module_names
+    modules = {part for name in sys.modules if name.split(".")[0] in theirs for part in name.split(".")}
+    methods = {*dir(torch.Tensor), *dir(np.ndarray), *dir(list), *dir(dict), *dir(str), *dir(random.Random)}
+    return (modules - methods - SUBMODULES) | NO_ATTRIBUTES
 
 
 def flags(text: str, n: int) -> list[str]:
@@ -137,28 +147,27 @@ def flags(text: str, n: int) -> list[str]:
 
     The libraries and the helpers that the solution itself uses are free.
     """
-    module = exercises()[n][0]
-    reference, nodes = inside((ROOT / module).read_text(encoding="utf-8"), n)
-    free = MODULES | loaded(nodes) | {reference.name}
-    function, nodes = inside(text, n)
-    known = free | local_names(function) | (set(dir(builtins)) - NO_BUILTINS)
+    solved = (ROOT / exercises()[n][0]).read_text(encoding="utf-8")
+    free = MODULES | global_names(solved, inside(solved, n)[0]) | {exercises()[n][1]}
+    free |= {name for name in dir(builtins) if not name.startswith("_")} - NO_BUILTINS
+    line, nodes = inside(text, n)
     found = [f"names {name}, which is not defined between the marks and not among the exercise's helpers"
-             for name in sorted(loaded(nodes) - known)]
+             for name in sorted(global_names(text, line) - free)]
     for node in nodes:
+        names: list[str] = []
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
             libraries = names if isinstance(node, ast.Import) else [node.module or ""]
             found += [f"imports {name}" for name in libraries if name not in LIBRARIES]
-            found += [f"imports {name}" for name in names if name in NO_ATTRIBUTES or name.startswith("_")]
         elif isinstance(node, ast.Attribute):
-            if node.attr in NO_ATTRIBUTES or node.attr.startswith("_"):
-                found.append(f"uses .{node.attr}")
+            names = [node.attr]
             if not isinstance(node.ctx, ast.Load) and node.attr not in STORES:
                 found.append(f"sets .{node.attr}")
         elif isinstance(node, ast.MatchClass):
-            found += [f"uses .{name}" for name in node.kwd_attrs if name in NO_ATTRIBUTES or name.startswith("_")]
+            names = node.kwd_attrs
         elif isinstance(node, (ast.ClassDef, ast.Global, ast.AsyncFunctionDef)):
             found.append(f"has a {type(node).__name__.removesuffix('Def').lower()} statement")
+        found += [f"uses {name}" for name in names if name.startswith("_") or name in forbidden() - LIBRARIES]
     return list(dict.fromkeys(found))
 
 
