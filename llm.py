@@ -47,7 +47,7 @@ from engine.files import (
     run,
     say,
 )
-from engine.kept import write_kept
+from engine.kept import blocks_of_same, count_calls, write_kept
 from engine.local import Local
 from engine.offline import Offline, similarity
 from engine.replies import first_token_log_prob
@@ -396,91 +396,78 @@ def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence
     Yields FRet records in the order of queries, or {"_id", "failed"} where a score is missing. `negative`
     is relabel's. The LLM is given about `block` queries at a time.
     """
-    scorers = {"ql": llm.query_likelihood, "rc": llm.relevance}
+    rankings = {"ql": llm.query_likelihood, "rc": llm.relevance}
     passages = {p["_id"]: p for p in corpus}
-    index = {p["_id"]: i for i, p in enumerate(corpus)}
     C = embedder.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])  # (|C|, d)
     finished: dict[int, Record] = {}
     following = 0                                                    # the next place in queries to yield
-    for places in query_blocks(queries, block):
+    # rows that ask the same stand in one block, for `labelled` compares them
+    for places in blocks_of_same(queries, "query", block):
         rows = [queries[n] for n in places]
         q = embedder.encode([format_query(row["query"], row["task"], embedder.formats)
                              for row in rows])                       # (rows, d)
         _, nearest = topk(q, C, N)                                   # (rows, N) places in C
-        pairs: list[Pair] = []                                       # rows * N
+        pairs = []                                                   # rows * N of (q, p)
         for row, near in zip(rows, nearest.tolist(), strict=True):
-            pairs += [(row["query"], corpus[i]) for i in ensure_seed(near, index[row["seed_id"]])]
-        scores = {name: scorers[name](pairs) for name in rank.split(",")}  # rows * N of each
-        scored = []
-        for n, row in enumerate(rows):
-            own = slice(n * N, (n + 1) * N)
-            scored.append(scored_row(row, pairs[own], {name: values[own] for name, values in scores.items()}))
-        records = iter(labelled([row for row in scored if "failed" not in row], passages, "p1", negative, seed))
-        for n, row in zip(places, scored, strict=True):
-            finished[n] = row if "failed" in row else next(records)
+            for key in ensure_seed([corpus[i]["_id"] for i in near], row["seed_id"]):
+                pairs.append((row["query"], passages[key]))
+        scores = {name: rankings[name](pairs) for name in rank.split(",")}  # rows * N of each
+        scored = scored_rows(rows, pairs, scores)
+        finished |= zip(places, labelled(scored, passages, "p1", negative, seed), strict=True)
         while following in finished:
             yield finished.pop(following)
             following += 1
 
 
-def query_blocks(queries: Sequence[Record], block: int) -> Iterator[list[int]]:
-    """Places in queries, at least `block` at a time, and all rows that ask the same together."""
-    same: dict[str, list[int]] = {}
-    for n, row in enumerate(queries):
-        same.setdefault(row["query"], []).append(n)
-    places: list[int] = []
-    for group in same.values():
-        places += group
-        if len(places) >= block:
-            yield places
-            places = []
-    if places:
-        yield places
-
-
-def ensure_seed(nearest: list[int], seed: int) -> list[int]:
-    """The candidates by their places in C, p_seed among them."""
+def ensure_seed(nearest: list[Any], seed: Any) -> list[Any]:
+    """The N candidates, p_seed among them."""
     return nearest if seed in nearest else nearest[:-1] + [seed]
 
 
-def scored_row(row: Record, pairs: Sequence[Pair], scores: dict[str, Scores]) -> Record:
-    """A query with its candidates, their scores and R; {"_id", "failed"} where a score is missing."""
-    if any(None in values for values in scores.values()):
-        return {"_id": row["_id"], "failed": "a score is missing: an LLM call failed"}
-    R = rrf(*scores.values())  # type: ignore[arg-type]
-    candidates = []
-    for i, (_, p) in enumerate(pairs):
-        candidate: dict[str, Any] = {"id": p["_id"], "ql": None, "rc": None}
-        for name, values in scores.items():
-            candidate[name] = values[i]
-        candidates.append(candidate | {"R": R[i]})
-    return {**row, "rank": ",".join(scores), "candidates": candidates}
+def scored_rows(rows: Sequence[Record], pairs: Sequence[Pair], scores: dict[str, Scores]) -> list[Record]:
+    """Queries with their candidates, scores and R; {"_id", "failed"} where a score is missing."""
+    N = len(pairs) // len(rows)
+    scored = []
+    for n, row in enumerate(rows):
+        own = slice(n * N, (n + 1) * N)
+        columns = [values[own] for values in scores.values()]
+        if any(None in column for column in columns):
+            scored.append({"_id": row["_id"], "failed": "a score is missing: an LLM call failed"})
+            continue
+        R = rrf(*columns)  # type: ignore[arg-type]
+        candidates = []
+        for i, (_, p) in enumerate(pairs[own]):
+            candidate: dict[str, Any] = {"id": p["_id"], "ql": None, "rc": None}
+            candidate |= {name: values[own][i] for name, values in scores.items()}
+            candidates.append(candidate | {"R": R[i]})
+        scored.append({**row, "rank": ",".join(scores), "candidates": candidates})
+    return scored
 
 
 def labelled(rows: Sequence[Record], passages: dict[str, Passage], positive: str, negative: str,
              seed: int = 0) -> list[Record]:
-    """FRet records out of scored rows, which a FRet file keeps: the rows of Table 3, with no LLM call.
+    """FRet records out of scored rows, such as a FRet file keeps: the rows of Table 3, with no LLM call.
 
     positive: "seed" or "p1"; negative: "none", "sampled" or "last". Where rows ask the same, the seed and
     the positive of one are no hard negative of another: they answer its query too.
     """
-    first = []                                                       # the place of p+ among the candidates
-    right = []                                                       # the texts that the row itself says are right
     answers: dict[str, Counter[str]] = {}                            # query -> in how many rows a text is right
     for row in rows:
-        ids, texts, R = candidates_of(row, passages)
-        p_seed = ids.index(row["seed_id"])
-        p_pos = p_seed if positive == "seed" else relabel(R, texts, "none")[0]
-        first.append(p_pos)
-        right.append({texts[p_seed], texts[p_pos]})
-        answers.setdefault(row["query"], Counter()).update(right[-1])
+        if "failed" not in row:
+            answers.setdefault(row["query"], Counter()).update(right_texts(row, passages, positive))
     records = []
-    for row, p_pos, own in zip(rows, first, right, strict=True):
-        ids, texts, R = candidates_of(row, passages)
-        elsewhere = {text for text in texts if answers[row["query"]][text] > (text in own)}
+    for row in rows:
+        if "failed" in row:
+            records.append(row)
+            continue
+        ids = [candidate["id"] for candidate in row["candidates"]]
+        R = [candidate["R"] for candidate in row["candidates"]]
+        texts = [passages[key]["text"] for key in ids]
+        positive_id = chosen_positive(row, positive)
+        elsewhere = answers[row["query"]] - Counter(right_texts(row, passages, positive))
         rng = random.Random(f"{seed} {row['_id']}")
-        _, p_neg = relabel(R, texts, negative, rng, p_pos, elsewhere)
-        positive_id, negative_id = ids[p_pos], None if p_neg is None else ids[p_neg]
+        _, p_neg = relabel(R, texts, negative, rng, ids.index(positive_id), elsewhere)
+        negative_id = None if p_neg is None else ids[p_neg]
         records.append(record(
             row["task"], row["query"], side(passages[positive_id]),
             None if negative_id is None else side(passages[negative_id]), _id=row["_id"], kind=row["kind"],
@@ -489,10 +476,18 @@ def labelled(rows: Sequence[Record], passages: dict[str, Passage], positive: str
     return records
 
 
-def candidates_of(row: Record, passages: dict[str, Passage]) -> tuple[list[str], list[str], list[float]]:
-    """Ids, texts and R of a scored row's candidates."""
+def chosen_positive(row: Record, positive: str) -> str:
+    """The id of p_seed, or of p_1."""
+    if positive == "seed":
+        return row["seed_id"]
     ids = [candidate["id"] for candidate in row["candidates"]]
-    return ids, [passages[key]["text"] for key in ids], [candidate["R"] for candidate in row["candidates"]]
+    p_pos, _ = relabel([candidate["R"] for candidate in row["candidates"]], ids, "none")
+    return ids[p_pos]
+
+
+def right_texts(row: Record, passages: dict[str, Passage], positive: str) -> set[str]:
+    """The passages that answer the query as this row has it: its seed and its positive."""
+    return {passages[key]["text"] for key in (row["seed_id"], chosen_positive(row, positive))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -557,23 +552,6 @@ def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
             check_output(output, *inputs, *outputs[n + 1:])
 
 
-def write(path: str, rows: Iterator[Record], total: int, what: str, llm: LLM) -> Counter[str]:
-    """Write what the LLM makes; however it ends, say what was spent."""
-    try:
-        return write_kept(path, rows, total, what)
-    finally:
-        if isinstance(llm, LanguageModel):
-            print(llm.report())
-
-
-def count_calls(rows: Iterator[Record], what: str, llm: LLM) -> None:
-    """A dry run: what would be asked."""
-    for _ in rows:
-        pass
-    if isinstance(llm, LanguageModel):
-        print(f"{what}: {llm.report()}")
-
-
 def probe_command(args: argparse.Namespace) -> None:
     at_least(0.001, timeout=args.timeout)
     start = time.monotonic()
@@ -614,7 +592,7 @@ def generate_command(args: argparse.Namespace) -> None:
     rows = generate(llm, corpus, limit, o.seed)
     if o.dry_run:
         return count_calls(rows, "generate", llm)
-    write(args.queries, rows, limit, "generate", llm)
+    write_kept(args.queries, rows, limit, "generate", llm)
     print(f"next: python train.py prefinetune {args.queries} --init tiny --out runs/retriever\n"
           f"then: python llm.py mine {args.corpus} {args.queries} runs/fret.jsonl --model-dir runs/retriever "
           f"--llm {o.llm}")
@@ -634,7 +612,7 @@ def mine_command(args: argparse.Namespace) -> None:
     if o.dry_run:
         return count_calls(rows, "mine", llm)
     rows = (row if "failed" in row else row | source for row in rows)
-    count = write(args.fret, rows, len(queries), "mine", llm)
+    count = write_kept(args.fret, rows, len(queries), "mine", llm)
     print(f"p+ differs from p_seed in {count['relabelled'] / count['kept']:.1%} of them")
     print(f"next: python train.py finetune {args.fret} --init {args.model_dir} --out runs/gecko")
 

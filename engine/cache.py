@@ -159,7 +159,7 @@ class DryRun:
             self.calls += 1
             self.size += len(data)
             self.longest = max(self.longest, len(data))
-            self.shared += shared_bytes(self.previous, data)
+            self.shared += len(os.path.commonprefix([self.previous, data]))
             self.previous = data
         return [None] * (answers or len(prompts))
 
@@ -167,14 +167,3 @@ class DryRun:
         return (f"{self.calls:,} calls, about {self.size // 4:,} prompt tokens (4 bytes each); a prefix cache "
                 f"saves {self.shared // 4:,} of them; the longest prompt has {self.longest // 4:,}")
 
-
-def shared_bytes(a: bytes, b: bytes) -> int:
-    """How many bytes two prompts have in common at their beginning."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[:middle] == b[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -1,9 +1,9 @@
-"""Rows as an LLM makes them, written as they come; what failed is counted and shown, never a row."""
+"""Rows as an LLM makes them: in blocks that keep like rows together, written as they come, failures counted."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,27 @@ from tqdm import tqdm
 from engine.files import write_jsonl
 from engine.transport import LLMError
 
+Row = dict[str, Any]
 MAX_FAILED_AT_FIRST = 200  # rows that all failed from the first on: no more are asked for
 
 
-def write_kept(path: str | Path, rows: Iterator[dict[str, Any]], total: int, what: str) -> Counter[str]:
-    """Write the rows that did not fail; say "kept K of N" and show a failure.
+def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[int]]:
+    """Places in rows, at least `size` at a time, with all rows that have the same `name` in one block."""
+    same: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        same.setdefault(row[name], []).append(place)
+    block: list[int] = []
+    for places in same.values():
+        block += places
+        if len(block) >= size:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> Counter[str]:
+    """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
     The counts of rows: kept, failed, relabelled (p+ is not p_seed). LLMError, and nothing written, when
     none is kept, or all scores are equal: that is an endpoint that does not score, not a judgement.
@@ -25,7 +41,7 @@ def write_kept(path: str | Path, rows: Iterator[dict[str, Any]], total: int, wha
     failures: list[str] = []
     values: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two different scores of each
 
-    def kept() -> Iterator[dict[str, Any]]:
+    def kept() -> Iterator[Row]:
         for row in tqdm(rows, total=total, desc=what, unit="row"):
             if "failed" in row:
                 failures.append(row["failed"])
@@ -45,8 +61,19 @@ def write_kept(path: str | Path, rows: Iterator[dict[str, Any]], total: int, wha
                 raise LLMError(f"all {name} scores equal {seen.pop()}: the endpoint does not score; "
                                "nothing was written")
 
-    write_jsonl(path, kept())
+    try:
+        write_jsonl(path, kept())
+    finally:
+        if hasattr(llm, "report"):
+            print(llm.report())
     count["failed"] = len(failures)
     example = f"; a failure: {failures[0]}" if failures else ""
     print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
     return count
+
+
+def count_calls(rows: Iterator[Row], what: str, llm: Any) -> None:
+    """In place of write_kept in a dry run: say what would be asked."""
+    for _ in rows:
+        pass
+    print(f"{what}: {llm.report()}")
