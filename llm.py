@@ -584,7 +584,7 @@ def read_queries(path: str | Path, corpus: Sequence[Passage]) -> list[Record]:
 
 def generate_command(args: argparse.Namespace) -> None:
     check_outputs([args.queries, args.cache], args.corpus)
-    o, corpus = from_flags(Options, args), read_passages(args.corpus)
+    o, corpus = from_flags(Options, args), [p for p in read_passages(args.corpus) if p["title"] or p["text"]]
     limit = len(corpus) if args.limit is None else args.limit
     at_least(1, limit=limit)
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
@@ -600,7 +600,7 @@ def generate_command(args: argparse.Namespace) -> None:
 
 def mine_command(args: argparse.Namespace) -> None:
     check_outputs([args.fret, args.cache], args.corpus, args.queries)
-    o, corpus = from_flags(Options, args), read_passages(args.corpus)
+    o, corpus = from_flags(Options, args), [p for p in read_passages(args.corpus) if p["title"] or p["text"]]
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")

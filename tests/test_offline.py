@@ -95,6 +95,19 @@ def test_generated_queries_keep_their_script(texts, tmp_path, monkeypatch, capsy
         assert set(terms(row["query"])) <= set(terms(passage)) and not row["query"].isascii()
 
 
+def test_a_passage_without_any_text_is_left_out_of_generation(tmp_path, monkeypatch, capsys):
+    """It is said how many there are, none is drawn, and a title alone gives a query."""
+    write_jsonl(tmp_path / "c.jsonl", [*CORPUS, {"_id": "e", "title": "", "text": " "},
+                                      {"_id": "t", "title": "How tea is made", "text": ""}])
+    out = tmp_path / "q.jsonl"
+    monkeypatch.setattr(sys, "argv", ["llm.py", "generate", str(tmp_path / "c.jsonl"), str(out), "--llm", "offline",
+                                      "--limit", "50"])
+    llm.main()
+    printed = capsys.readouterr()
+    assert "kept 50 of 50" in printed.out and "1 of 6 passages have neither title nor text" in printed.err
+    assert {row["seed_id"] for _, row in read_jsonl(out)} == {"m.ceil", "m.floor", "o.remove", "o.rmdir", "t"}
+
+
 def test_a_title_alone_is_asked_for():
     for title in ("m.ceil", "How tea is made in Japan", "Чай"):
         answer, = Offline([], None, TASKS).generate([{"_id": "1", "title": title, "text": ""}])
