@@ -1,4 +1,4 @@
-"""Measures, intervals, BEIR folders, BM25 and sentence pairs.   pytest tests/test_evaluate.py
+"""engine/evaluate.py and engine/beir.py: measures and what they are taken on.   pytest tests/test_evaluate.py
 
 Invariants: the measures are trec_eval's, ties included; a figure is computed from what the files say, or
 refused with the line, and what is left out is said; a query does not find itself; BM25 is its formula.
@@ -80,9 +80,9 @@ def test_measures_are_trec_evals():
     assert 0 < np.mean(ours["ndcg@10"]) < 0.5 and np.mean(ours["mrr@10"]) < np.mean(whole)
 
 
-def test_a_query_without_a_relevant_passage_counts_as_nothing(tmp_path):
+def test_a_query_without_a_relevant_passage_counts_as_nothing():
     """As in trec_eval: it stays in the mean, which is half of what it would be without it."""
-    qrels = read("1\ta\t1\n2\ta\t0\n", tmp_path)
+    qrels = {"1": {"a": 1}, "2": {}}
     ranked = {"1": ["a", "b"], "2": ["a", "b"]}
     ours = evaluate.retrieval_scores(ranked, evaluate.Beir([], {"1": "x", "2": "y"}, qrels))
     assert ours == {"ndcg@10": [1, 0], "recall@100": [1, 0], "mrr@10": [1, 0]}
@@ -149,6 +149,10 @@ def test_judgements_of_beir_and_of_trec(text, tmp_path):
 
 def test_an_id_with_a_blank_stands_between_tabs(tmp_path):
     assert read("video 1\ta 2\t3\n", tmp_path) == {"video 1": {"a 2": 3}}
+
+
+def test_a_query_whose_grades_are_all_0_stays(tmp_path):
+    assert read("1\ta\t1\n2\ta\t0\n", tmp_path) == {"1": {"a": 1}, "2": {}}
 
 
 @pytest.mark.parametrize("text, message", [
