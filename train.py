@@ -44,15 +44,14 @@ from tqdm import tqdm
 
 import llm
 from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_records
+from engine.beir import Beir, read_beir
 from engine.evaluate import (
-    Beir,
     bm25_rankings,
     encode_beir,
     means,
     ndcg,
     paired_bootstrap,
     rankings,
-    read_beir,
     retrieval_scores,
     short_names,
     sts_terms,
@@ -683,7 +682,8 @@ def main() -> None:
                           help="names of mteb's tasks, or of a benchmark, such as 'MTEB(eng, v1)', the paper's")
     evaluate.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
     evaluate.add_argument("--out", help="write the figures to this JSON file; with --mteb, to this folder")
-    evaluate.add_argument("--beir", action="append", default=[], help="a BEIR folder; may be repeated")
+    evaluate.add_argument("--beir", action="append", default=[],
+                          help="a BEIR folder (ties by id, descending, as trec_eval); may be repeated")
     evaluate.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
     evaluate.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
     evaluate.add_argument("--task", help="the task of all sets (default: by the set's name, Table 9)")

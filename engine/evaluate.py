@@ -14,9 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.beir import Beir as Beir
-from engine.beir import read_beir as read_beir
-from engine.beir import read_qrels as read_qrels
+from engine.beir import Beir
 from engine.corpus import terms
 from engine.files import InputError, read_jsonl, say
 from engine.search import topk
@@ -125,12 +123,12 @@ def encode_beir(
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
     """Unit vectors of a set."""
     how = {"dim": dim, "precision": precision}
-    texts = [p["text"] for p in beir.corpus]
-    titles = [p["title"] for p in beir.corpus]
     if symmetric:
         inputs = [f"{p['title']} {p['text']}".strip() for p in beir.corpus]
         P = model.encode_queries(inputs, task, progress=progress, **how)
     else:
+        texts = [p["text"] for p in beir.corpus]
+        titles = [p["title"] for p in beir.corpus]
         P = model.encode_passages(texts, titles, progress=progress, **how)
     if progress:
         say_lost(model, "passages")

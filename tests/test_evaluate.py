@@ -18,6 +18,7 @@ import torch
 import gecko
 import train
 from engine import evaluate, files
+from engine.beir import Beir, read_beir, read_qrels
 
 # --------------------------------------------------------------------------------------------------
 # Measures
@@ -70,7 +71,7 @@ def test_measures_are_trec_evals():
     trec = pytest.importorskip("pytrec_eval", reason="it comes with mteb")
     qrels, ranked = judged_rankings()
     queries = dict.fromkeys(qrels, "")
-    ours = evaluate.retrieval_scores(ranked, evaluate.Beir([], queries, qrels))
+    ours = evaluate.retrieval_scores(ranked, Beir([], queries, qrels))
     runs = {q: {p: -float(rank) for rank, p in enumerate(ids)} for q, ids in ranked.items()}
     theirs = trec.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "recip_rank"}).evaluate(runs)
     for name, their in (("ndcg@10", "ndcg_cut_10"), ("recall@100", "recall_100")):
@@ -84,7 +85,7 @@ def test_a_query_without_a_relevant_passage_counts_as_nothing():
     """As in trec_eval: it stays in the mean, which is half of what it would be without it."""
     qrels = {"1": {"a": 1}, "2": {}}
     ranked = {"1": ["a", "b"], "2": ["a", "b"]}
-    ours = evaluate.retrieval_scores(ranked, evaluate.Beir([], {"1": "x", "2": "y"}, qrels))
+    ours = evaluate.retrieval_scores(ranked, Beir([], {"1": "x", "2": "y"}, qrels))
     assert ours == {"ndcg@10": [1, 0], "recall@100": [1, 0], "mrr@10": [1, 0]}
     trec = pytest.importorskip("pytrec_eval", reason="it comes with mteb")
     theirs = trec.RelevanceEvaluator({"1": {"a": 1}, "2": {"a": 0}}, {"ndcg_cut.10", "recall.100"}).evaluate(
@@ -131,7 +132,7 @@ def test_paired_bootstrap_brackets_the_mean_gain():
 def read(text, tmp_path):
     path = tmp_path / "test.tsv"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
-    return evaluate.read_qrels(path)
+    return read_qrels(path)
 
 
 @pytest.mark.parametrize("text", [
@@ -173,7 +174,7 @@ def test_judgements_that_cannot_be_read_one_way_only_are_refused(text, message, 
     with pytest.raises(files.InputError, match="test.tsv.*" + message):
         read(text, tmp_path)
     with pytest.raises(files.InputError, match="none.tsv: .*No such file"):
-        evaluate.read_qrels(tmp_path / "none.tsv")
+        read_qrels(tmp_path / "none.tsv")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -195,23 +196,23 @@ def beir_folder(path, corpus=None, queries=None, qrels=None):
 
 
 def test_a_folder_holds_what_its_files_say_also_packed(tmp_path):
-    beir = evaluate.read_beir(beir_folder(tmp_path))
+    beir = read_beir(beir_folder(tmp_path))
     assert {p["_id"] for p in beir.corpus} == set().union(*beir.qrels.values()) and len(beir.queries) == 10
     for path in tmp_path.glob("*.jsonl"):
         path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    assert evaluate.read_beir(tmp_path) == beir
+    assert read_beir(tmp_path) == beir
     with pytest.raises(files.InputError, match="none/corpus.jsonl: no such file"):
-        evaluate.read_beir(tmp_path / "none")
+        read_beir(tmp_path / "none")
 
 
 def test_judged_passages_that_the_corpus_has_not_are_counted(tmp_path, capsys):
     """They stay in the judgements, so that recall is what it would be if nobody found them."""
-    beir = evaluate.read_beir(beir_folder(tmp_path, qrels="q0\tp0\t1\nq0\t7\t1\nq1\t8\t1\n"))
+    beir = read_beir(beir_folder(tmp_path, qrels="q0\tp0\t1\nq0\t7\t1\nq1\t8\t1\n"))
     assert "2 of 3 judged passages are not in corpus.jsonl, first: 7" in capsys.readouterr().err
     assert evaluate.retrieval_scores({"q0": ["p0"], "q1": ["p1"]}, beir)["recall@100"] == [0.5, 0]
     with pytest.raises(files.InputError, match="2 of 2 judged passages are not in corpus.jsonl, first: 0007"):
-        evaluate.read_beir(beir_folder(tmp_path, qrels="q0\t0007\t1\nq1\t0008\t1\n"))
+        read_beir(beir_folder(tmp_path, qrels="q0\t0007\t1\nq1\t0008\t1\n"))
 
 
 @pytest.mark.parametrize("queries, message", [
@@ -221,9 +222,9 @@ def test_judged_passages_that_the_corpus_has_not_are_counted(tmp_path, capsys):
     ([{"_id": "2", "text": "a cat"}], "query 1 is not in queries.jsonl")])
 def test_queries_that_are_not_one_text_each_are_refused(queries, message, tmp_path):
     with pytest.raises(files.InputError, match=message):
-        evaluate.read_beir(beir_folder(tmp_path, queries=queries, qrels="1\tp0\t1\n"))
+        read_beir(beir_folder(tmp_path, queries=queries, qrels="1\tp0\t1\n"))
     same = [{"_id": "1", "text": "a cat"}] * 2
-    assert evaluate.read_beir(beir_folder(tmp_path, queries=same, qrels="1\tp0\t1\n")).queries == {"1": "a cat"}
+    assert read_beir(beir_folder(tmp_path, queries=same, qrels="1\tp0\t1\n")).queries == {"1": "a cat"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def test_equal_scores_are_ordered_as_trec_eval_orders_them(tmp_path):
     theirs = trec.RelevanceEvaluator({"q": relevant}, {"ndcg_cut.10", "recip_rank"}).evaluate(
         {"q": {row["_id"]: 1.0 for row in rows}})["q"]
     for order in (rows, rows[::-1]):
-        beir = evaluate.read_beir(beir_folder(tmp_path, order, [{"_id": "q", "text": "cat"}], "q\t2\t1\nq\t9\t1\n"))
+        beir = read_beir(beir_folder(tmp_path, order, [{"_id": "q", "text": "cat"}], "q\t2\t1\nq\t9\t1\n"))
         alike = np.ones((5, 1), np.float32)
         for ranked in (evaluate.rankings(beir, alike[:1], alike), evaluate.bm25_rankings(beir)):
             assert ranked == {"q": ["b", "a", "9", "2", "10"]}
@@ -251,7 +252,7 @@ def test_a_query_that_stands_in_the_corpus_does_not_find_itself():
     corpus = [{"_id": str(i), "title": "", "text": f"word word{i} word{(i + 1) % 150}"} for i in range(150)]
     x = np.eye(150, dtype=np.float32) + 0.5 * np.eye(150, k=1, dtype=np.float32)   # each nearest to itself
     queries = {p["_id"]: p["text"] for p in corpus}
-    beir = evaluate.Beir(corpus, queries, {str(i): {str(i ^ 1): 1} for i in range(150)})
+    beir = Beir(corpus, queries, {str(i): {str(i ^ 1): 1} for i in range(150)})
     for found in (evaluate.rankings(beir, x, x), evaluate.bm25_rankings(beir)):
         assert all(query not in ids and len(ids) == 100 for query, ids in found.items())
         assert sum(i + 1 == int(ids[0]) or int(ids[0]) == i - 1 for i, ids in enumerate(found.values())) > 140
@@ -265,7 +266,7 @@ def test_bm25_by_hand():
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
     want = [idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * n / 3)) for tf, n in ((2, 3), (1, 2))]
     np.testing.assert_allclose(bm25.scores("b"), [*want, 0])
-    beir = evaluate.Beir(corpus, {"q": "b"}, {"q": {"2": 1}})
+    beir = Beir(corpus, {"q": "b"}, {"q": {"2": 1}})
     assert evaluate.bm25_rankings(beir) == {"q": ["0", "1"]}, "a passage without a term of the query is not found"
 
 
@@ -317,7 +318,7 @@ def test_passages_without_a_text_are_never_found(model, tmp_path, monkeypatch, c
     rows = [{"_id": "p0", "title": "Cat", "text": ""}, {"_id": "p1", "title": "", "text": " "},
             *({"_id": f"empty{n}", "title": "", "text": ""} for n in range(200)),
             {"_id": "p2", "title": "", "text": "all about the horse"}]
-    beir = evaluate.read_beir(beir_folder(tmp_path, rows, qrels="q0\tp0\t1\nq1\tp1\t1\nq2\tp2\t1\n"))
+    beir = read_beir(beir_folder(tmp_path, rows, qrels="q0\tp0\t1\nq1\tp1\t1\nq2\tp2\t1\n"))
     assert evaluate.bm25_rankings(beir) == {"q0": ["p0"], "q1": [], "q2": ["p2"]}
     capsys.readouterr()
     command(model, monkeypatch, "--beir", tmp_path)

@@ -14,6 +14,7 @@ import pytest
 import gecko
 import train
 from engine import evaluate, files
+from engine.beir import Beir
 from engine.mteb import KINDS, TABLE_9, ForMteb, mteb_scores, mteb_tasks, table_9
 
 pytest.importorskip("mteb", reason="pip install mteb")
@@ -73,7 +74,7 @@ def test_mteb_sees_the_formats_and_gives_our_figure(model, name, task, symmetric
     passages = ["task: search result | query: Dog all about the dog and its kind",
                 "title: Dog | text: all about the dog", "title: none | text: all about the cat"]
     assert [any(t.startswith(p) for t in texts) for p in passages] == [symmetric, not symmetric, not symmetric]
-    beir = evaluate.Beir(CORPUS, QUERIES, QRELS)
+    beir = Beir(CORPUS, QUERIES, QRELS)
     q, P = evaluate.encode_beir(model, beir, task, symmetric=symmetric)
     ours = evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir)["ndcg@10"]
     assert abs(scores[name]["ndcg_at_10"] - np.mean(ours)) < 1e-5

@@ -22,6 +22,7 @@ from toys import beir_folder, bytes_of, records, small_model
 
 import train
 from engine import evaluate, runs
+from engine.beir import read_beir
 from engine.files import InputError
 from gecko import load
 from train import TrainConfig
@@ -110,7 +111,7 @@ def test_the_best_on_dev_is_kept(tmp_path):
     train.train(small_model(0, 0.0), "finetune", [rows], c, out=tmp_path / "run")
     dev = [r["dev"]["ndcg@10"] for r in runs.read_metrics(tmp_path / "run") if "dev" in r]
     assert len(dev) == 6 and max(dev) > dev[0]
-    beir = evaluate.read_beir(tmp_path / "beir", "dev")
+    beir = read_beir(tmp_path / "beir", "dev")
     best = load(tmp_path / "run/best")
     q, P = evaluate.encode_beir(best, beir, "question answering")
     score = np.mean(evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir)["ndcg@10"])

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from engine.evaluate import read_beir  # noqa: E402
+from engine.beir import read_beir  # noqa: E402
 from engine.files import read_jsonl, run  # noqa: E402
 from engine.mteb import ForMteb, mteb_scores, table_9  # noqa: E402
 from gecko import format_query, load  # noqa: E402

@@ -23,8 +23,9 @@ import torch
 
 import llm
 from data import Record
+from engine.beir import Beir, read_beir
 from engine.corpus import builtin_corpus
-from engine.evaluate import Beir, encode_beir, interval, rankings, read_beir, retrieval_scores
+from engine.evaluate import encode_beir, interval, rankings, retrieval_scores
 from engine.files import InputError, run
 from engine.recorded import RECORD, Recorded
 from gecko import Gecko, load

@@ -29,6 +29,7 @@ import llm
 import train
 from data import Record
 from engine import evaluate
+from engine.beir import Beir, read_beir
 from engine.files import beir_file, file_beside, read_jsonl, read_passages, run
 from engine.offline import Offline
 from engine.search import topk
@@ -119,7 +120,7 @@ def averaged(a: Gecko, b: Gecko, alpha: float) -> Gecko:
 # Measuring
 
 
-def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> evaluate.Beir:
+def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> Beir:
     """The written claims against a part of the corpus: what BM25 or the embedder ranks high, and the golds."""
     lines = Path(__file__).with_name("scifact_dev.tsv").read_text(encoding="utf-8").splitlines()
     claims = dict(reversed(line.split("\t")) for line in lines)      # claim -> id
@@ -127,10 +128,10 @@ def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> evalu
     _, near = topk(first.encode_queries(list(claims), TASK), P, 20)
     kept = set(near.flatten().tolist()) | {i for q in claims for i in np.argsort(-bm25.scores(q))[:8].tolist()}
     part = [p for i, p in enumerate(corpus) if i in kept or p["_id"] in claims.values()]
-    return evaluate.Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
+    return Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
 
 
-def measure(models: dict[str, Gecko], beir: evaluate.Beir, ranker: Offline) -> dict[str, Any]:
+def measure(models: dict[str, Gecko], beir: Beir, ranker: Offline) -> dict[str, Any]:
     """nDCG@10 and recall@100 of each, with the 95 % interval of the gain over the first of the models."""
     by_id = {p["_id"]: p for p in beir.corpus}
     ranked: dict[str, dict[str, list[str]]] = {"BM25": evaluate.bm25_rankings(beir)}
@@ -221,7 +222,7 @@ def main() -> None:
         best = max(models, key=lambda name: figures["dev"][name]["ndcg@10"])
         save(models[best], out / "gecko")
         figures["test"] = measure({"all-MiniLM-L6-v2": first, best: models[best]},
-                                  evaluate.read_beir(args.scifact), ranker)
+                                  read_beir(args.scifact), ranker)
         stage("measure on test")
     with file_beside(out / "scifact.json") as new:
         new.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -24,6 +24,7 @@ import data  # noqa: E402
 import llm  # noqa: E402
 import train  # noqa: E402
 from engine import evaluate, runs  # noqa: E402
+from engine.beir import read_beir  # noqa: E402
 from engine.files import beir_file, file_beside, read_passages  # noqa: E402
 from engine.offline import Offline  # noqa: E402
 from engine.pairs import chunks, title_body_pair  # noqa: E402
@@ -40,7 +41,7 @@ C = train.TrainConfig(batch_size=256, tau=0.1, lr=2e-3, max_length=128)
 def study_set(folder, questions, passages):
     """The set's train and test questions, over a corpus of their gold passages and others, at most `passages`."""
     rng = np.random.default_rng(0)
-    known, test = evaluate.read_beir(folder, "train"), evaluate.read_beir(folder, "test")
+    known, test = read_beir(folder, "train"), read_beir(folder, "test")
     gold = set()
     for beir, most in ((known, questions), (test, 500)):
         ids = list(beir.queries)

@@ -34,8 +34,9 @@ import llm  # noqa: E402
 import train  # noqa: E402
 from data import Record, builtin_pairs, converted, read_records  # noqa: E402
 from engine import evaluate  # noqa: E402
+from engine.beir import Beir, read_beir  # noqa: E402
 from engine.convert import labelled  # noqa: E402
-from engine.evaluate import Beir, interval, short_names  # noqa: E402
+from engine.evaluate import interval, short_names  # noqa: E402
 from engine.files import (  # noqa: E402
     InputError,
     add_flags,
@@ -354,7 +355,7 @@ def points_text(found: Gain | None) -> str:
 
 def fret_of(out: Path, corpus: Path, init: str | Path, ranker: Callable[..., llm.LLM], c: TrainConfig, count: int,
             ) -> None:
-    """The recipe's steps 3.2 on a user's own corpus: queries, seed/ and fret.jsonl in `out`, each once."""
+    """The recipe's steps 3.2 on a user's own corpus: queries, retriever/ and fret.jsonl in `out`, each once."""
     passages = read_passages(corpus)
     write_jsonl(out / "corpus.jsonl", passages)
     count = count or train.Sizes().queries * len(passages)
@@ -362,12 +363,12 @@ def fret_of(out: Path, corpus: Path, init: str | Path, ranker: Callable[..., llm
         queries = llm.generate(ranker(passages), passages, count, c.seed)
         llm.write_kept(out / "queries.jsonl", queries, count, "generate")
     queries = llm.read_queries(out / "queries.jsonl", passages)
-    if not (out / "seed").is_dir():
+    if not (out / "retriever").is_dir():
         retriever = load(init)
         train.train(retriever, "prefinetune", [queries], c, title="initial retriever")
-        save(retriever, out / "seed")
+        save(retriever, out / "retriever")
     if not (out / "fret.jsonl").is_file():
-        retriever = load(out / "seed")
+        retriever = load(out / "retriever")
         rows = llm.mine(ranker(passages, retriever), retriever, passages, queries, seed=c.seed)
         llm.write_kept(out / "fret.jsonl", rows, len(queries), "mine")
 
@@ -426,7 +427,7 @@ def table_command(args: argparse.Namespace) -> None:
     if not args.init and not (home / "pre").is_dir():
         raise InputError(f"{home}/pre: not there; --corpus needs --init, the model that each row starts from")
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
-    beir = {name: evaluate.read_beir(folder, args.split)
+    beir = {name: read_beir(folder, args.split)
             for name, folder in zip(short_names(folders), folders, strict=True)}
     init, o = fetch(args.init or home / "pre"), llm.Options(llm=args.llm, model=args.model, seed=c.seed)
     model, mined = load(init), home
@@ -440,7 +441,7 @@ def table_command(args: argparse.Namespace) -> None:
         train.read_dims(c.dims, model.encoder.config.hidden_size)
         mined = out / f"fret-{files_key([home / 'corpus.jsonl', init], o, c, args.queries)[:8]}"
         fret_of(mined, home / "corpus.jsonl", init, ranker, c, args.queries)
-    files = [mined / "fret.jsonl", mined / "seed", init, *folders, *args.sts, *args.data]
+    files = [mined / "fret.jsonl", mined / "retriever", init, *folders, *args.sts, *args.data]
     key = files_key([*files, *itertools.chain(*args.classes)], args.table, args.split, args.task, o,
                     replace(c, seed=0))
     say(table=args.table, fret=mined, init=init, sets=", ".join(beir), llm=o.llm, key=key[:8], **vars(c))

@@ -20,6 +20,7 @@ import gecko
 import llm
 import train
 from engine import evaluate, files, runs
+from engine.beir import read_beir
 from engine.offline import Offline
 
 LAB = Path(__file__).parent
@@ -58,7 +59,7 @@ def lab(home, tmp_path_factory):
     corpus = files.read_passages(mined / "corpus.jsonl")
     c = train.TrainConfig(batch_size=16, steps=2, dims="24,8", lr=1e-3)
     return tables.Lab(c, corpus, data.read_records(mined / "fret.jsonl"), gecko.load(home / "model"), [], [],
-                     {"own": evaluate.read_beir(home)}, "question answering"), out
+                     {"own": read_beir(home)}, "question answering"), out
 
 
 @pytest.fixture(autouse=True)
@@ -175,7 +176,7 @@ def test_no_cut_has_no_dimension(home, tmp_path):
 
 def test_rerank_rows_by_hand(home, monkeypatch):
     """A ranker that knows the answer puts it first by QL; a relevance that is its reverse puts it last."""
-    beir, first = evaluate.read_beir(home), gecko.load(home / "model")
+    beir, first = read_beir(home), gecko.load(home / "model")
     answer = {beir.queries[q]: next(iter(judged)) for q, judged in beir.qrels.items()}
 
     class Knows:
