@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from tqdm import tqdm
 
 from engine.files import (
     InputError,
+    at_least,
     check_output,
     file_beside,
     one_line,
+    passage_texts,
     read_jsonl,
     read_passages,
     run,
@@ -43,8 +45,16 @@ from engine.files import (
     utf8,
 )
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
-from engine.packed import length_batches, packed, tokenise
-from engine.search import has_bfloat16, topk
+from engine.packed import (
+    check_finite,
+    check_list,
+    embed_bag,
+    fast_embed,
+    is_bag,
+    length_batches,
+    tokenise,
+)
+from engine.search import topk
 
 # Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
 #         Q queries, P passages, k neighbours.
@@ -223,16 +233,21 @@ def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------------------------------
 # A text embedding model: encoder + tokenizer + formats
 
-TEXTS_AT_ONCE = 8192         # that are sorted by length, so that a batch needs little padding
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-FEW_CHARS = 8192             # texts of so many characters in all do not repay packing
+FEW_TOKENS = 2048            # in all: they do not repay what makes many fast
 
 
 class Gecko:
     """The encoder with all that a text needs to become its vector; a folder on disk."""
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, max_length: int,
-                 formats: dict[str, str] = FORMATS, dims: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        tokenizer: Tokenizer,
+        max_length: int,
+        formats: dict[str, str] = FORMATS,
+        dims: Sequence[int] = (),
+    ) -> None:
         self.encoder, self.tokenizer, self.max_length = encoder, tokenizer, max_length
         self.formats = dict(formats)
         self.dims = tuple(dims) or (encoder.config.hidden_size,)     # that it was trained for
@@ -268,41 +283,39 @@ class Gecko:
         ids, mask = pad(tokens, self.encoder.config.pad_token_id)    # (B, T) twice
         return embed(self.encoder, ids.to(self.device), mask.to(self.device))  # (B, d)
 
-    def check_dim(self, dim: int | None) -> int:
-        """The dimensions that are asked for; all of them without a `dim`."""
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],          # already formatted
+        dim: int | None = None,        # None: all
+        precision: str = "float32",    # or "bf16"
+        progress: str = "",            # the name of a bar; none without
+    ) -> np.ndarray:                   # (len(texts), dim) float32 unit vectors, in the order given
         d = self.encoder.config.hidden_size
         if dim is not None and not 1 <= dim <= d:
             raise InputError(f"--dim {dim}: this model has {d} dimensions, give 1 to that "
                              f"(it was trained for {self.dims})")
-        return dim or d
-
-    @torch.no_grad()
-    def encode(self, texts: Sequence[str], dim: int | None = None, precision: str = "float32",
-               progress: str = "") -> np.ndarray:
-        """Texts, already formatted -> float32 unit vectors (len(texts), dim), in the order given.
-
-        precision: float32 or bf16. progress: the name of a bar; none without.
-        """
         tokens = self.tokens(texts)
-        few = sum(len(text) for text in texts) < FEW_CHARS
-        embed_batch = fast_embed(self, precision, few)
-        vectors = torch.empty(len(texts), self.check_dim(dim))       # (len(texts), dim)
+        few = sum(len(ids) for ids in tokens) < FEW_TOKENS
+        embed_batch = fast_embed(self.encoder, self.embed, precision, few)
+        vectors = torch.empty(len(texts), dim or d)                  # (len(texts), dim)
         was_training = self.encoder.training
         self.encoder.eval()
-        bar = tqdm(total=len(texts), desc=progress, unit="text", disable=not progress)
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
-            lengths = [len(ids) for ids in tokens[start:start + TEXTS_AT_ONCE]]
-            for batch in length_batches(lengths, BATCH_TOKENS[self.device.type]):
-                places = [start + i for i in batch]
-                x = embed_batch([tokens[i] for i in places])         # (B, d)
-                vectors[places] = truncate_dim(x, dim).cpu()         # (B, dim)
+        with tqdm(total=len(texts), desc=progress, unit="text", disable=not progress) as bar:
+            for batch in length_batches([len(ids) for ids in tokens], BATCH_TOKENS[self.device.type]):
+                x = embed_batch([tokens[i] for i in batch])          # (B, d)
+                vectors[batch] = truncate_dim(x, dim).cpu()          # (B, dim)
                 bar.update(len(batch))
-        bar.close()
         self.encoder.train(was_training)
         check_finite(vectors, texts)
         return vectors.numpy()
 
-    def encode_queries(self, texts: Sequence[str], task: str = TASKS[0], **how: Any) -> np.ndarray:
+    def encode_queries(
+        self,
+        texts: Sequence[str],
+        task: str = TASKS[0],
+        **how: Any,
+    ) -> np.ndarray:
         """Queries of one task -> (len(texts), dim). The task's tokens are in the mean (eq. 1)."""
         check_list(texts)
         for i, text in enumerate(texts, 1):
@@ -310,42 +323,21 @@ class Gecko:
                 raise InputError(f"query {i} of {len(texts)} is empty; give it some words")
         return self.encode([format_query(text, task, self.formats) for text in texts], **how)
 
-    def encode_passages(self, texts: Sequence[str], titles: Sequence[str] | None = None,
-                        **how: Any) -> np.ndarray:
+    def encode_passages(
+        self,
+        texts: Sequence[str],
+        titles: Sequence[str] | None = None,
+        **how: Any,
+    ) -> np.ndarray:
         """Passages -> (len(texts), dim). A passage gets no task, so one index serves every task."""
-        titles = [""] * len(texts) if titles is None else titles
         check_list(texts)
+        if titles is None:
+            titles = [""] * len(texts)
         check_list(titles)
-        pairs = zip(texts, titles, strict=True)
-        return self.encode([format_passage(text, title, self.formats) for text, title in pairs], **how)
-
-
-def check_list(texts: Sequence[str]) -> None:
-    if isinstance(texts, str):                                       # whose items are its letters
-        raise TypeError(f"give a list of texts, such as [{one_line(texts, 40)!r}], not one text")
-
-
-def check_finite(vectors: Tensor, texts: Sequence[str]) -> None:
-    """InputError where a vector is no number, or has no direction."""
-    bad = torch.where(~(vectors.norm(dim=1) > 0.5))[0].tolist()      # true of nan as well
-    if bad:
-        raise InputError(f"{len(bad)} of {len(texts)} texts have no finite vector, the first: "
-                         f"{one_line(texts[bad[0]], 60)!r}; the model's weights are damaged")
-
-
-def fast_embed(model: Gecko, precision: str, few: bool) -> Callable[[list[list[int]]], Tensor]:
-    """`Gecko.embed` in that precision; on a CPU packed, where that is worth its preparation."""
-    if precision not in ("float32", "bf16"):
-        raise InputError(f"--precision {precision}: give float32 or bf16")
-    if is_bag(model.encoder) or (precision == "float32" and few):
-        return model.embed
-    if precision == "bf16" and not has_bfloat16(model.device):
-        raise InputError(f"--precision bf16: this {model.device.type} has no fast bfloat16 products "
-                         "(AVX512-BF16, AMX, or a GPU from 2020 on); encode in float32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if model.device.type == "cpu":
-        return packed(model.encoder, dtype)
-    return torch.autocast(model.device.type, dtype, enabled=precision == "bf16")(model.embed)
+        formatted = []
+        for text, title in zip(texts, titles, strict=True):
+            formatted.append(format_passage(text, title, self.formats))
+        return self.encode(formatted, **how)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,55 +415,41 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def is_bag(encoder: Encoder) -> bool:
-    """True where W's rows depend on their own token alone: no layers, positions or dropout."""
-    c = encoder.config
-    return (c.num_hidden_layers == 0 and c.hidden_dropout_prob == 0
-            and not encoder.embeddings["position_embeddings"].weight.any())
-
-
-def embed_bag(encoder: Encoder, tokens: Sequence[Sequence[int]]) -> Tensor:
-    """`embed` for a bag of words: the same numbers from one table lookup, without a W of B x T x d.
-
-    Each row of W is LayerNorm(word + segment), so the norm is taken once a word of the vocabulary.
-    """
-    e = encoder.embeddings
-    segment = e["token_type_embeddings"].weight[0]                   # (d)
-    table = e["LayerNorm"](e["word_embeddings"].weight + segment)    # (V, d)
-    lengths = torch.tensor([0] + [len(ids) for ids in tokens])       # (B + 1)
-    flat = torch.tensor([i for ids in tokens for i in ids], device=table.device)  # (total tokens)
-    offsets = lengths.cumsum(0)[:-1].to(table.device)                # (B)
-    return F.embedding_bag(flat, table, offsets, mode="mean")        # (B, d)
-
-
 # --------------------------------------------------------------------------------------------------
 # Model folders: safetensors, tokenizer.json, config.json and the formats. Never a pickle.
 
 
 def prompts_of(formats: dict[str, str]) -> dict[str, str]:
-    """The formats as sentence-transformers has them: texts put before. One a task, and for passages.
-
-    "query" is the task of `encode_queries`; a passage's title goes into the text.
-    """
-    before = {task: formats["query"].replace("{task}", task) for task in TASKS}
-    before |= {"query": before[TASKS[0]], "document": untitled(formats), "passage": untitled(formats)}
-    return {name: text.partition("{text}")[0] for name, text in before.items()}
+    """What sentence-transformers puts before a text: a prompt for each task, and one for passages."""
+    forms = {task: format_query("{text}", task, formats) for task in TASKS}
+    forms["query"] = forms[TASKS[0]]                                 # as in `encode_queries`
+    forms["document"] = forms["passage"] = format_passage("{text}", "", formats)
+    return {name: form.partition("{text}")[0] for name, form in forms.items()}
 
 
 def formats_of(prompts: dict[str, str], default: str) -> dict[str, str]:
-    """The other way round, for an encoder of other makers: their prompts, or none."""
+    """The formats of an encoder of other makers: their prompts, or none."""
     if prompts.items() >= prompts_of(FORMATS).items():               # ours, saved by sentence-transformers
         return FORMATS
+    query = prompts.get("query", default)
     passage = default
     for name in ("corpus", "passage", "document"):
         passage = prompts.get(name, passage)
-    return {"query": prompts.get("query", default) + PLAIN["query"], "passage": passage + PLAIN["passage"]}
+    return {"query": query + PLAIN["query"], "passage": passage + PLAIN["passage"]}
 
 
-def save(model: Gecko, folder: str | Path) -> None:
+def save(model: Gecko, path: str | Path) -> None:
     """Write a folder that transformers and sentence-transformers open too, whole or not at all."""
-    write_folder(folder, Folder(asdict(model.encoder.config), model.encoder.state_dict(), model.tokenizer,
-                                model.max_length, list(model.dims), prompts_of(model.formats), "", model.formats))
+    folder = Folder(
+        config=asdict(model.encoder.config),
+        weights=model.encoder.state_dict(),
+        tokenizer=model.tokenizer,
+        max_length=model.max_length,
+        dims=list(model.dims),
+        prompts=prompts_of(model.formats),
+        formats=model.formats,
+    )
+    write_folder(path, folder)
 
 
 def load(name: str | Path) -> Gecko:
@@ -506,15 +484,16 @@ def say_lost(what: str, model: Gecko) -> None:
 
 
 def search_command(args: argparse.Namespace) -> None:
+    at_least(1, k=args.k)
     model = load(args.model)
     corpus = args.corpus or Path(args.model).parent / "corpus.jsonl"
     passages = [p for p in read_passages(corpus) if p["title"] or p["text"]]
-    dim = model.check_dim(args.dim)
-    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=dim)
-    q = model.encode_queries([args.query], args.task, dim=dim)       # (1, dim)
+    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=args.dim or "all")
+    q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
     say_lost("query", model)
-    texts, titles = [p["text"] for p in passages], [p["title"] for p in passages]
-    P = model.encode_passages(texts, titles, dim=dim, progress="passages")   # (P, dim)
+    texts = [p["text"] for p in passages]
+    titles = [p["title"] for p in passages]
+    P = model.encode_passages(texts, titles, dim=args.dim, progress="passages")   # (P, dim)
     say_lost("passages", model)
     scores, indices = topk(q, P, min(args.k, len(passages)))         # (1, k) twice
     for score, i in zip(scores[0], indices[0], strict=True):
@@ -523,52 +502,49 @@ def search_command(args: argparse.Namespace) -> None:
 
 
 def read_texts(args: argparse.Namespace, formats: dict[str, str]) -> list[str]:
-    """The formatted texts of a file, one a row; empty for a passage that has neither title nor text."""
+    """The formatted texts of a file, one a row; "" for a passage that has neither title nor text."""
     texts = []
     for where, row in read_jsonl(args.input):
-        text, title = row.get("text"), row.get("title") or ""
-        if not args.passages:
-            text = row.get("query") or text
-        elif text is None and title:
-            text = ""                                                # a title alone is a passage
-        if not isinstance(text, str) or not isinstance(title, str) or not (args.passages or text.strip()):
-            raise InputError(f'{where}: no {"" if args.passages else "query or "}"text"; every row needs one')
-        if not args.passages:
-            texts.append(format_query(text, args.task, formats))
-        elif text.strip() or title.strip():
-            texts.append(format_passage(text, title, formats))
-        else:
-            texts.append("")
+        if args.passages:
+            title, text = passage_texts(where, row)
+            texts.append(format_passage(text, title, formats) if title or text else "")
+            continue
+        query = row.get("query") or row.get("text")
+        if not isinstance(query, str) or not query.strip():
+            raise InputError(f'{where}: no "query" or "text"; every row needs one')
+        texts.append(format_query(query, args.task, formats))
     return texts
 
 
 def encode_command(args: argparse.Namespace) -> None:
     check_output(args.output, args.input)
     model = load(args.model)
-    dim = model.check_dim(args.dim)
     texts = read_texts(args, model.formats)
     kind = "passages" if args.passages else f"queries of task {args.task!r}"
-    say(model=args.model, kind=kind, rows=len(texts), dim=dim, precision=args.precision)
+    say(model=args.model, kind=kind, rows=len(texts), dim=args.dim or "all", precision=args.precision)
     filled = [i for i, text in enumerate(texts) if text]
-    x = np.zeros((len(texts), dim), np.float32)                      # (rows, dim)
-    x[filled] = model.encode([texts[i] for i in filled], dim, args.precision, progress="texts")
+    x = model.encode([texts[i] for i in filled], args.dim, args.precision, progress="texts")
+    rows = np.zeros((len(texts), x.shape[1]), np.float32)            # (rows, dim)
+    rows[filled] = x
     with file_beside(args.output) as new, open(new, "wb") as file:
-        np.save(file, x)
-    notes = [model.lost() or "no text was cut"]
-    if len(filled) < len(texts):
-        notes.append(f"{len(texts) - len(filled)} empty passages have the vector 0")
-    print(f"wrote {args.output}: float32 {x.shape}; {'; '.join(notes)}")
+        np.save(file, rows)
+    empty = len(texts) - len(filled)
+    if empty:
+        say(empty=f"{empty} passages have neither title nor text; their vectors are 0")
+    print(f"wrote {args.output}: float32 {rows.shape}; {model.lost() or 'no text was cut'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     search = commands.add_parser("search", help="the passages nearest to one query")
+    search.set_defaults(call=search_command)
     search.add_argument("query", type=utf8)
     search.add_argument("--corpus", help="corpus.jsonl (default: the one beside the model's folder)")
     search.add_argument("-k", type=int, default=10, help="how many (%(default)s)")
     encode = commands.add_parser("encode", help="a file of texts -> a .npy file of unit vectors")
-    encode.add_argument("input", help="JSONL with query or text (and _id, title with --passages)")
+    encode.set_defaults(call=encode_command)
+    encode.add_argument("input", help="JSONL with query or text (and title with --passages)")
     encode.add_argument("output", help=".npy, float32, one row a text")
     encode.add_argument("--passages", action="store_true", help="encode as passages, not as queries")
     encode.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="(%(default)s)")
@@ -577,12 +553,7 @@ def main() -> None:
         command.add_argument("--task", type=utf8, default=TASKS[0], help="queries' task (%(default)s)")
         command.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
     args = parser.parse_args()
-    if args.command == "encode":
-        encode_command(args)
-    elif args.k < 1:
-        raise InputError(f"-k {args.k}: give at least 1")
-    else:
-        search_command(args)
+    args.call(args)
 
 
 if __name__ == "__main__":

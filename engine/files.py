@@ -213,6 +213,17 @@ def beir_file(folder: str | Path, name: str) -> Path:
     return next((p for p in (path, path.with_name(name + ".gz")) if p.is_file()), path)
 
 
+def passage_texts(where: str, row: dict[str, Any]) -> tuple[str, str]:
+    """Title and text of a passage, of which one may be empty; two empty ones for a row with neither."""
+    title, text = row.get("title") or "", row.get("text")
+    if "text" not in row and row.keys() <= {"_id", "title", "metadata"}:
+        text = ""                                                    # no other name can be the text's
+    if not isinstance(text, str) or not isinstance(title, str):
+        raise InputError(f'{where}: no "text", or one that is not a string; every passage needs one '
+                         '("" where it has a title alone)')
+    return (title, text) if title.strip() or text.strip() else ("", "")
+
+
 def read_passages(path: str | Path) -> list[dict[str, str]]:
     """A BEIR corpus.jsonl: rows of _id, title and text, in their order.
 
@@ -223,21 +234,15 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     places: dict[str, str] = {}
     empty = repeated = 0
     for where, row in read_jsonl(path):
-        key, title, text = row.get("_id"), row.get("title") or "", row.get("text")
-        if "text" not in row and row.keys() <= {"_id", "title", "metadata"}:
-            text = ""                                                # no other name can be the text's
+        key = row.get("_id")
         if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
             raise InputError(f'{where}: no "_id"; every passage needs one of its own')
-        if not isinstance(text, str) or not isinstance(title, str):
-            raise InputError(f'{where}: no "text", or one that is not a string; every passage needs one '
-                             '("" where it has a title alone)')
+        title, text = passage_texts(where, row)
         key = str(key)
         passage = {"_id": key, "title": title, "text": text}
-        if not (title.strip() or text.strip()):
-            passage |= {"title": "", "text": ""}
         if key not in passages:
             passages[key], places[key] = passage, where
-            empty += not (passage["title"] or passage["text"])
+            empty += not (title or text)
         elif passages[key] == passage:
             repeated += 1
         else:

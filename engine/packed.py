@@ -65,6 +65,62 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         order = order[B:]
 
 
+def check_list(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):                                       # whose items are its letters
+        raise TypeError(f"give a list of texts, such as [{one_line(texts, 40)!r}], not one text")
+
+
+def check_finite(vectors: Tensor, texts: Sequence[str]) -> None:
+    """InputError where a vector is no number, or has no direction."""
+    bad = torch.where(~(vectors.norm(dim=1) > 0.5))[0].tolist()      # true of nan as well
+    if bad:
+        raise InputError(f"{len(bad)} of {len(texts)} texts have no finite vector, the first: "
+                         f"{one_line(texts[bad[0]], 60)!r}; the model's weights are damaged")
+
+
+# --------------------------------------------------------------------------------------------------
+# Faster than `embed` of gecko.py, and the same
+
+EmbedBatch = Callable[[Sequence[Sequence[int]]], Tensor]             # token ids of B texts -> (B, d)
+
+
+def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> EmbedBatch:
+    """`embed` in that precision; on a CPU packed, unless `few` tokens do not repay that."""
+    device = next(encoder.parameters()).device
+    if precision not in ("float32", "bf16"):
+        raise InputError(f"--precision {precision}: give float32 or bf16")
+    if is_bag(encoder) or (precision == "float32" and few):
+        return embed
+    if precision == "bf16" and not has_bfloat16(device):
+        raise InputError(f"--precision bf16: this {device.type} has no fast bfloat16 products (AVX512-BF16, "
+                         "AMX, or a GPU from 2020 on); encode in float32")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cpu":
+        return packed(encoder, dtype)
+    return torch.autocast(device.type, dtype, enabled=precision == "bf16")(embed)
+
+
+def is_bag(encoder: Any) -> bool:
+    """True where W's rows depend on their own token alone: no layers, positions or dropout."""
+    c = encoder.config
+    return bool(c.num_hidden_layers == 0 and c.hidden_dropout_prob == 0
+            and not encoder.embeddings["position_embeddings"].weight.any())
+
+
+def embed_bag(encoder: Any, tokens: Sequence[Sequence[int]]) -> Tensor:
+    """`embed` for a bag of words: the same numbers from one table lookup, without a W of B x T x d.
+
+    Each row of W is LayerNorm(word + segment), so the norm is taken once a word of the vocabulary.
+    """
+    e = encoder.embeddings
+    segment = e["token_type_embeddings"].weight[0]                   # (d)
+    table = e["LayerNorm"](e["word_embeddings"].weight + segment)    # (V, d)
+    lengths = torch.tensor([0] + [len(ids) for ids in tokens])       # (B + 1)
+    flat = torch.tensor([i for ids in tokens for i in ids], device=table.device)  # (total tokens)
+    offsets = lengths.cumsum(0)[:-1].to(table.device)                # (B)
+    return F.embedding_bag(flat, table, offsets, mode="mean")        # (B, d)
+
+
 class Linear:
     """x W^T + b, then gelu or plus a residual, in `dtype`: (N, in) -> (N, out).
 
@@ -110,7 +166,7 @@ def attend(qkv: Tensor, runs: Sequence[tuple[int, int]], H: int) -> Tensor:
     return a
 
 
-def packed(encoder: Any, dtype: torch.dtype) -> Callable[[list[list[int]]], Tensor]:
+def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     """`embed` in `dtype` for this encoder of gecko.py: token ids of B texts -> (B, d) float32."""
     c, e = encoder.config, encoder.embeddings
     layers = []
@@ -123,7 +179,7 @@ def packed(encoder: Any, dtype: torch.dtype) -> Callable[[list[list[int]]], Tens
                           for x in (layer.attention["output"], layer.output))
         layers.append((qkv, out, up, down, norm_1, norm_2))
 
-    def embed_packed(tokens: list[list[int]]) -> Tensor:
+    def embed_packed(tokens: Sequence[Sequence[int]]) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
         ids = torch.tensor([i for t in tokens for i in t])           # (N)
         position = torch.cat([torch.arange(len(t)) for t in tokens]) + c.first_position  # (N)

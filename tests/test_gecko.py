@@ -249,9 +249,10 @@ def test_the_commands_say_what_was_cut(saved, tmp_path, monkeypatch, capsys):
     assert code == 0 and "query=1 of 1 texts were cut at 256 tokens" in err
     assert "passages=1 of 2 texts were cut at 256 tokens" in err
     assert "1 of 3 passages have neither title nor text" in err and len(out.splitlines()) == 2
-    code, out, _ = command(monkeypatch, capsys, "encode", tmp_path / "corpus.jsonl", tmp_path / "x.npy",
+    code, out, err = command(monkeypatch, capsys, "encode", tmp_path / "corpus.jsonl", tmp_path / "x.npy",
                            "--passages", "--model", saved)
-    assert code == 0 and "(3, 24); 1 of 2 texts were cut at 256 tokens; 1 empty passages have the vector 0" in out
+    assert code == 0 and "(3, 24); 1 of 2 texts were cut at 256 tokens" in out
+    assert "empty=1 passages have neither title nor text; their vectors are 0" in err
     np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "x.npy"), axis=1), [1, 0, 1], atol=1e-6)
 
 
@@ -277,6 +278,6 @@ def test_encode_writes_whole_or_not_at_all(saved, tmp_path, monkeypatch, capsys)
     np.testing.assert_array_equal(x, gecko.load(saved).encode_queries(TEXTS, dim=8))
     files.write_jsonl(tmp_path / "in.jsonl", [*rows, {"query": " "}])
     code, _, err = command(monkeypatch, capsys, *words)
-    assert code == 2 and 'in.jsonl:17: no query or "text"' in err
+    assert code == 2 and 'in.jsonl:17: no "query" or "text"' in err
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), x)
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "m", "x.npy"}

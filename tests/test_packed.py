@@ -56,9 +56,9 @@ def test_packed_gives_the_plain_vectors(model, batch_tokens):
 def test_blocks_and_precision_keep_the_vectors(model, precision, atol, monkeypatch):
     """In blocks of texts: float32 unit vectors in order; bfloat16 is near and not the same."""
     want = plainly(model)
-    monkeypatch.setattr(gecko, "FEW_CHARS", 0)
+    monkeypatch.setattr(gecko, "FEW_TOKENS", 0)
     whole = model.encode(TEXTS, precision=precision)
-    monkeypatch.setattr(gecko, "TEXTS_AT_ONCE", 50)
+    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 50)
     monkeypatch.setitem(gecko.BATCH_TOKENS, "cpu", 100)
     x = model.encode(TEXTS, precision=precision)
     assert x.dtype == np.float32
@@ -71,13 +71,13 @@ def test_blocks_and_precision_keep_the_vectors(model, precision, atol, monkeypat
 def test_long_runs_of_one_length_are_cut_to_the_caches_size(model, monkeypatch):
     """Attention a few texts at a time gives the same vectors."""
     want = model.encode(TEXTS)
-    monkeypatch.setattr(gecko, "FEW_CHARS", 0)
+    monkeypatch.setattr(gecko, "FEW_TOKENS", 0)
     monkeypatch.setattr(packed, "ATTENTION_BYTES", 4 * 3 * 20 * 20 * 2)
     np.testing.assert_allclose(model.encode(TEXTS), want, atol=1e-5)
 
 
 def test_texts_cut_are_counted_over_the_blocks(model, monkeypatch):
-    monkeypatch.setattr(gecko, "TEXTS_AT_ONCE", 50)
+    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 50)
     model.encode([*TEXTS, "word1 " * 1000, *TEXTS, "word1 " * 1000])
     assert model.truncated == 2 and model.lost() == "2 of 242 texts were cut at 256 tokens"
     model.encode(TEXTS)
@@ -88,7 +88,7 @@ def test_precision_and_training_mode(model, monkeypatch):
     """A wrong name, and bfloat16 without the instructions for it, are refused; training mode stays."""
     with pytest.raises(files.InputError, match="--precision fp8"):
         model.encode(TEXTS, precision="fp8")
-    monkeypatch.setattr(gecko, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(packed, "has_bfloat16", lambda device: False)
     with pytest.raises(files.InputError, match="--precision bf16: this cpu has no fast bfloat16"):
         model.encode(TEXTS, precision="bf16")
     model.encoder.train()

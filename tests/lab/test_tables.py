@@ -263,8 +263,8 @@ def test_bf16_is_for_the_row_and_not_around_it(table, home, tmp_path, monkeypatc
     around, precisions = [], set()
     monkeypatch.setattr(train, "train", lambda *a, f=train.train, **k: (
         around.append(torch.is_autocast_enabled("cpu")), f(*a, **k))[1])
-    monkeypatch.setattr(gecko, "fast_embed", lambda model, precision, n, f=gecko.fast_embed: (
-        precisions.add(precision), f(model, precision, n))[1])
+    monkeypatch.setattr(gecko, "fast_embed", lambda *a, f=gecko.fast_embed: (
+        precisions.add(a[2]), f(*a))[1])
     run(home, tmp_path, table, "--precision", "bf16", "--micro-batch", "8")
     assert around == [False] * (7 if table == "labels" else 0) and "bf16" in precisions
 
