@@ -200,8 +200,10 @@ def run_tests(folder: str, n: int, connection: Any) -> None:
     for stream in range(3):
         os.dup2(null, stream)
     os.chdir(folder)
-    for name in [name for name in sys.modules if name.split(".")[0] in ("engine", "make_course")]:
-        del sys.modules[name]                           # those of this project, not of the folder
+    for name, module in list(sys.modules.items()):      # this project's modules give way to the folder's
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(f"{ROOT}/") and "site-packages" not in file and name != "__main__":
+            del sys.modules[name]
     sys.path[:0] = [folder, f"{folder}/tests"]
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
@@ -236,8 +238,7 @@ def results(folder: Path, n: int, seconds: float) -> tuple[dict[str, tuple[bool,
 
 # The processes that are killed leave semaphores behind, which Python's tracker would warn of.
 os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-START = multiprocessing.get_context("forkserver")       # torch and pytest are imported once
-START.set_forkserver_preload(["torch", "pytest", "numpy"])
+START = multiprocessing.get_context("forkserver")
 
 
 def grade_exercise(folder: Path, n: int, texts: dict[str, str], expected: set[str], seconds: float) -> Grade:
@@ -333,4 +334,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    START.set_forkserver_preload(["torch", "pytest", "numpy"])       # imported once
     run(main)
