@@ -19,7 +19,7 @@ import argparse
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ import numpy as np
 
 from engine import convert as publishers
 from engine import pairs
-from engine.beir import read_beir
 from engine.corpus import Passage
 from engine.corpus import builtin_corpus as builtin_corpus
 from engine.files import (
@@ -42,7 +41,6 @@ from engine.files import (
     run,
     write_jsonl,
 )
-from engine.search import topk
 from gecko import FORMATS, format_passage, format_query, load
 
 Record = dict[str, Any]  # the row described at `record`
@@ -266,19 +264,23 @@ def check_record(where: str, row: Record) -> None:
             raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
     if row["symmetric"] not in (True, False) or not isinstance(row.get("kind"), str | None):
         raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; mend or drop it')
-    check_side(where, row, "positive")
-    if row["negative"] is not None:
-        check_side(where, row, "negative")
-        if publishers.content(row["negative"]) == publishers.content(row["positive"]):
-            raise InputError(f"{where}: positive and negative are the same text; remove the negative")
+    positive: Any = row.get("positive")
+    negative: Any = row["negative"]
+    if not is_passage(positive, row["symmetric"]):
+        raise InputError(f'{where}: "positive" has no text; give {{"title": "", "text": "..."}}')
+    if negative is None:
+        return
+    if not is_passage(negative, row["symmetric"]):
+        raise InputError(f'{where}: "negative" has no text; give {{"title": "", "text": "..."}}')
+    if publishers.content(negative) == publishers.content(positive):
+        raise InputError(f"{where}: positive and negative are the same text; remove the negative")
 
 
-def check_side(where: str, row: Record, key: str) -> None:
-    p = row.get(key)
-    if not (isinstance(p, dict) and isinstance(p.get("title"), str | None) and isinstance(p.get("text"), str)):
-        raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
-    if not (p["text"] if row["symmetric"] else publishers.content(p)).strip():  # a symmetric target shows no title
-        raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
+def is_passage(p: Any, symmetric: bool) -> bool:
+    """Whether it says something; a title alone does, but a symmetric target shows none."""
+    if not isinstance(p, dict) or not isinstance(p.get("text"), str) or not isinstance(p.get("title"), str | None):
+        return False
+    return (p["text"] if symmetric else publishers.content(p)).strip() != ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,28 +321,11 @@ def converted(kind: str, paths: Sequence[str], left_out: Counter[str], c: Conver
     elif kind == "choice":
         rows = publishers.choice(paths, left_out, c.first)
     else:
-        rows = itertools.chain.from_iterable(beir_rows(path, task, c) for path in paths)
+        rows = publishers.beir(paths, c.split, load(c.model) if c.model else None, task, c.depth)
     records = []
     for query, positive, negative, symmetric in publishers.contrasted(rows, left_out, rng):
         records.append(record(task, query, side(positive), negative and side(negative), symmetric))
     return records
-
-
-def beir_rows(folder: str, task: str, c: Convert) -> Iterator[publishers.Row]:
-    """Each query with each relevant passage; with a model, of its nearest passages the others are wrong.
-
-    The very first are the likeliest to be relevant and unjudged (false negatives): let `depth` be large.
-    """
-    beir, near = read_beir(folder, c.split), {}
-    if c.model:
-        model, passages = load(c.model), beir.corpus
-        P = model.encode_passages([p["text"] for p in passages], [p["title"] for p in passages],
-                                  progress="passages")               # (P, d)
-        q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
-        _, ids = topk(q, P, min(c.depth, len(P)))                    # (Q, depth)
-        for query, row in zip(beir.queries, ids, strict=True):
-            near[query] = [passages[i] for i in row]
-    return publishers.beir(beir, near)
 
 
 def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:

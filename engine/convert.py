@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.beir import Beir, read_beir
 from engine.files import InputError
+from engine.search import topk
 from engine.table import as_text, column, label_in, optional_text, read_table, text_in
 
 Passage = dict[str, str]                    # {"title", "text"}, of a corpus with "_id"
@@ -144,17 +146,33 @@ def first_option(where: str, row: dict[str, Any], numbers: set[int]) -> int:
     raise InputError(f"{where}: cop is never 0 and never 4; say with --first 0 or --first 1 what opa is")
 
 
-def beir(folder: Any, near: dict[str, list[Passage]]) -> Iterator[Row]:
-    """A BEIR folder that is read, and passages near to its queries by their ids: each query with each relevant
-    passage; what is near and not judged relevant is wrong.
+def beir(folders: Iterable[str], split: str, model: Any, task: str, depth: int) -> Iterator[Row]:
+    """BEIR folders: each query with each relevant passage; of a model's nearest passages the others are wrong.
+
+    The very first are the likeliest to be relevant and unjudged (false negatives): let `depth` be large.
     """
-    passages = {p["_id"]: p for p in folder.corpus}
-    for query, judged in folder.qrels.items():
-        # the queries of ArguAna stand in its corpus, under the same id
-        wrong = [p for p in near.get(query, []) if p["_id"] not in (query, *judged)]
-        for passage in judged:
-            if passage in passages:
-                yield Row(folder.queries[query].strip(), passages[passage], wrong, draw=True)
+    for folder in folders:
+        beir = read_beir(folder, split)
+        near = nearest_passages(beir, model, task, depth) if model is not None else {}
+        passages = {p["_id"]: p for p in beir.corpus}
+        for query, judged in beir.qrels.items():
+            # the queries of ArguAna stand in its corpus, under the same id
+            wrong = [p for p in near.get(query, []) if p["_id"] not in (query, *judged)]
+            for passage in judged:
+                if passage in passages:
+                    yield Row(beir.queries[query].strip(), passages[passage], wrong, draw=True)
+
+
+def nearest_passages(beir: Beir, model: Any, task: str, depth: int) -> dict[str, list[Passage]]:
+    """The `depth` passages nearest to each query, by its id."""
+    texts, titles = [p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus]
+    P = model.encode_passages(texts, titles, progress="passages")    # (P, d)
+    q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
+    _, ids = topk(q, P, min(depth, len(P)))                          # (Q, depth)
+    near = {}
+    for query, row in zip(beir.queries, ids, strict=True):
+        near[query] = [beir.corpus[i] for i in row]
+    return near
 
 
 # --------------------------------------------------------------------------------------------------

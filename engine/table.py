@@ -64,22 +64,27 @@ def cells(path: str, text: str, delimiter: str, quoted: bool) -> Cells:
 def tsv(path: str, text: str) -> Cells:
     """TSV as pandas writes it (quoted where needed) or as GLUE does (quotes are part of a text): the file decides.
 
-    subtle: a file that both ways read is quoted if its header is, or if a quoted cell has a doubled quote in it.
+    A file that reads both ways is quoted if its header is, or if a quoted cell has a doubled quote in it.
     """
     if '"' not in text:
         yield from cells(path, text, "\t", False)
         return
     errors: dict[bool, InputError] = {}
+    counts: dict[bool, int] = {}                                     # rows, read as quoted and as unquoted
     for quoted in (True, False):
         try:
-            for _ in cells(path, text, "\t", quoted):
-                pass
+            counts[quoted] = sum(1 for _ in cells(path, text, "\t", quoted))
         except InputError as error:
             errors[quoted] = error
     if len(errors) == 2:
         raise InputError(f"{errors[True]} (read as unquoted: {errors[False]})")
-    doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|\r?$)', text, re.M)
-    quoted = False in errors or True not in errors and (text.startswith('"') or doubled is not None)
+    quoted = True in counts
+    if not errors:
+        doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|$)', text, re.M)
+        quoted = text.startswith('"') or doubled is not None
+        if not quoted and counts[True] != counts[False]:
+            raise InputError(f"{path}: reads as quoted TSV with {counts[True]} rows and as unquoted with "
+                             f"{counts[False]}; save it as CSV")
     print(f"  {path}: read as {'quoted' if quoted else 'unquoted'} TSV")
     yield from cells(path, text, "\t", quoted)
 

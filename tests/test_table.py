@@ -96,6 +96,13 @@ def test_quoted_tsv_is_known_by_its_header_or_by_a_doubled_quote(tmp_path, file,
     assert rows(tmp_path / "t.tsv") == [row]
 
 
+def test_tsv_that_reads_both_ways_with_other_rows_is_refused(tmp_path):
+    """One text with a tab and a line break, or two rows that begin and end with a quote."""
+    lines(tmp_path / "t.tsv", "text\tlabel", '"one\t1', 'two"\t0')
+    with pytest.raises(InputError, match="t.tsv: reads as quoted TSV with 2 rows and as unquoted with 3; save it"):
+        rows(tmp_path / "t.tsv")
+
+
 # --------------------------------------------------------------------------------------------------
 # Values
 
