@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from weigh import weigh
 
 import data
 
@@ -105,3 +106,16 @@ def test_private_operators_of_torch_are_called_in_two_files(path):
     """They may change with any release of torch, so packed and search alone depend on them, and look before."""
     private = re.findall(r"torch\.ops\.|torch(?:\.\w+)*\._\w+", path.read_text())
     assert not private or path.stem in ("packed", "search")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_a_page_reads_without_stumbling(path):
+    """No walrus, no comprehension in a comprehension, no function that does not fit on a screen but the loop."""
+    weight = weigh(path)
+    assert not weight.walruses and not weight.nested
+    assert weight.longest <= 45 or path.stem == "train"
+
+
+@pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: path.name)
+def test_an_engine_file_is_small(path):
+    assert weigh(path).lines <= 320
