@@ -96,10 +96,10 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
                            task: str = "classification", unique_ids: bool = True) -> list[Record]:
     """For each x: x+ with x's label, x- with any other, on all three the triple's own id, " [0]", " [1]", ...
 
-    Without ids, other rows of the same label stand in the batch as false negatives; with them every other
-    row is told apart by its id, and what is left to learn from is x-. The three texts differ; x+ is drawn
-    among those that leave an x-, x- among all that are left. Rows are symmetric; an x of which no triple can
-    be made is left out. InputError, "at least two labels", where there is but one.
+    Without ids, other rows of the same label are false negatives in the batch. With them, the id alone tells
+    a row from all others, and what is left to learn from is x-. The three texts differ: x+ is drawn from the
+    texts of x's label that leave an x-, then x- from the texts of other labels. Rows are symmetric. An x that
+    has no such texts is left out; a single label is an InputError, "at least two labels".
     """
     # EXERCISE 3 (about 25 lines)
     groups: dict[Any, list[int]] = {}                                # label -> the numbers of its texts
@@ -148,20 +148,20 @@ def drawn(rng: np.random.Generator, pool: Sequence[int], good: Callable[[int], b
 
 def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, steps: int,
              seed: int) -> list[tuple[int, np.ndarray]]:
-    """For every step: which set, and the numbers of B of its rows (all of them, of a smaller set).
+    """For every step: a set, and the numbers of B of its rows (all rows of a smaller set).
 
-    A batch comes from one set, drawn by weight: its other rows are then negatives of the row's own
-    kind, and symmetric and asymmetric targets, which their format alone tells apart, never meet.
-    Each set is gone through in a new order each time; rows left over at its end are passed over.
-    The whole schedule follows from the seed, so a resumed run continues it at any step.
+    A batch comes from one set, drawn by weight. So the in-batch negatives of a row are of its own kind, and
+    symmetric and asymmetric targets, which differ in their format, never meet. Each epoch of a set takes its
+    rows in a new order and skips those that fill no batch. The whole schedule follows from the seed, so a
+    resumed run continues it at any step.
     """
     which = draw_by_weight(weights, steps, seed)                     # (steps)
     plan: dict[int, tuple[int, np.ndarray]] = {}                     # step -> set, its rows
     for s, size in enumerate(sizes):
         B = min(batch_size, size)
         turns = np.flatnonzero(which == s)                           # the steps of this set
-        rows = in_rounds(size, size // B * B, len(turns) * B, [seed, 1 + s]).reshape(-1, B)  # (turns, B)
-        for step, batch in zip(turns.tolist(), rows, strict=True):
+        rows = epochs(size, size // B * B, len(turns) * B, [seed, 1 + s])  # (turns * B)
+        for step, batch in zip(turns.tolist(), rows.reshape(-1, B), strict=True):
             plan[step] = s, batch
     return [plan[step] for step in range(steps)]
 
@@ -170,14 +170,14 @@ def mixed_schedule(groups: Sequence[np.ndarray], weights: Sequence[float], batch
                    seed: int) -> list[np.ndarray]:
     """For every step the row numbers, (B), of a batch whose rows come from all groups, by weight.
 
-    groups: the row numbers of each. Symmetric and asymmetric rows may meet in a batch. Each group is gone
-    through in a new order each time.
+    groups: the row numbers of each. Symmetric and asymmetric rows may meet in a batch. Each epoch of a group
+    takes its rows in a new order.
     """
     which = draw_by_weight(weights, steps * batch_size, seed)        # (steps * B)
     plan = np.empty_like(which)                                      # (steps * B)
     for g, rows in enumerate(groups):
-        turns = np.flatnonzero(which == g)
-        plan[turns] = rows[in_rounds(len(rows), len(rows), len(turns), [seed, 1 + g])]
+        turns = np.flatnonzero(which == g)                           # the places of this group
+        plan[turns] = rows[epochs(len(rows), len(rows), len(turns), [seed, 1 + g])]
     return list(plan.reshape(steps, batch_size))
 
 
@@ -187,22 +187,22 @@ def draw_by_weight(weights: Sequence[float], count: int, seed: int) -> np.ndarra
     return np.random.default_rng([seed, 0]).choice(len(weights), size=count, p=p)
 
 
-def in_rounds(size: int, kept: int, count: int, seed: list[int]) -> np.ndarray:
-    """(count) row numbers below `size`: one permutation after another, of each the first `kept`."""
-    rounds = [np.empty(0, int)]
-    for r in range(-(-count // kept)):
-        rounds.append(np.random.default_rng([*seed, r]).permutation(size)[:kept])
-    return np.concatenate(rounds)[:count]
+def epochs(size: int, kept: int, count: int, seed: list[int]) -> np.ndarray:
+    """(count) row numbers below `size`: one permutation after another, the first `kept` of each."""
+    rows = [np.empty(0, int)]
+    for epoch in range(math.ceil(count / kept)):
+        rows.append(np.random.default_rng([*seed, epoch]).permutation(size)[:kept])
+    return np.concatenate(rows)[:count]
 
 
 def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str, batch_size: int,
             steps: int, seed: int) -> list[np.ndarray]:
     """For every step the numbers of its rows, (B), counted through all sets.
 
-    weights: one a set; None weighs them alike. mix: "sets" is `schedule`; "mixed" draws each row of a
-    batch from a set by weight; "tasks" from a task, each of all tasks alike (the paper's uniform
-    sampling in its diversity table). A row of FRet has the `kind` of its task too, and is sampled by
-    it: its task is free text, seldom twice the same.
+    weights: one for each set; None makes them equal. mix: "sets" is `schedule`; "mixed" draws each row of a
+    batch from a set by weight; "tasks" draws each from a task, all tasks with equal weight (the paper's
+    uniform sampling, in its diversity table). A FRet row counts by the `kind` of its task: the task itself is
+    free text and rarely repeats.
     """
     sizes = [len(rows) for rows in sets]
     starts = np.cumsum([0, *sizes])[:-1]                             # (sets)
