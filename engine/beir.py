@@ -93,8 +93,8 @@ def read_qrels(path: str | Path) -> Qrels:
         form = form or (THREE_COLUMNS if THREE_COLUMNS.fullmatch(line) else FOUR_COLUMNS)
         columns = form.fullmatch(line)
         if not columns:
-            raise InputError(f"{path}:{number}: want query, passage, grade (BEIR, with tabs) or query, 0, "
-                             "passage, grade (TREC), the same in all lines, each grade a whole number")
+            raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR, with tabs) or "
+                             "query, 0, passage, grade (TREC), one form in all lines, grades whole numbers")
         query, passage, grade = columns[1], columns[2], int(columns[3])
         if grades.setdefault((query, passage), grade) != grade:
             raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")

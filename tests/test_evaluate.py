@@ -157,15 +157,15 @@ def test_a_query_whose_grades_are_all_0_stays(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("1\ta\t1\n2\tb\n", ":2: want query, passage, grade"),
-    ("1\ta\t0.5\n", ":1: .*whole number"),
-    ("1\ta\tnan\n", ":1: .*whole number"),
-    ("1\ta\thigh\n", ":1: want"),                                    # no header: it names no columns
-    ("query-id\tcorpus-id\tscore\nquery-id\tcorpus-id\tscore\n", ":2: want"),
-    ("1\t0\ta\t1\n1\ta\t1\t0.9\n", ":2: want"),                      # the passage in the second place
-    ("1\ta\t1\n1\t0\tb\t1\n", ":2: want"),                           # two forms in one file
-    ("1,a,1\n", ":1: want"),
-    ("1\ta\t1\textra\t1\n", ":1: want"),
+    ("1\ta\t1\n2\tb\n", ":2: .*want query, passage, grade"),
+    ("1\ta\t0.5\n", ":1: .*whole numbers"),
+    ("1\ta\tnan\n", ":1: .*whole numbers"),
+    ("1\ta\thigh\n", ":1: .*want"),                                    # no header: it names no columns
+    ("query-id\tcorpus-id\tscore\nquery-id\tcorpus-id\tscore\n", ":2: .*want"),
+    ("1\t0\ta\t1\n1\ta\t1\t0.9\n", ":2: .*want"),                      # the passage in the second place
+    ("1\ta\t1\n1\t0\tb\t1\n", ":2: .*want"),                           # two forms in one file
+    ("1,a,1\n", ":1: .*want"),
+    ("1\ta\t1\textra\t1\n", ":1: .*want"),
     ("1\ta\t1\n1\ta\t2\n", ":2: another grade"),
     ("1\ta\t0\n1\tb\t-1\n", "no relevant passage"),
     (b"1\ta\xff\t1\n", "UTF-8 text"),
@@ -347,7 +347,7 @@ def test_judgements_in_trecs_form_give_the_figure_of_beirs(model, tmp_path, monk
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"qrels": "q0\tp0\t0.5\n"}, "qrels/test.tsv:1: want"),
+    ({"qrels": "q0\tp0\t0.5\n"}, "want query, passage, grade (BEIR, with tabs)"),
     ({"qrels": "q0\tgone\t1\n"}, "1 of 1 judged passages are not in corpus.jsonl"),
     ({"queries": [{"_id": "q0", "text": "a"}, {"_id": "q0", "text": "b"}]}, "queries.jsonl:2: \"_id\" 'q0'")])
 def test_a_fault_is_one_line_and_exit_2(change, message, model, tmp_path, monkeypatch, capsys):
