@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -259,7 +260,7 @@ class Gecko:
     def device(self) -> torch.device:
         return next(self.encoder.parameters()).device
 
-    def tokens(self, texts: Sequence[str], max_length: int | None = None) -> list[list[int]]:
+    def tokens(self, texts: Sequence[str], max_length: int | None = None) -> list[array[int]]:
         """Token ids of each text, cut at max_length; `lost` says what they lack of the texts."""
         check_list(texts)
         length = min(max_length or self.max_length, self.max_length)

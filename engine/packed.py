@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ TEXTS_AT_ONCE = 1024         # that are tokenised together, to bound the memory
 CHARS_A_TOKEN = 16           # far more than a token has in the mean
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[list[list[int]], int, float]:
+def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[list[array[int]], int, float]:
     """Token ids of each text, cut at `length`; how many texts were cut; the share of unknown tokens.
 
     Of a long text only the beginning is tokenised, which has the same first tokens.
@@ -37,7 +38,7 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[l
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
     unknown = tokenizer.token_to_id("[UNK]") or tokenizer.token_to_id("<unk>") or -1
-    tokens: list[list[int]] = []
+    tokens: list[array[int]] = []                                    # a tenth of the memory of lists
     truncated = unknown_tokens = 0
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         part = list(texts[start:start + TEXTS_AT_ONCE])
@@ -50,7 +51,7 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[l
                 encoding = tokenizer.encode(text)
             if not encoding.ids:
                 raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
-            tokens.append(encoding.ids)
+            tokens.append(array("i", encoding.ids))
             truncated += bool(encoding.overflowing)
             unknown_tokens += encoding.ids.count(unknown)
     return tokens, truncated, unknown_tokens / max(1, sum(map(len, tokens)))
