@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from array import array
@@ -49,7 +48,6 @@ from engine.evaluate import (
     bm25_rankings,
     encode_beir,
     means,
-    ndcg,
     paired_bootstrap,
     rankings,
     retrieval_scores,
@@ -71,7 +69,6 @@ from engine.mteb import ForMteb, mteb_scores, mteb_tasks, table_9
 from engine.offline import Offline
 from engine.runs import Run, digest, save_into
 from engine.scale import blockwise_loss, cached_backward, derive_seed, processes
-from engine.show import known_passages, summary
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
 
 # B rows in a batch, d the model's dimension, tau the temperature, s = cos / tau. The vectors of a loss,
@@ -258,7 +255,6 @@ def train(
     dims = read_dims(c.dims, d)
     S = 2 if stage == "prefinetune" else 3                           # sides of a row: eq. 2 has no hard negative
     tokens, texts = tokenised(model, sets, c.max_length)
-    lengths = torch.tensor([len(text) for text in tokens])           # (texts)
     steps = c.steps or max(1, int(c.epochs * len(texts) / c.batch_size))
     plan = batches(sets, weights, c.mix, c.batch_size, steps, c.seed)  # row numbers of every step
     check_negatives(stage, texts, plan)
@@ -267,23 +263,29 @@ def train(
     optimiser = torch.optim.AdamW(parameters, lr=max_lr, weight_decay=c.weight_decay, fused=True)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
     model.dims = tuple(dims)
-    this_run = start_run(model, stage, c, optimiser, out, tokens, texts, plan)
+    settings = f"{stage} {replace(c, eval='', save_every=0, resume=False)} {model.encoder.config}"
+    key = digest(settings, itertools.chain([texts], plan, model.encoder.parameters(), tokens))
+    dev = read_beir(c.eval, "dev") if c.eval else None
+    measure = (lambda: means(beir_scores(model, dev))) if dev else None
+    this_run = Run(out, model.encoder, optimiser, steps, key, functools.partial(save, model), measure)
     losses = this_run.resume(c.resume)                               # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
                total=steps, disable=processes()[0] > 0)
 
-    def embed(text_ids: Tensor) -> Tensor:                           # (n) -> (n, d), 0 where there is no text
-        there = text_ids >= 0                                        # (n)
-        x = torch.zeros(len(text_ids), d, dtype=parameters[0].dtype, device=model.device)
+    def embed(ids: Tensor) -> Tensor:                                # (n) -> (n, d), 0 where there is no text
+        x = torch.zeros(len(ids), d, dtype=parameters[0].dtype, device=model.device)
+        there = ids >= 0                                             # (n)
         if there.any():
             with autocast:
-                vectors = model.embed([tokens[i] for i in text_ids[there].tolist()])
+                vectors = model.embed([tokens[i] for i in ids[there].tolist()])
             x[there] = vectors.to(x.dtype)
         return x
 
     for step in bar:
         model.encoder.train()
         torch.manual_seed(derive_seed(c.seed, step))                 # so a step depends on no other's dropout
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, steps, max_lr, c.warmup)
         ids = torch.from_numpy(texts[plan[step]]).T.to(model.device)   # (3, B)
         loss_of = batch_loss(stage, c.tau, ids)
         optimiser.zero_grad(set_to_none=True)
@@ -293,17 +295,15 @@ def train(
             loss.backward()
         else:                                                        # a batch larger than memory, or processes
             in_blocks = functools.partial(blockwise_loss, loss_of, truncate_dim, dims)
-            loss = cached_backward(embed, in_blocks, ids[:S], lengths, c.micro_batch, d, parameters,
-                                   (c.seed, step))
-        losses.append(loss.item())
+            loss = cached_backward(embed, in_blocks, ids[:S], tokens, c.micro_batch, d, parameters, (c.seed, step))
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip)
-        this_run.check_finite(step, losses[-1], norm.item(), plan[step], [len(rows) for rows in sets])
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, max_lr, c.warmup)
+        this_run.check_finite(loss.item(), norm.item(), step, plan[step])
         optimiser.step()
-        this_run.log(bar, losses, ids.shape[1])
-        if out and (step + 1 == steps or c.save_every and (step + 1) % c.save_every == 0):
-            this_run.checkpoint(step + 1)
+        losses.append(loss.item())
+        this_run.log(step=step + 1, loss=losses[-1], lr=optimiser.param_groups[0]["lr"])
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
+        if step + 1 == steps or c.save_every and (step + 1) % c.save_every == 0:
+            this_run.checkpoint(losses)
     model.encoder.eval()
     return losses
 
@@ -325,31 +325,36 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
     among the tokens, which is what the losses mask duplicates by. A hard negative that is its row's own
     query, or a positive of the same query in any row, is left out here: eq. 3 never meets one.
     """
-    ids: dict[str, int] = {}
-    queries: dict[str, int] = {}
+    ids: dict[str, int] = {}                                         # of formatted texts
+    queries: dict[str, int] = {}                                     # of queries alone, whatever their task
     rows = []
     for row in itertools.chain(*sets):
         texts = [-1 if text is None else ids.setdefault(text, len(ids)) for text in formatted(row, model.formats)]
         rows.append([*texts, queries.setdefault(row["query"], len(queries))])
-    q_id, p_id, n_id, query = np.array(rows).T                       # 4 of (rows); query: without its task
-    answers = query * len(ids) + p_id                                # (rows) one number for a query and a positive
-    wrong = (n_id >= 0) & ((n_id == q_id) | np.isin(query * len(ids) + n_id, answers))   # (rows)
-    n_id = np.where(wrong, -1, n_id)                                 # (rows)
+    q_id, p_id, n_id, query = np.array(rows).T                       # 4 of (rows)
+    query *= len(ids)                                                # query + id: one number for both
+    answered = np.isin(query + n_id, query + p_id)                   # (rows)
+    wrong = (n_id >= 0) & ((n_id == q_id) | answered)                # (rows)
+    if wrong.any():
+        say_first(f"{wrong.sum()} of {len(wrong)} hard negatives are left out: they answer their query, or are it")
+    n_id[wrong] = -1
     tokens: list[array[int]] = []
     truncated, distinct = 0, list(ids)
     for start in range(0, len(distinct), TOKENISED):                 # in parts, for the sake of memory
         tokens += [array("i", text) for text in model.tokens(distinct[start:start + TOKENISED], max_length)]
         truncated += model.truncated
-    if processes()[0] == 0:
-        if wrong.any():
-            tqdm.write(f"{wrong.sum()} of {len(wrong)} rows train without their hard negative: it is the query "
-                       "itself, or a positive of the same query", file=sys.stderr)
-        if truncated:
-            tqdm.write(f"{truncated} of {len(tokens)} texts are cut at {max_length} tokens", file=sys.stderr)
+    if truncated:
+        say_first(f"{truncated} of {len(tokens)} texts are cut at {max_length} tokens")
     return tokens, np.stack([q_id, p_id, n_id], axis=1)
 
 
 TOKENISED = 8192   # texts at a time
+
+
+def say_first(line: str) -> None:
+    """To stderr, once for all processes."""
+    if processes()[0] == 0:
+        tqdm.write(line, file=sys.stderr)
 
 
 def check_negatives(stage: str, texts: np.ndarray, plan: Sequence[np.ndarray]) -> None:
@@ -359,44 +364,28 @@ def check_negatives(stage: str, texts: np.ndarray, plan: Sequence[np.ndarray]) -
     """
     idle = 0
     for rows in plan:
-        ids = torch.from_numpy(texts[rows]).T                        # (3, B)
+        loss = batch_loss(stage, 1.0, torch.from_numpy(texts[rows]).T)
         ones = [torch.ones(len(rows), 1)] * (2 if stage == "prefinetune" else 3)   # each (B, 1)
-        loss = batch_loss(stage, 1.0, ids)
-        starts = range(0, len(rows), 64)
+        starts = range(0, len(rows), 64)                             # the first rows decide, as a rule
         idle += all(loss(*ones, rows=slice(start, start + 64)) == 0 for start in starts)
-    what = "no row has a negative, so nothing is learned"
-    fix = "give rows of other queries and positives, a larger --batch-size, or --mix mixed"
+    what = (f"in {idle} of {len(plan)} steps no row has a negative, so nothing is learned: give rows of other "
+            "queries and positives, a larger --batch-size, or --mix mixed")
     if idle == len(plan):
-        raise InputError(f"{what}: {fix}")
-    if idle and processes()[0] == 0:
-        tqdm.write(f"in {idle} of {len(plan)} steps {what}: {fix}", file=sys.stderr)
+        raise InputError(what)
+    if idle:
+        say_first(what)
 
 
-def start_run(model: Gecko, stage: str, c: TrainConfig, optimiser: torch.optim.Optimizer, out: Path | None,
-              tokens: Sequence[array[int]], texts: np.ndarray, plan: Sequence[np.ndarray]) -> Run:
-    """The run's folder, known by all that decides its bytes: flags, data, order and first weights."""
-    measure = None
-    if out and c.eval and processes()[0] == 0:
-        measure = functools.partial(dev_scores, model, read_beir(c.eval, "dev"))
-    settings = f"{stage} {replace(c, eval='', save_every=0, resume=False)} {model.encoder.config}"
-    key = digest(settings, itertools.chain([texts], plan, model.encoder.parameters(), tokens))
-    return Run(out, model.encoder, optimiser, len(plan), key, functools.partial(save, model), measure)
-
-
-def dev_scores(model: Gecko, beir: Beir) -> dict[str, float]:
-    q, P = encode_beir(model, beir, "question answering")            # (Q, d) and (P, d)
-    return means(retrieval_scores(rankings(beir, q, P), beir))
-
-
-def save_final(model: Gecko, out: Path) -> None:
-    """The model's files into a folder that holds the run's others too."""
-    save_into(functools.partial(save, model), out)
+def beir_scores(model: Gecko, beir: Beir, dim: int | None = None) -> dict[str, list[float]]:
+    q, P = encode_beir(model, beir, "question answering", dim)       # (Q, dim) and (P, dim)
+    return retrieval_scores(rankings(beir, q, P), beir)
 
 
 # --------------------------------------------------------------------------------------------------
 # The recipe: the paper's section 3, top to bottom
 
 
+QUESTIONS = Path(__file__).parent / "engine/questions.jsonl"
 SMALL = TrainConfig(batch_size=512, tau=0.1, dims="384,128")         # chosen on the dev questions
 
 
@@ -455,12 +444,14 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     train(gecko, "finetune", [rows, pairs], c, mixture, "fine-tune")
     save(gecko, out / "gecko")
 
-    show_relabelled(rows, corpus)
-    results = results_table(out, corpus, ranker, {
-        "untrained": start, "BM25": None, "pre-finetuned": pre, "+ (q, p_seed)": retriever,
-        "+ FRet (p_1, p_20)": gecko})
+    moved = np.mean([row["positive_id"] != row["seed_id"] for row in rows])
+    print(f"p+ differs from p_seed in {moved:.1%} of {len(rows)} records (paper: about 15%)")
+    stages = {"untrained": start, "BM25": None, "pre-finetuned": pre, "+ (q, p_seed)": retriever,
+              "+ FRet (p_1, p_20)": gecko}
+    results = results_table(out, stages, read_beir(questions_beir(out, corpus)))
     print(f"{time.time() - began:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
-    print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko')
+    print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko\n'
+          f"      python llm.py show {out}/fret.jsonl --changed")
     return results
 
 
@@ -474,92 +465,49 @@ def untrained(corpus: Sequence[dict[str, str]], pairs: Sequence[Record], seed: i
 # What the recipe prints
 
 
-def show_relabelled(rows: Sequence[Record], corpus: Sequence[dict[str, str]]) -> None:
-    """One record where p+ differs from p_seed, and the share of such records."""
-    changed = [row for row in rows if row["positive_id"] != row["seed_id"]]
-    print(f"\np+ differs from p_seed in {len(changed) / len(rows):.1%} of {len(rows)} records "
-          "(paper: about 15%)")
-    if changed:
-        best = max(changed, key=lambda row: max(c["R"] for c in row["candidates"]))
-        print(*summary(best, known_passages([best], corpus), llm.ranks), sep="\n")
-
-
 def questions_beir(out: Path, corpus: Sequence[dict[str, str]]) -> Path:
     """The hand-written test questions as a BEIR folder beside the models; nothing trains on it."""
     folder, names = out / "questions", {p["_id"] for p in corpus}
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(out / "corpus.jsonl", folder / "corpus.jsonl")
     queries = []
     qrels = {split: ["query-id\tcorpus-id\tscore"] for split in ("dev", "test")}
-    for n, (_, row) in enumerate(read_jsonl(llm.ENGINE / "questions.jsonl")):
+    for n, (_, row) in enumerate(read_jsonl(QUESTIONS)):
         answers = [name for name in row["answers"] if name in names]
         if answers:
             queries.append({"_id": str(n), "text": row["query"]})
             qrels[row["split"]] += [f"{n}\t{name}\t1" for name in answers]
+    write_jsonl(folder / "corpus.jsonl", corpus)
     write_jsonl(folder / "queries.jsonl", queries)
     for split, lines in qrels.items():
-        (folder / f"qrels/{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with file_beside(folder / f"qrels/{split}.tsv") as new:
+            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
-def results_table(out: Path, corpus: list[dict[str, str]], ranker: llm.LLM,
-                  models: dict[str, Gecko | None]) -> dict[str, dict[str, Any]]:
-    """Each stage on the test questions (None: BM25), the ranker on the dev questions. Writes results.json."""
-    folder = questions_beir(out, corpus)
-    test, dev = read_beir(folder, "test"), read_beir(folder, "dev")
+def results_table(out: Path, models: dict[str, Gecko | None], test: Beir) -> dict[str, dict[str, Any]]:
+    """Each stage on the test questions, printed and in results.json; None stands for BM25."""
     dims = SMALL.dims.split(",")
     print(f"\nTest questions ({len(test.queries)}), nDCG@10 and recall@100 at d = {' and d = '.join(dims)}; "
           "[95 % interval of the gain over the stage above, paired bootstrap]")
     table: dict[str, dict[str, Any]] = {}
     above: list[float] = []
     for stage, model in models.items():
-        scores = {dims[0]: retrieval_scores(bm25_rankings(test), test)} if model is None else {}
-        for dim in dims if model else ():
-            q, P = encode_beir(model, test, "question answering", int(dim))
-            scores[dim] = retrieval_scores(rankings(test, q, P), test)
-        ndcgs = scores[dims[0]]["ndcg@10"]
-        low, high = paired_bootstrap(above or ndcgs, ndcgs)
-        table[stage] = {dim: means(measures) for dim, measures in scores.items()}
+        scores = {dims[0]: retrieval_scores(bm25_rankings(test), test)}
+        if model:
+            scores = {dim: beir_scores(model, test, int(dim)) for dim in dims}
+        ndcg = scores[dims[0]]["ndcg@10"]
+        low, high = paired_bootstrap(above or ndcg, ndcg)
+        table[stage] = {dim: means(values) for dim, values in scores.items()}
         table[stage]["gain"] = [round(low, 4), round(high, 4)]
-        columns = [f"{np.mean(s['ndcg@10']):.3f} {np.mean(s['recall@100']):.3f}" for s in scores.values()]
-        gain = f"[{low:+.3f}, {high:+.3f}]" if above else ""
-        print(f"  {stage:20} {columns[0]}   {columns[-1] if model else '-':11}   {gain}")
-        above = ndcgs
-    print("The ranker on the dev questions, nDCG@10 of the initial retriever's top 20, ranked again by")
-    retriever = models["+ (q, p_seed)"]
-    assert retriever is not None
-    table["ranker (dev)"] = means(rerank_scores(ranker, retriever, dev, 20, "question answering"))
-    print("  " + "   ".join(f"{name} {value:.3f}" for name, value in table["ranker (dev)"].items()))
-    with file_beside(out / "results.json") as new:
-        new.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        columns = [f"{np.mean(x['ndcg@10']):.3f} {np.mean(x['recall@100']):.3f}" for x in scores.values()]
+        print(f"  {stage:20} {'   '.join(columns):26}   " + (f"[{low:+.3f}, {high:+.3f}]" if above else ""))
+        above = ndcg
+    write_json(out / "results.json", table)
     return table
 
 
-def rerank_scores(ranker: llm.LLM, retriever: Gecko, beir: Beir, N: int, task: str,
-                  precision: str = "float32") -> dict[str, list[float]]:
-    """nDCG@10 of each query: the retriever's first N as they come, by QL, by RC and by their fusion."""
-    by_id = {p["_id"]: p for p in beir.corpus}
-    q, P = encode_beir(retriever, beir, task, precision=precision)   # (Q, d) and (P, d)
-    if isinstance(ranker, Offline):
-        ranker.similarity = llm.similarity(retriever, dict(zip(by_id, P, strict=True)))   # not made again
-    pairs, nearest = [], {}
-    for query, ids in rankings(beir, q, P).items():
-        nearest[query] = ids[:N]
-        pairs += [(beir.queries[query], by_id[i]) for i in ids[:N]]
-    QL, RC = ranker.query_likelihood(pairs), ranker.relevance(pairs)
-    if None in QL or None in RC:
-        raise llm.LLMError("a score is missing: a call failed; run again, the others are in the cache")
-    scores: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
-    start = 0
-    for query, ids in nearest.items():
-        relevant, end = beir.qrels[query], start + len(ids)
-        ql, rc = list[Any](QL[start:end]), list[Any](RC[start:end])
-        scores["retriever"].append(ndcg(ids, relevant))
-        for name, s in (("QL", ql), ("RC", rc), ("QL + RC", llm.rrf(ql, rc))):
-            order = sorted(range(len(ids)), key=lambda i: -s[i])
-            scores[name].append(ndcg([ids[i] for i in order], relevant))
-        start = end
-    return scores
+def write_json(path: Path, content: Any) -> None:
+    with file_beside(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -567,15 +515,16 @@ def rerank_scores(ranker: llm.LLM, retriever: Gecko, beir: Beir, N: int, task: s
 
 
 CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
+POSITIVE = ("tau", "batch_size", "clip", "max_length")
 
 
 def checked(c: TrainConfig) -> TrainConfig:
     """The same configuration; what cannot be run is one line, before anything is read or written."""
     for name, value in vars(c).items():
         given = f"--{name.replace('_', '-')} {value}"
-        if value not in CHOICES.get(name, (value,)):
+        if name in CHOICES and value not in CHOICES[name]:
             raise InputError(f"{given}: give " + " or ".join(CHOICES[name]))
-        if name in ("tau", "batch_size", "clip", "max_length") and not 0 < value < math.inf:
+        if name in POSITIVE and not 0 < value < math.inf:
             raise InputError(f"{given}: give a number above 0")
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
             raise InputError(f"{given}: give 0 or a number above it")
@@ -586,17 +535,13 @@ def read_sets(items: Sequence[str]) -> tuple[list[list[Record]], list[float]]:
     """DATA or DATA:WEIGHT, each a file of records -> the sets and their weights."""
     sets, weights = [], []
     for item in items:
-        path, weight = item, 1.0
-        if not Path(item).exists():
-            path, _, number = item.rpartition(":")
-            try:
-                weight = float(number)
-            except ValueError as error:
-                raise InputError(f"{item}: no such file; give DATA or DATA:WEIGHT") from error
-        if not 0 < weight < math.inf:
-            raise InputError(f"{item}: a weight is a number above 0")
-        sets.append(read_records(path or item, candidates=False))
-        weights.append(weight)
+        path, weight = item, "1"
+        if not Path(item).exists() and ":" in item:
+            path, weight = item.rsplit(":", 1)
+        if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
+            raise InputError(f"{item}: give DATA or DATA:WEIGHT; a weight is a number above 0")
+        sets.append(read_records(path, candidates=False))
+        weights.append(float(weight))
     return sets, weights
 
 
@@ -628,7 +573,7 @@ def train_command(args: argparse.Namespace) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if first:
-        save_final(model, out)
+        save_into(functools.partial(save, model), out)
         print(f"wrote {args.out}: {len(losses)} steps, loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}")
         print(f"next: python train.py evaluate --model {args.out} --beir DIR")
 
@@ -658,9 +603,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
         print(name, "  ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
     if args.out:
         out = Path(args.out, "scores.json") if tasks else Path(args.out)
-        with file_beside(out) as new:
-            new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {out}" + (f"; mteb's own files are under {args.out}/results" if tasks else ""))
+        write_json(out, results)
+        print(f"wrote {out}")
 
 
 def main() -> None:

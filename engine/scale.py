@@ -6,7 +6,7 @@ call the functions that they are given, and autograd takes every gradient. No eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ BLOCK = 32 << 20   # bytes of one (rows, B) matrix of scores, of which a loss ho
 def cached_backward(
     embed: Callable[[Tensor], Tensor],     # ids of n texts -> their vectors (n, d), with a graph
     loss: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
-    # of vectors (S, B, d), for some of the rows -> their share of the loss, its gradient (S, B, d)
+    # vectors (S, B, d) and some of the rows -> these rows' share of the loss, its gradient (S, B, d)
     ids: Tensor,                           # (S, B) ids of the texts, -1 where a row has none
-    lengths: Tensor,                       # (texts) the tokens of each text
+    tokens: Sequence[Sized],               # of every text
     micro_batch: int,                      # texts of mean length to embed at a time; 0: all
     d: int,
     parameters: Sequence[torch.nn.Parameter],
@@ -40,15 +40,17 @@ def cached_backward(
     S, B = ids.shape
     rank, size = processes()
     rows = slice(B * rank // size, B * (rank + 1) // size)           # this process's rows
-    numbers = torch.arange(S * B, device=ids.device).view(S, B)      # of the rows of x below
-    mine = numbers[:, rows][ids[:, rows] >= 0]                       # (n) those that this process fills
-    parts = [mine[part] for part in micro_batches(lengths[ids.flatten()[mine].cpu()], micro_batch)]
+    places = torch.arange(S * B, device=ids.device).view(S, B)       # of the texts among the rows of x below
+    places = places[:, rows][ids[:, rows] >= 0]                      # (n) those that this process fills
+    ids = ids.flatten()                                              # (S * B)
+    lengths = [len(tokens[i]) for i in ids[places].tolist()]
+    parts = [places[part] for part in micro_batches(lengths, micro_batch)]
     # EXERCISE 9 (about 18 lines)
     last = len(parts) - 1
 
     def embed_part(n: int) -> Tensor:                                # (texts of part n, d)
         torch.manual_seed(derive_seed(*seed, rank, n))               # the second time, the same dropout
-        return embed(ids.flatten()[parts[n]])
+        return embed(ids[parts[n]])
 
     x = torch.zeros(S * B, d, dtype=parameters[0].dtype, device=ids.device)  # (S * B, d)
     for n, part in enumerate(parts):
@@ -65,20 +67,16 @@ def cached_backward(
         vectors.backward(g.view(S * B, d)[parts[n]].to(vectors.dtype))
     # END EXERCISE
     for p in parameters:                                             # each process has its texts' part
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         all_reduce_sum(p.grad)
     return value
 
 
-def micro_batches(lengths: Tensor, size: int) -> list[Tensor]:
+def micro_batches(lengths: Sequence[int], size: int) -> list[Tensor]:
     """Indices of texts in groups of like length, each of about `size` texts of mean length; 0: one group."""
-    if len(lengths) == 0:
-        return []
-    if size == 0:
-        return [torch.arange(len(lengths))]
-    tokens = max(1, int(size * lengths.double().mean()))
-    return [torch.tensor(part) for part in length_batches(lengths.tolist(), tokens)]
+    tokens = max(1, size * sum(lengths) // max(1, len(lengths)))
+    groups = length_batches(lengths, tokens) if size else [range(len(lengths))]
+    return [torch.tensor(group) for group in groups if len(group)]
 
 
 def blockwise_loss(
@@ -99,31 +97,18 @@ def blockwise_loss(
     for dim in sorted(dims, reverse=True):                           # the largest while no g is there yet
         units = [truncate(side, dim).requires_grad_() for side in x]     # S of (B, dim)
         for some in blocks(rows, block // (B * x.element_size())):
-            value += add_gradient(loss, units, some)
+            share = loss(*units, rows=some) * ((some.stop - some.start) / B)
+            share.backward()
+            value += share.detach()
+            del share                                                # its graph holds the units
         for k in range(S):
-            g_unit = units.pop(0).grad                               # (B, dim)
-            if len(g[k]) == 0:
-                g[k] = torch.zeros_like(x[k])
-            if g_unit is not None:
-                add_through(truncate, x[k], dim, g_unit, g[k])
-            del g_unit
+            unit = units.pop(0)
+            g[k] = g[k] if len(g[k]) else torch.zeros_like(x[k])
+            for some in blocks(slice(0, B), 1024):
+                vectors = x[k, some].detach().requires_grad_()       # (1024, d)
+                g_unit = torch.zeros_like(unit[some]) if unit.grad is None else unit.grad[some]
+                g[k][some] += torch.autograd.grad(truncate(vectors, dim), vectors, g_unit)[0]
     return value, torch.stack(g)
-
-
-def add_gradient(loss: Callable[..., Tensor], units: Sequence[Tensor], rows: slice) -> Tensor:
-    """These rows' share of the mean over all; its gradient is added to that of the units."""
-    share = loss(*units, rows=rows) * ((rows.stop - rows.start) / len(units[0]))
-    share.backward()
-    return share.detach()
-
-
-def add_through(truncate: Callable[[Tensor, int], Tensor], x: Tensor, dim: int, g_unit: Tensor, g: Tensor) -> None:
-    """The gradient on truncate(x, dim), (B, dim), goes back through it and is added to g, (B, d)."""
-    for some in blocks(slice(0, len(x)), 1024):                      # in blocks for the sake of memory alone
-        vectors = x[some].detach().requires_grad_()                  # (rows, d)
-        truncate(vectors, dim).backward(g_unit[some])
-        assert vectors.grad is not None
-        g[some] += vectors.grad
 
 
 def blocks(rows: slice, size: int) -> Iterator[slice]:

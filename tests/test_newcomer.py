@@ -140,7 +140,7 @@ def interrupt(monkeypatch, module, name, after):
 
 
 RECIPE = {"pre-finetuning": ("learning_rate", 1), "generate": ("templated_query", 50),
-          "save": ("small_files", 0), "mine": ("relabel", 20), "ladder": ("questions_beir", 0)}
+          "save": ("small_files", 0), "mine": ("relabel", 20), "results": ("questions_beir", 0)}
 
 
 @pytest.mark.parametrize("stage", RECIPE)

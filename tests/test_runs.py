@@ -4,6 +4,7 @@ Invariants: a run that was killed and resumed writes the bytes of one that was n
 not continued, an unfinished run not overwritten; what is not finite stops before it spoils the weights.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ import train
 from engine import evaluate, runs
 from engine.beir import read_beir
 from engine.files import InputError
-from gecko import load
+from gecko import load, save
 from train import TrainConfig
 
 LOOP = TrainConfig(batch_size=16, epochs=2, lr=1e-2, tau=0.2, dims="8,3", max_length=32)
@@ -41,7 +42,7 @@ def run_in(folder, c):
     torch.set_num_threads(1)
     model = small_model(1, 0.1)
     train.train(model, "finetune", [records(40), records(30, 1)], c, [2, 1], out=Path(folder))
-    train.save_final(model, Path(folder))
+    runs.save_into(functools.partial(save, model), Path(folder))
 
 
 @pytest.mark.parametrize("kills,flags", [
@@ -121,7 +122,7 @@ def test_the_best_on_dev_is_kept(tmp_path):
 def test_an_infinite_loss_names_step_rows_and_checkpoint(tmp_path, monkeypatch):
     """An infinite learning rate spoils the weights at step 4 of checkpoints at 2, 4, ..."""
     monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-2 if step < 2 else math.inf)
-    wrong = r"loss is nan, .* at step 4, rows [12]:\d+, .*last good checkpoint: .*checkpoint-00000002$"
+    wrong = r"loss is nan, .* at step 4; its first rows, .*: \[\d+, .*last good checkpoint: .*checkpoint-00000002$"
     with pytest.raises(InputError, match=wrong):
         train.train(small_model(), "finetune", [records(40), records(20, 1)],
                     replace(LOOP, steps=6, save_every=2), out=tmp_path)
@@ -133,5 +134,5 @@ def test_an_infinite_gradient_stops_before_it_spoils_the_weights(tmp_path, monke
     steps = itertools.count(1)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                         lambda *_: torch.tensor(math.inf if next(steps) == 3 else 1.0))
-    with pytest.raises(InputError, match=r"norm inf at step 3, .*checkpoint-00000002$"):
+    with pytest.raises(InputError, match=r"norm inf at step 3; .*checkpoint-00000002$"):
         train.train(small_model(), "finetune", [records(40)], replace(LOOP, save_every=1), out=tmp_path)

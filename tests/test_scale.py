@@ -81,11 +81,11 @@ def test_every_tensor_is_made_on_the_device_of_the_vectors():
 
 
 def test_micro_batches_hold_like_lengths_and_like_many_tokens():
-    lengths = torch.tensor([random.Random(i).randint(3, 60) for i in range(200)])
+    lengths = [random.Random(i).randint(3, 60) for i in range(200)]
     parts = micro_batches(lengths, 16)
     assert sorted(torch.cat(parts).tolist()) == list(range(200))
-    padded = [len(part) * lengths[part].max() for part in parts]
-    assert max(padded) <= 16 * lengths.double().mean() and sum(padded) < 1.15 * lengths.sum()
+    padded = [len(part) * max(lengths[i] for i in part) for part in parts]
+    assert max(padded) <= 16 * np.mean(lengths) and sum(padded) < 1.15 * sum(lengths)
     assert len(micro_batches(lengths, 0)) == 1 and micro_batches(lengths[:0], 16) == []
 
 
@@ -150,14 +150,13 @@ def toy_loss(x, rows):
 
 
 def caching(toy, ids, micro_batch, seed=(0, 2), loss=toy_loss):
-    lengths = torch.tensor([len(text) for text in TEXTS])
-    return cached_backward(toy.embed, loss, ids, lengths, micro_batch, D, [toy.weight], seed)
+    return cached_backward(toy.embed, loss, ids, TEXTS, micro_batch, D, [toy.weight], seed)
 
 
 def parts_of(ids, micro_batch):
     """The texts of each micro-batch, by their places in ids."""
     places = (ids.flatten() >= 0).nonzero()[:, 0]
-    lengths = torch.tensor([len(TEXTS[i]) for i in ids.flatten()[places].tolist()])
+    lengths = [len(TEXTS[i]) for i in ids.flatten()[places].tolist()]
     return [places[part] for part in micro_batches(lengths, micro_batch)]
 
 
@@ -295,7 +294,7 @@ def spec_gradient(stage, dims, duplicates, missing, micro_batch, size, seed=0, l
         mine = range(B * rank // size, B * (rank + 1) // size)
         place = [(s, i) for s in range(len(sides)) for i in mine if sides[s, i] >= 0]
         texts = [TOKENS[sides[s, i]] for s, i in place]
-        for n, part in enumerate(micro_batches(torch.tensor([len(t) for t in texts]), micro_batch)):
+        for n, part in enumerate(micro_batches([len(t) for t in texts], micro_batch)):
             torch.manual_seed(derive_seed(seed, STEP, rank, n))
             for k, vector in zip(part, model.embed([texts[k] for k in part]), strict=True):
                 x[place[k]] = vector
@@ -315,7 +314,7 @@ def our_gradient(stage, dims, ids, micro_batch, block):
     loss = functools.partial(blockwise_loss, train.batch_loss(stage, LOW_TAU, ids), truncate_dim, dims, block=block)
     sides = ids[:2 if stage == "prefinetune" else 3]
     value = cached_backward(lambda i: model.embed([TOKENS[k] for k in i.tolist()]), loss, sides,
-                            torch.tensor([len(t) for t in TOKENS]), micro_batch, 8,
+                            TOKENS, micro_batch, 8,
                             [p for p in model.encoder.parameters() if p.requires_grad], (0, STEP))
     return value.item(), flat_gradient(model)
 

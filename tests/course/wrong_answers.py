@@ -142,8 +142,8 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "all graphs kept": ([("with torch.set_grad_enabled(n == last)", "with torch.enable_grad()"),
                              ("x[part] = vectors.detach()", "x[part] = vectors")],
                             "free each after its backward"),
-        "the whole batch at once": ([("return embed(ids.flatten()[parts[n]])",
-                                      "return embed(ids.flatten()[torch.cat(parts)])"
+        "the whole batch at once": ([("return embed(ids[parts[n]])",
+                                      "return embed(ids[torch.cat(parts)])"
                                       "[sum(map(len, parts[:n])):][:len(parts[n])]")], "embedded at once"),
         "no sum of the gradient": ([("    all_reduce_sum(g)", "    pass")], "others' rows are scored against mine"),
         "no sum of the loss": ([("    all_reduce_sum(value)", "    pass")], "sum the loss"),

@@ -223,13 +223,40 @@ def class_hits(model: Gecko, known: str, unknown: str, k: int = 5) -> np.ndarray
     return hits
 
 
+def rerank_scores(ranker: llm.LLM, retriever: Gecko, beir: Beir, N: int, task: str,
+                  precision: str = "float32") -> dict[str, list[float]]:
+    """nDCG@10 of each query: the retriever's first N as they come, by QL, by RC and by their fusion."""
+    by_id = {p["_id"]: p for p in beir.corpus}
+    q, P = evaluate.encode_beir(retriever, beir, task, precision=precision)   # (Q, d) and (P, d)
+    if isinstance(ranker, llm.Offline):
+        ranker.similarity = llm.similarity(retriever, dict(zip(by_id, P, strict=True)))   # not made again
+    nearest = {query: ids[:N] for query, ids in evaluate.rankings(beir, q, P).items()}
+    pairs = []
+    for query, ids in nearest.items():
+        pairs += [(beir.queries[query], by_id[i]) for i in ids]
+    QL, RC = ranker.query_likelihood(pairs), ranker.relevance(pairs)
+    if None in QL or None in RC:
+        raise llm.LLMError("a score is missing: a call failed; run again, the others are in the cache")
+    scores: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
+    start = 0
+    for query, ids in nearest.items():
+        relevant, end = beir.qrels[query], start + len(ids)
+        ql, rc = list[Any](QL[start:end]), list[Any](RC[start:end])
+        scores["retriever"].append(evaluate.ndcg(ids, relevant))
+        for name, s in (("QL", ql), ("RC", rc), ("QL + RC", llm.rrf(ql, rc))):
+            order = sorted(range(len(ids)), key=lambda i: -s[i])
+            scores[name].append(evaluate.ndcg([ids[i] for i in order], relevant))
+        start = end
+    return scores
+
+
 def rerank_cases(ranker: Callable[..., llm.LLM], retriever: Gecko, sets: dict[str, Beir], task: str,
                  precision: str) -> dict[str, Callable[[int], dict[str, Any]]]:
     """The rows of Table 6, the first 100 of each query ranked again; a set is ranked once for all rows."""
     @functools.cache
     def scores(name: str) -> dict[str, list[float]]:
         beir = sets[name]
-        return train.rerank_scores(ranker(beir.corpus, retriever), retriever, beir, 100, task, precision)
+        return rerank_scores(ranker(beir.corpus, retriever), retriever, beir, 100, task, precision)
 
     def row_scores(row: str, seed: int) -> dict[str, Any]:
         return {f"nDCG@10 {name}": scores(name)[row] for name in sets}

@@ -188,7 +188,7 @@ def test_rerank_rows_by_hand(home, monkeypatch):
         def relevance(self, pairs):
             return [-float(answer[q] == p["_id"]) for q, p in pairs]
 
-    scores = train.rerank_scores(Knows(), first, beir, 4, "question answering")
+    scores = tables.rerank_scores(Knows(), first, beir, 4, "question answering")
     ranked = evaluate.rankings(beir, *evaluate.encode_beir(first, beir, "question answering"))
     found = [q for q, near in ranked.items() if set(near[:4]) & set(beir.qrels[q])]
     assert 0 < len(found) < len(beir.queries)
@@ -201,11 +201,11 @@ def test_rerank_rows_by_hand(home, monkeypatch):
     few = replace(beir, corpus=[{**p, "_id": "q1" if n == 9 else p["_id"]} for n, p in enumerate(corpus)],
                   queries={f"q{n}": beir.queries[f"q{n}"] for n in range(4)})
     # q1 has 11 candidates, the others 12: each is still judged by its own scores
-    assert train.rerank_scores(Knows(), first, few, 12, "question answering")["QL"] == [1.0] * 4
+    assert tables.rerank_scores(Knows(), first, few, 12, "question answering")["QL"] == [1.0] * 4
 
     monkeypatch.setattr(Knows, "relevance", lambda self, pairs: [None] * len(pairs))
     with pytest.raises(llm.LLMError, match="call failed"):
-        train.rerank_scores(Knows(), first, beir, 4, "question answering")
+        tables.rerank_scores(Knows(), first, beir, 4, "question answering")
 
 
 # --------------------------------------------------------------------------------------------------
