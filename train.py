@@ -385,7 +385,6 @@ def beir_scores(model: Gecko, beir: Beir, dim: int | None = None) -> dict[str, l
 # The recipe: the paper's section 3, top to bottom
 
 
-QUESTIONS = Path(__file__).parent / "engine/questions.jsonl"
 SMALL = TrainConfig(batch_size=512, tau=0.1, dims="384,128")         # chosen on the dev questions
 
 
@@ -470,7 +469,7 @@ def questions_beir(out: Path, corpus: Sequence[dict[str, str]]) -> Path:
     folder, names = out / "questions", {p["_id"] for p in corpus}
     queries = []
     qrels = {split: ["query-id\tcorpus-id\tscore"] for split in ("dev", "test")}
-    for n, (_, row) in enumerate(read_jsonl(QUESTIONS)):
+    for n, (_, row) in enumerate(read_jsonl(Path(__file__).parent / "engine/questions.jsonl")):
         answers = [name for name in row["answers"] if name in names]
         if answers:
             queries.append({"_id": str(n), "text": row["query"]})
