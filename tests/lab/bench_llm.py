@@ -22,7 +22,7 @@ from engine.endpoint import Endpoint  # noqa: E402
 
 
 async def serve(latency: float, port: Any) -> None:
-    """Echo for one prompt a request: the prefix is one token, what follows the last colon another."""
+    """Echo for one prompt a request: what follows its last colon is one token."""
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -32,10 +32,11 @@ async def serve(latency: float, port: Any) -> None:
                 prompt = json.loads(await reader.readexactly(size))["prompt"]
                 await asyncio.sleep(latency)
                 at = prompt.rindex(":") + 1
+                head = [prompt[i:min(i + 12, at)] for i in range(0, at, 12)]
                 data = json.dumps({"choices": [{"text": prompt + "!", "logprobs": {
-                    "tokens": ["<s>", prompt[:at], prompt[at:], "!"],
-                    "token_logprobs": [None, -1.0, -float(len(prompt)), -1.0]}}],
-                    "usage": {"prompt_tokens": 3, "completion_tokens": 1}}).encode()
+                    "tokens": ["<s>", *head, prompt[at:], "!"],
+                    "token_logprobs": [None, *[-1.0] * len(head), -float(len(prompt)), -1.0]}}],
+                    "usage": {"prompt_tokens": 2 + len(head), "completion_tokens": 1}}).encode()
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
