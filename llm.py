@@ -52,7 +52,7 @@ from engine.local import Local
 from engine.offline import Offline, similarity
 from engine.replies import first_token_log_prob
 from engine.search import topk
-from engine.show import known_passages, show, summary
+from engine.show import show
 from engine.transport import LLMError, server_address
 from gecko import Gecko, fill, format_query, load
 
@@ -205,7 +205,8 @@ class LanguageModel:
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
         prompts, seeds = [], []
         for p in passages:
-            self.drawn[p["_id"]] += 1                                # drawn again: another seed, another query
+            # a passage that is drawn again gets another random seed, and so another query
+            self.drawn[p["_id"]] += 1
             prompts.append(fill(P_QG, passage=truncated_passage(p)))
             seeds.append(1000 * self.seed + self.drawn[p["_id"]])
         return self.strings.complete(prompts, seeds)
@@ -221,7 +222,8 @@ class LanguageModel:
             log_p = self.strings.log_likelihood([(prompt, label) for prompt in prompts for label in self.labels])
         else:
             log_p = self.first_tokens(prompts)
-        n = len(self.labels)                                         # log_p: n for each prompt
+        # log_p holds those of all labels of the first prompt, then of the second, ...
+        n = len(self.labels)
         return [expected_relevance(log_p[i:i + n]) for i in range(0, len(log_p), n)]
 
     def first_tokens(self, prompts: Sequence[str]) -> Scores:
@@ -334,7 +336,8 @@ def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last", rn
     `answers`, which are right for the same query elsewhere.
     """
     # EXERCISE 5 (about 9 lines)
-    order = sorted(range(len(R)), key=lambda i: -R[i])               # p_1 ... p_N
+    # p_1 ... p_N; a stable sort, so that of equal R the nearer passage comes first
+    order = sorted(range(len(R)), key=lambda i: -R[i])
     p_pos = order[0] if positive is None else positive
     others = [i for i in order if texts[i] != texts[p_pos]]
     others = [i for i in others if texts[i] not in answers]
@@ -362,6 +365,7 @@ def generate(llm: LLM, corpus: Sequence[Passage], limit: int, seed: int = 0,
         passages = [corpus[i] for i in draws[start:start + block]]
         for n, (p_seed, answer) in enumerate(zip(passages, llm.generate(passages), strict=True), start):
             row_id = f"q{n:07d}"
+            # a failure is a row too: it is counted and shown, never skipped in silence
             if answer is None:
                 yield {"_id": row_id, "failed": "the call failed"}
                 continue
@@ -411,6 +415,7 @@ def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence
         for row, near in zip(rows, nearest.tolist(), strict=True):
             for key in ensure_seed([corpus[i]["_id"] for i in near], row["seed_id"]):
                 pairs.append((row["query"], passages[key]))
+        # engine/cache.py asks in the order of the prompts: all queries of one passage together, which is cheap
         scores = {name: rankings[name](pairs) for name in rank.split(",")}  # rows * N of each
         scored = scored_rows(rows, pairs, scores)
         finished |= zip(places, labelled(scored, passages, "p1", negative, seed), strict=True)
@@ -431,6 +436,7 @@ def scored_rows(rows: Sequence[Record], pairs: Sequence[Pair], scores: dict[str,
     for n, row in enumerate(rows):
         own = slice(n * N, (n + 1) * N)
         columns = [values[own] for values in scores.values()]
+        # subtle: a score that is missing must not become a rank
         if any(None in column for column in columns):
             scored.append({"_id": row["_id"], "failed": "a score is missing: an LLM call failed"})
             continue
@@ -464,6 +470,7 @@ def labelled(rows: Sequence[Record], passages: dict[str, Passage], positive: str
         R = [candidate["R"] for candidate in row["candidates"]]
         texts = [passages[key]["text"] for key in ids]
         positive_id = chosen_positive(row, positive)
+        # the counts without this row's own: its seed may well be its hard negative, as in the paper
         elsewhere = answers[row["query"]] - Counter(right_texts(row, passages, positive))
         rng = random.Random(f"{seed} {row['_id']}")
         _, p_neg = relabel(R, texts, negative, rng, ids.index(positive_id), elsewhere)
@@ -541,6 +548,7 @@ def open_llm(o: Options, output: str, corpus: Sequence[Passage], embedder: Gecko
         strings: Strings = Local(o.llm.removeprefix("hf:"))
     else:
         strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, max_requests=o.max_requests)
+    # answers have been paid for: they stay where the next run of the same command finds them
     name = Path(output.removesuffix(".gz"))
     return LanguageModel(Cached(strings, o.cache or name.with_name(f"{name.stem}.cache.jsonl")), score, o.seed)
 
@@ -607,6 +615,7 @@ def mine_command(args: argparse.Namespace) -> None:
     say(corpus=args.corpus, queries=len(queries), N=args.N, rank=args.rank, **vars(o))
     embedder = load(args.model_dir)
     llm = open_llm(o, args.fret, corpus, embedder, args.score)
+    # asked now, before the corpus is encoded: a server may not be able to score
     source = {"scored_by": llm.scored_by(args.rank)} if isinstance(llm, LanguageModel) else {}
     rows = mine(llm, embedder, corpus, queries, args.N, args.negative, args.rank, o.seed)
     if o.dry_run:
@@ -622,15 +631,6 @@ def show_command(args: argparse.Namespace) -> None:
     at_least(0, limit=args.limit)
     limit = args.limit or (10_000 if args.html else 5)
     show(args.fret, args.corpus, args.html, args.changed, limit, ranks)
-
-
-# Old names, until all have moved on.
-ENGINE = Path(__file__).parent / "engine"
-TASKS, passages_of = FREQUENT_TASKS, known_passages
-
-
-def in_short(row: Record, passages: dict[str, Passage]) -> Iterator[str]:
-    yield from summary(row, passages, ranks)
 
 
 def main() -> None:

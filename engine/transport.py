@@ -120,6 +120,7 @@ class Server:
 
     def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         """work(item) for all items, `threads` at a time; after an exception nothing more is sent."""
+        self.disconnect()                                            # this thread waits from here on
         self.stopped.clear()
         turn = itertools.count()                                     # next(turn) is atomic
 
@@ -135,9 +136,9 @@ class Server:
             finally:
                 self.disconnect()
 
-        with ThreadPoolExecutor(max(1, min(self.threads, len(items)))) as pool:
-            futures = [pool.submit(worker) for _ in range(min(self.threads, len(items)))]
+        with ThreadPoolExecutor(self.threads) as pool:
             try:
+                futures = [pool.submit(worker) for _ in range(min(self.threads, len(items)))]
                 wait(futures)
             except KeyboardInterrupt:
                 self.stopped.set()

@@ -39,7 +39,7 @@ def project(tmp_path_factory):
     files.write_jsonl(folder / "corpus.jsonl", corpus)
     model = gecko.tiny([p["text"] for p in corpus], hidden_size=64)
     gecko.save(model, folder / "retriever")
-    ranker = llm.Offline(corpus, llm.similarity(model), list(llm.TASKS))
+    ranker = llm.Offline(corpus, llm.similarity(model), list(llm.FREQUENT_TASKS))
     llm.write_kept(folder / "queries.jsonl", llm.generate(ranker, corpus, 300), 300, "generate")
     queries = llm.read_queries(folder / "queries.jsonl", corpus)
     llm.write_kept(folder / "fret.jsonl", llm.mine(ranker, model, corpus, queries), 300, "mine")
