@@ -1,16 +1,17 @@
-"""The record, classification made contrastive, the mixture (Gecko, arXiv 2403.20327, sections 3.1 and 3.3).
+"""Training data (Gecko, arXiv 2403.20327, sections 3.1 and 3.3): the record, classification made
+contrastive, the mixture.
 
-Every training set has one format: task, input, positive target and negative target. This file makes, reads and
-checks such records, and draws batches from a mixture of sets.
+Every training set has one format: task, input, positive target and negative target. This file makes,
+reads and checks such records, and draws batches from a mixture of sets.
 
-    python data.py corpus OUT.jsonl          write the built-in corpus: the Python documentation
-    python data.py convert nli|classification|beir|choice|pairs IN... OUT.jsonl      publishers' files -> records
-    python data.py check FILE                what the encoder will see of a training file
+    python data.py corpus OUT.jsonl       write the built-in corpus: the Python documentation
+    python data.py convert KIND IN... OUT.jsonl       publishers' files -> records
+    python data.py check FILE             what the encoder will see of a training file
 
 Where we fill a gap in the paper:
-1. Mixture (3.3, weights not stated): a weight for each set; how sets meet in a batch is a choice, see `batches`.
+1. Mixture (3.3, weights not stated): a weight for each set; `batches` says how sets meet in a batch.
 2. Unique ids (3.3, their form not stated): the number of the triple, in brackets.
-3. Title-body pairs (3.1, crawled from the web): out of documentation and source code, see engine/pairs.py.
+3. Title-body pairs (3.1, crawled from the web): from documentation and code, see engine/pairs.py.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from engine.files import (
     run,
     write_jsonl,
 )
+from engine.table import check_record
 from gecko import FORMATS, format_passage, format_query, load
 
 Record = dict[str, Any]  # the row described at `record`
@@ -94,12 +96,13 @@ def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str,
 
 def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: int = 0,
                            task: str = "classification", unique_ids: bool = True) -> list[Record]:
-    """For each x: x+ with x's label, x- with any other, on all three the triple's own id, " [0]", " [1]", ...
+    """For each x: x+ with x's label, x- with any other, on all three the triple's own id, " [0]", ...
 
-    Without ids, other rows of the same label are false negatives in the batch. With them, the id alone tells
-    a row from all others, and what is left to learn from is x-. The three texts differ: x+ is drawn from the
-    texts of x's label that leave an x-, then x- from the texts of other labels. Rows are symmetric. An x that
-    has no such texts is left out; a single label is an InputError, "at least two labels".
+    Without ids, other rows of the same label are false negatives in the batch. With them, the id
+    alone tells a row from all others, and what is left to learn from is x-. The three texts differ:
+    x+ is drawn from the texts of x's label that leave an x-, then x- from the texts of other labels.
+    Rows are symmetric. An x that has no such texts is left out; a single label is an InputError,
+    "at least two labels".
     """
     # EXERCISE 3 (about 25 lines)
     groups: dict[Any, list[int]] = {}                                # label -> the numbers of its texts
@@ -110,7 +113,8 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
     rng, rows = np.random.default_rng(seed), list[Record]()
 
     def draw_negative(x: str, label: Any, positive: str) -> int | None:
-        return drawn(rng, range(len(texts)), lambda j: labels[j] != label and texts[j] not in (x, positive))
+        return drawn(rng, range(len(texts)),
+                     lambda j: labels[j] != label and texts[j] not in (x, positive))
 
     for x, label in zip(texts, labels, strict=True):
         same = drawn(rng, groups[label], lambda j: texts[j] != x)    # x+
@@ -133,7 +137,7 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
 
 def drawn(rng: np.random.Generator, pool: Sequence[int], good: Callable[[int], bool]) -> int | None:
     """A random one of the good members of a pool, or None."""
-    if len(pool) > 1000:                                             # most draws are good: do not go through it all
+    if len(pool) > 1000:                         # most draws are good: do not go through it all
         for _ in range(1000):
             j = pool[int(rng.integers(len(pool)))]
             if good(j):
@@ -150,10 +154,10 @@ def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, st
              seed: int) -> list[tuple[int, np.ndarray]]:
     """For every step: a set, and the numbers of B of its rows (all rows of a smaller set).
 
-    A batch comes from one set, drawn by weight. So the in-batch negatives of a row are of its own kind, and
-    symmetric and asymmetric targets, which differ in their format, never meet. Each epoch of a set takes its
-    rows in a new order and skips those that fill no batch. The whole schedule follows from the seed, so a
-    resumed run continues it at any step.
+    A batch comes from one set, drawn by weight. So the in-batch negatives of a row are of its own
+    kind, and symmetric and asymmetric targets, which differ in their format, never meet. Each epoch
+    of a set takes its rows in a new order and skips those that fill no batch. The whole schedule
+    follows from the seed, so a resumed run continues it at any step.
     """
     which = draw_by_weight(weights, steps, seed)                     # (steps)
     plan: dict[int, tuple[int, np.ndarray]] = {}                     # step -> set, its rows
@@ -166,12 +170,12 @@ def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, st
     return [plan[step] for step in range(steps)]
 
 
-def mixed_schedule(groups: Sequence[np.ndarray], weights: Sequence[float], batch_size: int, steps: int,
-                   seed: int) -> list[np.ndarray]:
+def mixed_schedule(groups: Sequence[np.ndarray], weights: Sequence[float], batch_size: int,
+                   steps: int, seed: int) -> list[np.ndarray]:
     """For every step the row numbers, (B), of a batch whose rows come from all groups, by weight.
 
-    groups: the row numbers of each. Symmetric and asymmetric rows may meet in a batch. Each epoch of a group
-    takes its rows in a new order.
+    groups: the row numbers of each. Symmetric and asymmetric rows may meet in a batch. Each epoch of
+    a group takes its rows in a new order.
     """
     which = draw_by_weight(weights, steps * batch_size, seed)        # (steps * B)
     plan = np.empty_like(which)                                      # (steps * B)
@@ -195,14 +199,14 @@ def epochs(size: int, kept: int, count: int, seed: list[int]) -> np.ndarray:
     return np.concatenate(rows)[:count]
 
 
-def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str, batch_size: int,
-            steps: int, seed: int) -> list[np.ndarray]:
+def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str,
+            batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
     """For every step the numbers of its rows, (B), counted through all sets.
 
-    weights: one for each set; None makes them equal. mix: "sets" is `schedule`; "mixed" draws each row of a
-    batch from a set by weight; "tasks" draws each from a task, all tasks with equal weight (the paper's
-    uniform sampling, in its diversity table). A FRet row counts by the `kind` of its task: the task itself is
-    free text and rarely repeats.
+    weights: one for each set; None makes them equal. mix: "sets" is `schedule`; "mixed" draws each
+    row of a batch from a set by weight; "tasks" draws each from a task, all tasks with equal weight
+    (the paper's uniform sampling, in its diversity table). A FRet row counts by the `kind` of its
+    task: the task itself is free text and rarely repeats.
     """
     sizes = [len(rows) for rows in sets]
     starts = np.cumsum([0, *sizes])[:-1]                             # (sets)
@@ -258,37 +262,12 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
     return rows
 
 
-def check_record(where: str, row: Record) -> None:
-    for key in ("task", "query"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
-            raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
-    if row["symmetric"] not in (True, False) or not isinstance(row.get("kind"), str | None):
-        raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; mend or drop it')
-    positive: Any = row.get("positive")
-    negative: Any = row["negative"]
-    if not is_passage(positive, row["symmetric"]):
-        raise InputError(f'{where}: "positive" has no text; give {{"title": "", "text": "..."}}')
-    if negative is None:
-        return
-    if not is_passage(negative, row["symmetric"]):
-        raise InputError(f'{where}: "negative" has no text; give {{"title": "", "text": "..."}}')
-    if publishers.content(negative) == publishers.content(positive):
-        raise InputError(f"{where}: positive and negative are the same text; remove the negative")
-
-
-def is_passage(p: Any, symmetric: bool) -> bool:
-    """Whether it says something; a title alone does, but a symmetric target shows none."""
-    if not isinstance(p, dict) or not isinstance(p.get("text"), str) or not isinstance(p.get("title"), str | None):
-        return False
-    return (p["text"] if symmetric else publishers.content(p)).strip() != ""
-
-
 # --------------------------------------------------------------------------------------------------
 # Publishers' files (engine/convert.py reads them) -> records
 
 # What can be converted, and the paper's task for it (section 3.1, Table 9)
-CONVERTERS = {"nli": "semantic similarity", "classification": "classification", "pairs": "search result",
-              "beir": "question answering", "choice": "question answering"}
+CONVERTERS = {"nli": "semantic similarity", "classification": "classification",
+              "pairs": "search result", "beir": "question answering", "choice": "question answering"}
 
 
 @dataclass
@@ -297,15 +276,16 @@ class Convert:
 
     task: str = flag("", "the records' task; else the paper's for the kind")
     seed: int = flag(0, "of what is drawn")
-    ids: bool = flag(True, "classification: a unique id on the three texts of a triple (section 3.3)")
+    ids: bool = flag(True, "classification: a unique id on the three texts of a triple")
     model: str = flag("", "beir: a model folder that finds hard negatives")
     depth: int = flag(50, "beir: a hard negative is one of so many nearest passages")
     split: str = flag("train", "beir: qrels/SPLIT.tsv")
-    positive_from: float = flag(math.nan, "pairs whose label is a score: the score from which on they are kept")
+    positive_from: float = flag(math.nan, "pairs with a score: rows of at least this score are kept")
     first: int = flag(-1, "choice: cop of the first option, 0 or 1, where the file does not tell")
 
 
-def converted(kind: str, paths: Sequence[str], left_out: Counter[str], c: Convert | None = None) -> list[Record]:
+def converted(kind: str, paths: Sequence[str], left_out: Counter[str],
+              c: Convert | None = None) -> list[Record]:
     """Records of files of one kind; `left_out` gets, by the reason, how many rows gave none."""
     c = c or Convert()
     task, rng = c.task or CONVERTERS[kind], np.random.default_rng(c.seed)
@@ -359,8 +339,8 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]
-    symmetric = sum(row["symmetric"] for row in rows)
-    print(f"{path}: {len(rows)} records, {with_negative(rows)} with a hard negative, {symmetric} symmetric")
+    print(f"{path}: {len(rows)} records, {with_negative(rows)} with a hard negative, "
+          f"{sum(row['symmetric'] for row in rows)} symmetric")
     for task, count in Counter(map(task_of, rows)).most_common(10):
         print(f"  {count:7d}  {task[:80]}")
     for name, which in (("input", 0), ("positive", 1)):
@@ -372,7 +352,8 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
         print(f"  first {name}: {' '.join((text or '(none)').split())[:100]}")
     if model:
         model.tokens([text for three in texts for text in three if text], max_length)
-        print(f"  {model.truncated} of {model.texts} texts are cut at {max_length or model.max_length} tokens")
+        length = max_length or model.max_length
+        print(f"  {model.truncated} of {model.texts} texts are cut at {length} tokens")
         if model.unknown > 0.01:
             print(f"  {model.unknown:.0%} of the tokens are unknown to this model's tokenizer")
 
@@ -388,7 +369,7 @@ def main() -> None:
     checker.add_argument("--max-length", type=int, help="as in training (default: the model's own)")
     converter = commands.add_parser("convert", help="publishers' files -> a training file")
     converter.add_argument("kind", choices=sorted(CONVERTERS), help="what the files are")
-    converter.add_argument("inputs", nargs="+", help=".jsonl, .csv or .tsv, plain or .gz; beir: folders")
+    converter.add_argument("inputs", nargs="+", help=".jsonl, .csv, .tsv, plain or .gz; beir: folders")
     converter.add_argument("output", help="the JSONL of records to write")
     add_flags(converter, Convert)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Publishers' files -> plain rows, from which data.py makes records.
 
-What cannot be read one way only is refused with file:line; `left_out` counts, by the reason, what no row was
-made of.
+What cannot be read one way only is refused with file:line; `left_out` counts, by the reason, what
+no row was made of.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from engine.beir import Beir, read_beir
 from engine.files import InputError
 from engine.search import topk
-from engine.table import as_text, column, label_in, optional_text, read_table, text_in
+from engine.table import as_text, column, content, label_in, optional_text, read_table, text_in
 
 Passage = dict[str, str]                    # {"title", "text"}, of a corpus with "_id"
 
@@ -37,7 +37,8 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
                ) -> Iterator[tuple[str, Passage, Passage | None, bool]]:
     """(query, positive, hard negative or None, symmetric) of each row.
 
-    What is right for a query in any row, whatever its id, is no hard negative of the same query in another.
+    What is right for a query in any row is no hard negative of the same query in another, whatever
+    their ids.
     """
     rows = list(rows)
     right: dict[str, set[str]] = {}                                  # query -> it and its right answers
@@ -52,11 +53,6 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
         if hard:
             negative = hard[int(rng.integers(len(hard)))] if row.draw else hard[0]
         yield row.query, row.positive, negative, row.symmetric
-
-
-def content(passage: Passage) -> str:
-    """What a passage says: a title alone is a passage too."""
-    return passage["text"].strip() or (passage.get("title") or "").strip()
 
 
 def without_title(text: str) -> Passage:
@@ -96,7 +92,7 @@ def nli(paths: Iterable[str], left_out: Counter[str]) -> Iterator[Row]:
             hypothesis = text_in(where, row, "sentence2", "hypothesis")
             premises.setdefault(premise, {}).setdefault(label, []).append(hypothesis)
     for premise, by_label in premises.items():
-        against = [without_title(text) for text in by_label.get("contradiction", []) if text != premise]
+        against = [without_title(text) for text in by_label.get("contradiction", [])]
         if "entailment" not in by_label:
             left_out["premises that entail nothing"] += 1
         for n, entailed in enumerate(dict.fromkeys(by_label.get("entailment", []))):
@@ -110,13 +106,13 @@ def rotated(items: list[Passage], n: int) -> list[Passage]:
 
 
 def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Iterator[Row]:
-    """MedMCQA: question, options opa to opd, and cop, the number of the right one, counted from `first`."""
+    """MedMCQA: question, options opa to opd, and cop, the right one's number, counted from `first`."""
     rows, numbers = [], []
     for path in paths:
         for where, row in read_table(path):
             cop = label_in(where, row, "cop")
             if not re.fullmatch("-1|[0-4]", cop):
-                raise InputError(f"{where}: cop {cop!r}; give the number of the right option, or -1 for none")
+                raise InputError(f"{where}: cop {cop!r}; give the right option's number, or -1")
             rows.append((where, row))
             numbers.append(int(cop))
     if first == -1:
@@ -126,30 +122,32 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Ite
     print(f"  options are counted from {first}: cop {first} is opa")
     for (where, row), number in zip(rows, numbers, strict=True):
         if number not in (-1, *range(first, first + 4)):
-            raise InputError(f"{where}: cop {number}, but options are counted from {first}; see --first")
+            raise InputError(f"{where}: cop {number}, but options are counted from {first}; "
+                             "give --first, or convert files of two countings apart")
         options = [optional_text(where, row, name) for name in ("opa", "opb", "opc", "opd")]
         if number == -1 or not options[number - first]:
             left_out["questions without an answer"] += 1
             continue
-        wrong = [without_title(text) for text in options if text != options[number - first]]
-        yield Row(text_in(where, row, "question"), without_title(options[number - first]), wrong, draw=True)
+        answers = [without_title(text) for text in options]
+        yield Row(text_in(where, row, "question"), answers[number - first], answers, draw=True)
 
 
 def first_option(where: str, row: dict[str, Any], numbers: set[int]) -> int:
-    """1 in the authors' files, 0 in the hub's, whose rows begin with id and have exp after the options."""
+    """1 in the authors' files, 0 in the hub's: their rows have id before the question, and exp."""
     if 0 in numbers:
         return 0
     if 4 in numbers:
         return 1
     if list(row)[0] == "id" and "exp" in row:
         return 0
-    raise InputError(f"{where}: cop is never 0 and never 4; say with --first 0 or --first 1 what opa is")
+    raise InputError(f"{where}: no cop is 0 or 4; say with --first 0 or --first 1 which one opa is")
 
 
 def beir(folders: Iterable[str], split: str, model: Any, task: str, depth: int) -> Iterator[Row]:
-    """BEIR folders: each query with each relevant passage; of a model's nearest passages the others are wrong.
+    """BEIR folders: each query with each relevant passage, the model's other nearest ones as wrong.
 
-    The very first are the likeliest to be relevant and unjudged (false negatives): let `depth` be large.
+    The very nearest are the likeliest to be relevant and unjudged (false negatives): let `depth` be
+    large.
     """
     for folder in folders:
         beir = read_beir(folder, split)
@@ -179,50 +177,55 @@ def nearest_passages(beir: Beir, model: Any, task: str, depth: int) -> dict[str,
 # Pairs
 
 SAME = {"1", "true", "yes", "duplicate", "paraphrase", "equivalent", "entailment"}
-DIFFERENT = {"0", "false", "no", "not_duplicate", "not_paraphrase", "not_equivalent", "not_entailment"}
-LABELS = ("label", "labels", "gold_label", "is_duplicate", "is_paraphrase", "quality", "score", "gold_score",
-          "similarity", "similarity_score", "relatedness_score", "relevance", "grade", "rating")
-QUERIES = ("query", "question", "title", "sentence1", "question1")
-POSITIVES = ("positive", "pos", "answer", "body", "text", "passage", "sentence2", "question2")
+DIFFERENT = {"0", "false", "no", *(f"not_{word}" for word in SAME)}
+LABELS = """label labels gold_label is_duplicate is_paraphrase quality score gold_score similarity
+    similarity_score relatedness_score relevance grade rating""".split()
+QUERIES = "query question title sentence1 question1".split()
+POSITIVES = "positive pos answer body text passage sentence2 question2".split()
 
 
-def labelled_pairs(paths: Iterable[str], left_out: Counter[str], positive_from: float = math.nan) -> Iterator[Row]:
+def labelled_pairs(paths: Iterable[str], left_out: Counter[str],
+                   positive_from: float = math.nan) -> Iterator[Row]:
     """Question and answer, title and body, query and passages, or two texts of one meaning (symmetric).
 
-    Negatives are kept where a file has them; of rows with a label only those are pairs whose label says so.
+    Negatives are kept where a file has them; a row with a label is a pair only if its label says so.
     """
     for path in paths:
-        found: dict[str, None] = {}                                  # names of the columns with the label
+        labels: dict[str, None] = {}                                 # columns
         for where, row in read_table(path):
-            label = next((name for name in LABELS if name in row), "no column")
-            found[label] = None
-            if label in row and not is_pair(where, label, row[label], positive_from):
-                left_out[f"rows whose {label} says that they are no pair"] += 1
-                continue
+            label = next((name for name in LABELS if name in row), None)
+            if label is not None:
+                labels[label] = None
+                if not is_pair(where, label, row[label], positive_from):
+                    left_out[f"rows whose {label} says that they are no pair"] += 1
+                    continue
             query, name = text_in(where, row, *QUERIES), column(where, row, *POSITIVES)
-            positives = sides(where, row[name])
-            against = sides(where, next((row[key] for key in ("negative", "neg") if row.get(key) is not None), []))
+            positives, negatives = sides(where, row[name]), []
+            for key in ("negative", "neg"):
+                if row.get(key) is not None:
+                    negatives += sides(where, row[key])
             if not positives:
                 left_out["queries without a positive"] += 1
             for n, positive in enumerate(positives):
-                yield Row(query, positive, rotated(against, n), symmetric=name in ("sentence2", "question2"))
-        print(f"  {path}: {', '.join(found)} says which rows are pairs")
+                symmetric = name in ("sentence2", "question2")
+                yield Row(query, positive, rotated(negatives, n), symmetric)
+        print(f"  {path}: pairs by {', '.join(labels) or 'no label, all rows'}")
 
 
 def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:
-    """Whether the label of a row, or its score with `positive_from`, says that its texts belong together."""
+    """Whether a row's label, or with `positive_from` its score, says that its texts belong together."""
     if math.isnan(positive_from):
         label = str(value).strip().lower()
         if label in SAME | DIFFERENT and not isinstance(value, float):
             return label in SAME
-        raise InputError(f"{where}: {name} {json.dumps(value)} says neither yes nor no; where it is a score, "
-                         "give --positive-from X, the score from which on rows are pairs")
+        raise InputError(f"{where}: {name} {json.dumps(value)} says neither yes nor no; if it is a "
+                         "score, give --positive-from X: rows with at least X are pairs")
     try:
         score = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise InputError(f"{where}: {name} {json.dumps(value)} is no number, which --positive-from needs")
+        raise InputError(f"{where}: {name} {json.dumps(value)} is no number, as --positive-from needs")
     return score >= positive_from
 
 

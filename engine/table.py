@@ -1,7 +1,7 @@
 """Tables of texts and labels: .jsonl, .csv and .tsv with a header, plain or .gz.
 
-Nothing is guessed: each row has the header's width, a text is a string, a label a string, a whole number or a
-boolean. What cannot be read one way only is refused with file:line.
+Nothing is guessed: each row has the header's width, a text is a string, a label a string, a whole
+number or a boolean. What cannot be read one way only is refused with file:line.
 """
 
 from __future__ import annotations
@@ -32,17 +32,18 @@ def read_table(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         with open_text(path) as file:
             text = file.read()
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
+        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text"
+                         ) from error
     rows = cells(path, text, ",", True) if ending == ".csv" else tsv(path, text)
     _, header = next(rows, ("", []))
     if len(set(header)) < len(header) or not header:
-        raise InputError(f"{path}:1: two columns of one name, or none; give each column of the header its own")
+        raise InputError(f"{path}:1: two columns of one name, or none; name each column of the header")
     for where, row in rows:
         yield where, dict(zip(header, row, strict=True))
 
 
 def cells(path: str, text: str, delimiter: str, quoted: bool) -> Cells:
-    """The rows of a table, all of the header's width; an InputError names the line where a row begins."""
+    """The rows of a table, all of the header's width; an error names the line where a row begins."""
     csv.field_size_limit(2 ** 31 - 1)                                # a cell may hold a document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
@@ -53,18 +54,19 @@ def cells(path: str, text: str, delimiter: str, quoted: bool) -> Cells:
             if row:                                                  # not a blank line
                 width = width or len(row)
                 if len(row) != width:
-                    raise InputError(f"{where}: {len(row)} columns where the header has {width}; put a text "
-                                     f"that holds a {'tab' if delimiter != ',' else 'comma'} in double quotes")
+                    raise InputError(f"{where}: {len(row)} columns where the header has {width}; put "
+                                     f"a text that holds {delimiter!r} in double quotes")
                 yield where, row
     except csv.Error as error:
-        raise InputError(f"{path}:{line + 1}: {error}; close each quote, and double those within a text"
-                         ) from error
+        raise InputError(f"{path}:{line + 1}: {error}; close each quote, and double those within "
+                         "a text") from error
 
 
 def tsv(path: str, text: str) -> Cells:
-    """TSV as pandas writes it (quoted where needed) or as GLUE does (quotes are part of a text): the file decides.
+    """TSV as pandas writes it (quoted where needed) or as GLUE does (quotes are part of a text).
 
-    A file that reads both ways is quoted if its header is, or if a quoted cell has a doubled quote in it.
+    The file decides. If it reads both ways, it is quoted if its header is, or if a quoted cell has a
+    doubled quote in it.
     """
     if '"' not in text:
         yield from cells(path, text, "\t", False)
@@ -83,8 +85,8 @@ def tsv(path: str, text: str) -> Cells:
         doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|$)', text, re.M)
         quoted = text.startswith('"') or doubled is not None
         if not quoted and counts[True] != counts[False]:
-            raise InputError(f"{path}: reads as quoted TSV with {counts[True]} rows and as unquoted with "
-                             f"{counts[False]}; save it as CSV")
+            raise InputError(f"{path}: reads as quoted TSV with {counts[True]} rows and as unquoted "
+                             f"with {counts[False]}; save it as CSV")
     print(f"  {path}: read as {'quoted' if quoted else 'unquoted'} TSV")
     yield from cells(path, text, "\t", quoted)
 
@@ -98,7 +100,8 @@ def column(where: str, row: dict[str, Any], *names: str) -> str:
     for name in names:
         if row.get(name) not in (None, "") and str(row[name]).strip():
             return name
-    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; rename the column")
+    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; "
+                     "rename the column")
 
 
 def as_text(where: str, value: Any) -> str:
@@ -128,3 +131,39 @@ def text_in(where: str, row: dict[str, Any], *names: str) -> str:
 
 def label_in(where: str, row: dict[str, Any], *names: str) -> str:
     return as_label(where, row[column(where, row, *names)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Records, see data.py
+
+
+def check_record(where: str, row: dict[str, Any]) -> None:
+    """InputError for a record that training could not use, or would misread."""
+    for key in ("task", "query"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
+    if row["symmetric"] not in (True, False) or not isinstance(row.get("kind"), str | None):
+        raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; '
+                         "mend or drop it")
+    sides: dict[str, Any] = {"positive": row.get("positive")}
+    if row["negative"] is not None:
+        sides["negative"] = row["negative"]
+    for key, passage in sides.items():
+        if not is_passage(passage, row["symmetric"]):
+            raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
+    if len(set(map(content, sides.values()))) < len(sides):
+        raise InputError(f"{where}: positive and negative are the same text; remove the negative")
+
+
+def is_passage(p: Any, symmetric: bool) -> bool:
+    """Whether it says something; a title alone does, but a symmetric target shows none."""
+    if not isinstance(p, dict) or not isinstance(p.get("text"), str):
+        return False
+    if not isinstance(p.get("title"), str | None):
+        return False
+    return (p["text"] if symmetric else content(p)).strip() != ""
+
+
+def content(passage: dict[str, str]) -> str:
+    """What a passage says: its text, or a title alone."""
+    return passage["text"].strip() or (passage.get("title") or "").strip()
