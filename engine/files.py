@@ -160,12 +160,15 @@ def at_least(least: float, **given: float) -> None:
 
 def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str] = ()) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
-    for f in (f for f in fields(config) if f.name not in skip):
-        name, meaning = "--" + f.name.replace("_", "-"), f"{f.metadata['help']} (%(default)s)"
+    for f in fields(config):
+        if f.name in skip:
+            continue
+        name = "--" + f.name.replace("_", "-")
+        meaning = f"{f.metadata['help']} (%(default)s)"
+        kind: dict[str, Any] = {"type": type(f.default)}
         if isinstance(f.default, bool):
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=f.default, help=meaning)
-        else:
-            parser.add_argument(name, type=type(f.default), default=f.default, help=meaning)
+            kind = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument(name, default=f.default, help=meaning, **kind)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
@@ -174,32 +177,33 @@ def from_flags(config: type, args: argparse.Namespace) -> Any:
 
 def run(main: Callable[[], None]) -> None:
     """Call main(); a user's mistake or Ctrl-C becomes one line and an exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):                     # its encoding may lack a passage's letters
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")            # letters that the terminal's encoding lacks
+    if callable(signal.getsignal(signal.SIGINT)):                    # not where the shell ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if callable(signal.getsignal(signal.SIGINT)):                # not where the shell has it ignored
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         main()
-        sys.stdout.flush()                                           # here, where it can still fail in a line
+        sys.stdout.flush()                                           # a failure at the exit would be a traceback
     except KeyboardInterrupt:
         sys.exit(end_of_bar() + "interrupted; run the same command again")
     except (InputError, OSError, SafetensorError) as error:
         try:
             sys.stdout.flush()
-        except OSError:                                              # as it would again at the exit
+        except OSError:                                              # it would fail again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):                       # who reads has enough, as in `| head`
+        if isinstance(error, BrokenPipeError):                       # the reader closed the pipe, as `head` does
             return
+        message = first_line(error)
         # what a full disk says, to Python, to numpy and to safetensors
-        full = re.search("No space left|File too large|requested and .* written", str(error))
-        print(f"{end_of_bar()}error: {first_line(error)}"
-              + "; free some space, then run the same command again" * bool(full), file=sys.stderr)
+        if re.search("No space left|File too large|requested and .* written", message):
+            message += "; free some space, then run the same command again"
+        print(f"{end_of_bar()}error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def end_of_bar() -> str:
     """A line break where a progress bar still stands on the line."""
-    return "\n" * bool(getattr(tqdm, "_instances", ()))
+    return "\n" if getattr(tqdm, "_instances", ()) else ""
 
 
 def say(**configuration: Any) -> None:

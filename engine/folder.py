@@ -46,8 +46,10 @@ OPTIONAL = ("type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "attenti
 # parts of a checkpoint that are not the encoder's
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.", "embeddings.position_ids",
          "embeddings.token_type_ids")
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json",
-         "*_Pooling/config.json", "gecko.json", "sentence_*_config.json", "config_sentence_transformers.json")
+# what is fetched from the hub
+FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+         "tokenizer_config.json", "modules.json", "*_Pooling/config.json", "gecko.json",
+         "sentence_*_config.json", "config_sentence_transformers.json")
 # settings of tokenizer_config.json that transformers puts over those of tokenizer.json
 OVERRIDES = {"do_lower_case": ("normalizer", "lowercase"), "strip_accents": ("normalizer", "strip_accents"),
              "tokenize_chinese_chars": ("normalizer", "handle_chinese_chars"),
@@ -119,13 +121,8 @@ def read_config(path: Path) -> dict[str, Any]:
         value = raw.get(key)
         if value is None and key in OPTIONAL:
             continue
-        kinds: Any = int
-        if key in ("model_type", "hidden_act"):
-            kinds = str
-        elif key.endswith(("_eps", "_prob")):
-            kinds = (int, float)
-        if not isinstance(value, kinds) or isinstance(value, bool) or kinds is not str and value < 0:
-            raise InputError(f"{path}: {key} is {value!r}; save the model again")
+        if key not in ("model_type", "hidden_act") and (not isinstance(value, (int, float)) or value < 0):
+            raise InputError(f"{path}: {key} is {value!r}, not a number from 0 on; save the model again")
         config[key] = value
     config.setdefault("pad_token_id", 0 if config["model_type"] == "bert" else 1)
     d, heads = config["hidden_size"], config["num_attention_heads"]
@@ -144,9 +141,6 @@ def check_modules(path: Path, d: int) -> bool:
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
             raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
                              "Transformer, Pooling and Normalize, in this order, are")
-        if modules[0].get("path"):
-            raise InputError(f"{listed}: the encoder's path is {modules[0]['path']!r}; only that of this folder, "
-                             "empty, is supported: save the model again with sentence-transformers")
         place = modules[1].get("path")
         if not isinstance(place, str) or place in ("", "..") or not re.fullmatch(r"[\w.-]+", place):
             raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")

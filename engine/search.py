@@ -89,15 +89,16 @@ def certified_topk(
         budget = torch.cuda.mem_get_info(device)[0] // 8 if device.type == "cuda" else BLOCK_BYTES
     scores = np.zeros((Q, k), np.float32)
     indices, proven = np.zeros((Q, k), np.int64), np.zeros(Q, bool)
-    # EXERCISE 10 (about 10 lines)
+    # EXERCISE 10 (about 11 lines)
     for start in range(0, Q, ROWS):
         q = block(queries, start, start + ROWS, device)              # (n, d)
         which, proof = candidates(q, passages, min(P, 2 * k + SPARE), dtype, budget)  # (n, m), (n)
         best, ids = ranked(q, passages, which, k)                    # (n, k) twice
         sure = best[:, -1] > proof                                   # (n)
-        for rows in torch.where(~sure)[0].split(64):
-            if len(rows):
-                best[rows], ids[rows] = search_again(q[rows], passages, k, best[rows, -1], budget)
+        for unsure in torch.where(~sure)[0].split(64):
+            if len(unsure):
+                floor = best[unsure, -1]                             # (unsure)
+                best[unsure], ids[unsure] = search_again(q[unsure], passages, k, floor, budget)
         rows = slice(start, start + len(q))
         scores[rows], indices[rows], proven[rows] = best.cpu(), ids.cpu(), sure.cpu()
     # END EXERCISE

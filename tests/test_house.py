@@ -24,7 +24,7 @@ ENGINE = ["files", "search", "packed", "folder", "corpus", "pairs", "beir", "tab
           "recorded", "cache", "transport", "kept", "replies", "endpoint", "local", "show", "scale", "runs",
           "evaluate", "mteb"]
 ALLOWED = {"torch", "numpy", "tqdm", "tokenizers", "safetensors"}
-OPTIONAL = {"matplotlib", "mteb", "huggingface_hub", "triton"}
+OPTIONAL = {"matplotlib", "mteb", "huggingface_hub"}
 
 
 def imported(path, top_level):

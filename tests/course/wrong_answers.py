@@ -149,7 +149,8 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "no sum of the loss": ([("    all_reduce_sum(value)", "    pass")], "sum the loss"),
     },
     10: {
-        "no proof": ([("for rows in torch.where(~sure)[0].split(64)", "for rows in ()")], "taken without proof"),
+        "no proof": ([("for unsure in torch.where(~sure)[0].split(64)", "for unsure in ()")],
+                     "taken without proof"),
         "a tie is proof": ([("best[:, -1] > proof", "best[:, -1] >= proof")], "above the proof, not at it"),
         "never proven": ([("best[:, -1] > proof", "best[:, -1] > proof + 1e9")], "for nothing"),
         "the first block of queries alone": ([("range(0, Q, ROWS)", "range(0, min(Q, ROWS), ROWS)")],
