@@ -99,9 +99,9 @@ def make(folder: Path, numbers: set[int]) -> None:
         text = (ROOT / module).read_text(encoding="utf-8")
         (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
     (folder / "tests").mkdir()
-    helpers = [f"tests/{path.name}" for path in (ROOT / "tests").glob("[!t]*.py")] + ["tests/teach.py"]
-    for name in {*helpers, *graders().values()}:
-        shutil.copyfile(ROOT / name, folder / name)
+    for path in (ROOT / "tests").glob("*.py"):
+        if not path.name.startswith("test_") or f"tests/{path.name}" in graders().values():
+            shutil.copyfile(path, folder / "tests" / path.name)
     for page in (ROOT / "tests/course/student").glob("*.md"):
         text = page.read_text(encoding="utf-8").replace("{table}", table(numbers))
         (folder / page.name).write_text(text, encoding="utf-8")
