@@ -429,6 +429,10 @@ def ensure_seed(nearest: list[Any], seed: Any) -> list[Any]:
     return nearest if seed in nearest else nearest[:-1] + [seed]
 
 
+def is_score(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def scored_rows(rows: Sequence[Record], pairs: Sequence[Pair], scores: dict[str, Scores]) -> list[Record]:
     """Queries with their candidates, scores and R; {"_id", "failed"} where a score is missing."""
     N = len(pairs) // len(rows)
@@ -436,8 +440,8 @@ def scored_rows(rows: Sequence[Record], pairs: Sequence[Pair], scores: dict[str,
     for n, row in enumerate(rows):
         own = slice(n * N, (n + 1) * N)
         columns = [values[own] for values in scores.values()]
-        # subtle: a score that is missing must not become a rank
-        if any(None in column for column in columns):
+        # subtle: a score that is missing, or nan, must not become a rank
+        if not all(is_score(value) for column in columns for value in column):
             scored.append({"_id": row["_id"], "failed": "a score is missing: an LLM call failed"})
             continue
         R = rrf(*columns)  # type: ignore[arg-type]

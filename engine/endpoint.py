@@ -253,6 +253,8 @@ class Endpoint:
             self.model = self.model or next(iter(models), "")
         except (CallFailed, LLMError) as error:
             # a server may have no such list; one that is not there, or refuses the key, is left
+            if str(error).startswith(self.name):
+                raise
             if not re.match("HTTP 40[045]|a malformed|stopped at", str(error)):
                 raise LLMError(f"{self.name} does not answer: {error}") from error
 

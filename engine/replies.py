@@ -52,7 +52,7 @@ def listed_tokens(answer: Reply, labels: Sequence[str]) -> list[tuple[str, float
         raise CallFailed("it answered 200 but sent no top_logprobs")
     top = []
     for token, value in listed:
-        if is_log_prob(value) or any(begins(label, token) for label in labels):
+        if isinstance(token, str) and (is_log_prob(value) or any(begins(label, token) for label in labels)):
             top.append((token, log_prob(value)))
     if not top:
         raise CallFailed("it answered 200 but no top_logprobs is a number")

@@ -171,8 +171,8 @@ class Server:
                     pause = 0.0
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, TimeoutError) and not self.patient:
-                    raise LLMError(f"{self.url} does not answer within {self.timeout:g} s; a slow server wants a "
-                                   "larger --timeout") from error
+                    raise LLMError(f"{self.url} does not answer in time (--timeout {self.timeout:g}): is it busy, "
+                                   "or loading its model?") from error
                 reason = f"no answer ({type(error).__name__}: {error})"
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {error})"

@@ -210,6 +210,9 @@ def test_mine_makes_records_with_all_candidates(embedder):
 def test_a_missing_score_is_a_failure_not_a_score(embedder):
     rows = list(llm.mine(Fake(broken=["l.sort"]), embedder, CORPUS, queries(), N=len(CORPUS)))
     assert all("failed" in r for r in rows)
+    nan = Fake()
+    nan.query_likelihood = lambda pairs: [math.nan if p["_id"] == "l.sort" else -1.0 for _, p in pairs]
+    assert all("failed" in r for r in llm.mine(nan, embedder, CORPUS, queries(), N=len(CORPUS)))
     alone = list(llm.mine(Fake(broken=["l.sort"]), embedder, CORPUS, queries(), N=len(CORPUS), rank="rc"))
     assert not any("failed" in r for r in alone) and all(r["rank"] == "rc" for r in alone)
     assert all(c["ql"] is None for r in alone for c in r["candidates"])
