@@ -1,4 +1,4 @@
-"""Words of a text, and a corpus that needs no download: the documentation of the Python standard library.
+"""Words of a text, and a corpus that needs no download: the documentation of Python's own library.
 
 The corpus is read from the running interpreter: the same Python gives the same rows. A passage is
 {"_id", "title", "text"}.
@@ -32,7 +32,8 @@ UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u
 
 
 def terms(text: str) -> list[str]:
-    """Lower-cased words of any script, identifiers in parts; where no spaces are written, characters and pairs.
+    """Lower-cased words of any script, identifiers in parts; of scripts without spaces between words
+    each character and each pair.
 
     >>> terms("csv.DictReader reads"), terms("Größe 北京")
     (['csv', 'dict', 'reader', 'reads'], ['größe', '北', '京', '北京'])
@@ -65,7 +66,7 @@ def spoken(name: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, at least three words each, or four characters where no spaces are written.
+    """The sentences of a text, each of at least three words, or four characters of such a script.
 
     >>> sentences("Return x. This is the smallest\\ninteger. It may be big!")
     ['This is the smallest integer.', 'It may be big!']
@@ -75,7 +76,8 @@ def sentences(text: str) -> list[str]:
         line = " ".join(paragraph.split())
         # a sentence begins with no small Latin letter; those of Chinese and Japanese need no space
         found += re.split(r"(?<=[.!?:])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])", line)
-    return [text for text in found if len(text.split()) >= 3 or re.search(f"[{UNSPACED}]{{4}}", text)]
+    long_enough = re.compile(rf"\S+\s+\S+\s+\S|[{UNSPACED}]{{4}}")
+    return [sentence for sentence in found if long_enough.search(sentence)]
 
 
 def paragraphs(text: str) -> list[str]:

@@ -1,8 +1,8 @@
 """Title-body pairs for pre-finetuning (section 3.1), out of documentation and source code.
 
-The paper's were crawled from the web. Ours need no download: a name, a sentence or a span of words against the
-rest of its passage, a comment against the code below it, and what people write about code against the
-documentation of what that code calls.
+The paper's were crawled from the web. Ours need no download: a name, a sentence or a span of words
+against the rest of its passage, a comment against the code below it, and what people write about code
+against the documentation of what that code calls.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int, tasks: Seque
                   sources: Sequence[str] = SOURCES) -> Iterator[tuple[str, str, str, str]]:
     """`count` times (task, query, title, text), of four kinds, each with one of the tasks.
 
-    own, library: a name, sentence or span of words and the rest of its passage. commented: a comment and
-    the code below it. calling: what people write about code that calls a function, in everyday words, and
-    the documentation of that function. The shares were chosen on the dev questions.
+    own, library: a name, sentence or span of words and the rest of its passage. commented: a comment
+    and the code below it. calling: what people write about code that calls a function, in everyday
+    words, and the documentation of that function. The shares were chosen on the dev questions.
     """
     rng = np.random.default_rng(seed)
     source = source_texts(sources)
@@ -73,7 +73,7 @@ def pieces(rows: Iterable[Passage]) -> list[Passage]:
 
 
 def chunks(row: Passage) -> list[Passage]:
-    """A long passage in pieces of whole paragraphs, as many as a small encoder reads, under its title."""
+    """A long passage in pieces of whole paragraphs that a small encoder can read, under its title."""
     groups: list[list[str]] = [[]]
     for paragraph in filter(str.strip, paragraphs(row["text"])):
         if groups[-1] and len(" ".join([*groups[-1], paragraph]).split()) > 60:  # words
@@ -162,7 +162,8 @@ def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
         if start is None:
             continue
         indent, name = len(line) - len(line.lstrip()), start[2]
-        body = "\n".join(itertools.takewhile(lambda row: is_inside(row, indent), lines[i + 1:i + 30]))
+        inside = itertools.takewhile(lambda below: is_inside(below, indent), lines[i + 1:i + 30])
+        body = "\n".join(inside)
         before, _, rest = body.partition('"""')
         doc, _, code = rest.partition('"""')
         if before.strip() not in ("", "r"):                          # a text further down, no docstring
