@@ -54,6 +54,11 @@ def test_the_reading_order_has_every_file():
     assert {path.name for path in files} == set(re.findall(r"`(\w+\.py)`", text))
 
 
+def test_every_file_that_the_page_names_is_there():
+    named = set(re.findall(r"\b(?:tests|engine)/[\w/]+\.\w+", PAGE))
+    assert len(named) > 8 and not [path for path in named if not (ROOT / path).is_file()]
+
+
 def refuse(self, message):
     raise AssertionError(f"{self.prog}: {message}")
 
