@@ -209,7 +209,10 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str],
             for n, positive in enumerate(positives):
                 symmetric = name in ("sentence2", "question2")
                 yield Row(query, positive, rotated(negatives, n), symmetric)
-        print(f"  {path}: pairs by {', '.join(labels) or 'no label, all rows'}")
+        if labels:
+            print(f"  {path}: pairs by the column {', '.join(labels)}")
+        else:
+            print(f"  {path}: no column with a label, so all rows are pairs")
 
 
 def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:

@@ -170,9 +170,10 @@ def test_a_score_or_an_unknown_label_is_refused(tmp_path, command, name, label):
 
 
 def test_what_was_taken_for_the_label_is_said(tmp_path, command):
-    for name, said in (("is_duplicate", "is_duplicate"), ("something", "no label, all rows")):
+    for name, said in (("is_duplicate", "pairs by the column is_duplicate"),
+                       ("something", "no column with a label")):
         path = lines(tmp_path / "in.jsonl", *two_texts(1, name=name))
-        assert f"in.jsonl: pairs by {said}" in command("pairs", path)[2]
+        assert f"in.jsonl: {said}" in command("pairs", path)[2]
 
 
 def test_a_score_needs_the_threshold_from_which_on_two_texts_are_a_pair(tmp_path, command):
