@@ -627,6 +627,8 @@ def mine_command(args: argparse.Namespace) -> None:
     rows = (row if "failed" in row else row | source for row in rows)
     count = write_kept(args.fret, rows, len(queries), "mine", llm)
     print(f"p+ differs from p_seed in {count['relabelled'] / count['kept']:.1%} of them")
+    if count["no negative"] and args.negative != "none":
+        print(f"{count['no negative']} have no hard negative: all their candidates answer the same query elsewhere")
     print(f"next: python train.py finetune {args.fret} --init {args.model_dir} --out runs/gecko")
 
 

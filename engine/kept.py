@@ -34,8 +34,8 @@ def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[i
 def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> Counter[str]:
     """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
-    The counts of rows: kept, failed, relabelled (p+ is not p_seed). LLMError, and nothing written, when
-    none is kept, or all scores are equal: that is an endpoint that does not score, not a judgement.
+    The counts of rows: kept, failed, relabelled (p+ is not p_seed), no negative. LLMError, and nothing
+    written, when none is kept, or all scores are equal: that endpoint does not score.
     """
     count: Counter[str] = Counter()
     failures: list[str] = []
@@ -50,6 +50,7 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
                 continue
             count["kept"] += 1
             count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
+            count["no negative"] += row.get("negative_id", "") is None
             for name, seen in values.items():
                 if len(seen) < 2:
                     seen.update(candidate[name] for candidate in row.get("candidates", ()))

@@ -207,6 +207,20 @@ def test_mine_makes_records_with_all_candidates(embedder):
         json.dumps(row)
 
 
+def test_rows_without_a_wrong_candidate_are_counted(tmp_path, monkeypatch, capsys, embedder):
+    """Through the command: six passages, each the seed of the same query."""
+    files.write_jsonl(tmp_path / "c.jsonl", CORPUS)
+    files.write_jsonl(tmp_path / "q.jsonl", [row | {"query": "sort a list"} for row in queries(6)] + queries(1))
+    gecko.save(embedder, tmp_path / "retriever")
+    monkeypatch.setattr(sys, "argv", ["llm.py", "mine", *(str(tmp_path / name) for name in (
+        "c.jsonl", "q.jsonl", "f.jsonl")), "--model-dir", str(tmp_path / "retriever"), "-N", "4"])
+    llm.main()
+    rows = [row for _, row in files.read_jsonl(tmp_path / "f.jsonl")]
+    without = sum(row["negative"] is None for row in rows)
+    assert 0 < without < 7 and rows[6]["negative"]         # the last asks something else
+    assert f"{without} have no hard negative: all their candidates answer" in capsys.readouterr().out
+
+
 def test_a_missing_score_is_a_failure_not_a_score(embedder):
     rows = list(llm.mine(Fake(broken=["l.sort"]), embedder, CORPUS, queries(), N=len(CORPUS)))
     assert all("failed" in r for r in rows)
