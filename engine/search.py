@@ -22,7 +22,7 @@ from engine.files import InputError
 #         m candidates of a query; `found` is the number of scores above their query's floor.
 
 ROWS = 1024                  # queries of one block
-SPARE = 24                   # candidates beyond 2 k
+SPARE = 24                   # candidates of a bfloat16 product beyond 2 k
 GROUP = 32                   # passages whose best score is looked at first
 BLOCK_BYTES = 8 << 20        # of one block of scores on a CPU, so that it stays in the cache
 
@@ -87,12 +87,13 @@ def certified_topk(
         dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
     if not budget:
         budget = torch.cuda.mem_get_info(device)[0] // 8 if device.type == "cuda" else BLOCK_BYTES
+    m = min(P, 2 * k + SPARE if dtype == torch.bfloat16 else k + 8)
     scores = np.zeros((Q, k), np.float32)
     indices, proven = np.zeros((Q, k), np.int64), np.zeros(Q, bool)
     # EXERCISE 10 (about 11 lines)
     for start in range(0, Q, ROWS):
         q = block(queries, start, start + ROWS, device)              # (n, d)
-        which, proof = candidates(q, passages, min(P, 2 * k + SPARE), dtype, budget)  # (n, m), (n)
+        which, proof = candidates(q, passages, m, dtype, budget)     # (n, m), (n)
         best, ids = ranked(q, passages, which, k)                    # (n, k) twice
         sure = best[:, -1] > proof                                   # (n)
         for unsure in torch.where(~sure)[0].split(64):
