@@ -23,9 +23,6 @@ from engine.search import ONEDNN, has_bfloat16
 # Shapes: B texts, N tokens of all texts, n tokens of each text of a run, d the model's dimension,
 #         H heads. A run is what stands together and has one length; attention goes run by run.
 
-ATTENTION_BYTES = 4 << 20    # of attention's scores at a time, which stay in a CPU's cache
-
-
 TEXTS_AT_ONCE = 1024         # that are tokenised together, to bound the memory
 CHARS_A_TOKEN = 16           # far more than a token has in the mean
 
@@ -37,7 +34,9 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[l
     """
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
-    unknown = tokenizer.token_to_id("[UNK]") or tokenizer.token_to_id("<unk>") or -1
+    unknown = tokenizer.token_to_id("[UNK]")                         # BERT's name; RoBERTa's and XLM-R's:
+    if unknown is None:
+        unknown = tokenizer.token_to_id("<unk>")
     tokens: list[array[int]] = []                                    # a tenth of the memory of lists
     truncated = unknown_tokens = 0
     for start in range(0, len(texts), TEXTS_AT_ONCE):
@@ -53,7 +52,8 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[l
                 raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
             tokens.append(array("i", encoding.ids))
             truncated += bool(encoding.overflowing)
-            unknown_tokens += encoding.ids.count(unknown)
+            if unknown is not None:
+                unknown_tokens += encoding.ids.count(unknown)
     return tokens, truncated, unknown_tokens / max(1, sum(map(len, tokens)))
 
 
@@ -95,17 +95,18 @@ def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> Em
     if precision == "bf16" and not has_bfloat16(device):
         raise InputError(f"--precision bf16: this {device.type} has no fast bfloat16 products (AVX512-BF16, "
                          "AMX, or a GPU from 2020 on); encode in float32")
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cpu":
-        return packed(encoder, dtype)
-    return torch.autocast(device.type, dtype, enabled=precision == "bf16")(embed)
+        return packed(encoder, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)(embed)
+    return embed
 
 
 def is_bag(encoder: Any) -> bool:
     """True where W's rows depend on their own token alone: no layers, positions or dropout."""
     c = encoder.config
     return bool(c.num_hidden_layers == 0 and c.hidden_dropout_prob == 0
-            and not encoder.embeddings["position_embeddings"].weight.any())
+                and not encoder.embeddings["position_embeddings"].weight.any())
 
 
 def embed_bag(encoder: Any, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -156,14 +157,12 @@ def attend(qkv: Tensor, runs: Sequence[tuple[int, int]], H: int) -> Tensor:
     a = qkv.new_empty(N, d)                                          # (N, d)
     start = 0
     for texts, n in runs:
-        at_once = max(1, ATTENTION_BYTES // (qkv.element_size() * H * n * n))
-        for B in torch.arange(texts).split(at_once):
-            stop = start + len(B) * n
-            part = qkv[start:stop].view(len(B), n, 3, H, d // H)     # (B, n, 3, H, d/H)
-            q, k, v = part.permute(2, 0, 3, 1, 4)                    # 3 of (B, H, n, d/H)
-            out = F.scaled_dot_product_attention(q, k, v)            # (B, H, n, d/H)
-            a[start:stop].view(len(B), n, H, d // H).copy_(out.transpose(1, 2))
-            start = stop
+        stop = start + texts * n
+        run = qkv[start:stop].view(texts, n, 3, H, d // H)           # (texts, n, 3, H, d/H)
+        q, k, v = run.permute(2, 0, 3, 1, 4)                         # 3 of (texts, H, n, d/H)
+        out = F.scaled_dot_product_attention(q, k, v)                # (texts, H, n, d/H)
+        a[start:stop].view(texts, n, H, d // H).copy_(out.transpose(1, 2))
+        start = stop
     return a
 
 
