@@ -114,6 +114,8 @@ def test_span_refuses_what_it_cannot_be_sure_of():
     merged = echoed(["<s>", "a", ": b", "!"], [None, -1.0, -2.0, -0.5], "a: b")
     with pytest.raises(CallFailed, match="crosses"):
         continuation_log_prob(merged, "a:", " b", head=lambda _: ["<s>", "a", ":"])
+    with pytest.raises(CallFailed, match="crosses"):       # nothing is left: a sum of 0 is no score
+        continuation_log_prob(merged, "a:", " b", head=lambda _: ["<s>", "a", ": b"])
     for spoiled in ([None, -1.0, -2.0, None, -0.5], [None, -1.0, -2.0, float("nan"), -0.5],
                     [None, -1.0, -2.0, 3.0, -0.5], [None, -1.0, -2.0, "-3", -0.5], values[:-1]):
         with pytest.raises(ValueError):

@@ -120,6 +120,24 @@ def test_relabel_takes_first_and_last():
 
 
 @pytest.mark.ex5
+def test_relabel_keeps_the_order_of_equal_scores():
+    """Of equal R the nearer passage stands first, at both ends."""
+    check(llm.relabel([1.5, 1.5, 0.58, 0.58], list("abcd")), (0, 3), {
+        "of equal R the farther passage is taken for p+": (1, 3),
+        "of equal R the nearer passage is taken for p-": (0, 2),
+        "equal R come in the order of the farther first": (1, 2)})
+
+
+@pytest.mark.ex5
+def test_relabel_samples_what_may_be_a_negative():
+    """From all others, above p+ too where p+ is given; never a text of p+, nor an answer of another row."""
+    R, texts = [0.5, 0.4, 0.3, 0.2, 0.1], ["a", "b", "c", "b", "d"]
+    drawn = {llm.relabel(R, texts, "sampled", random.Random(i), positive=1, answers={"d"}) for i in range(60)}
+    assert drawn <= {(1, 0), (1, 2)}, "p- has the text of p+, or answers the same query in another row"
+    assert drawn == {(1, 0), (1, 2)}, "a candidate above p+ may be sampled too"
+
+
+@pytest.mark.ex5
 def test_relabel_samples_from_the_others_seeded():
     R, texts = [0.4, 0.3, 0.2, 0.1], list("abcd")
     drawn, again = ([llm.relabel(R, texts, "sampled", random.Random(i))[1] for i in range(50)] for _ in range(2))

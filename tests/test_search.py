@@ -88,6 +88,42 @@ def test_search_by_its_steps(monkeypatch):
 
 
 @pytest.mark.ex10
+@pytest.mark.parametrize("P", [1, 3, 20])
+def test_search_of_few_passages(P):
+    """As many neighbours as there are passages, and fewer passages than candidates are asked for."""
+    rng = np.random.default_rng(3)
+    q, p = unit(gaussian(rng, 4, 8)), unit(gaussian(rng, P, 8))
+    for k in {1, P}:
+        want = gecko.nearest(torch.from_numpy(q), torch.from_numpy(p), k)
+        np.testing.assert_array_equal(search.certified_topk(q, p, k)[1], want[1].numpy())
+
+
+@pytest.mark.ex10
+def test_search_hands_on_what_it_is_given(monkeypatch):
+    """Precision and budget to the first search; the budget, and the unproven queries alone, to the second."""
+    rng = np.random.default_rng(4)
+    q, p = unit(gaussian(rng, 6, 8)), unit(gaussian(rng, 40, 8))
+    q[2:] = 0                                                        # all scores are equal: never proven
+    first, second, asked = search.candidates, search.search_again, []
+
+    def spy_first(x, passages, m, dtype, budget):
+        asked.append(("first", len(x), dtype, budget))
+        return first(x, passages, m, dtype, budget)
+
+    def spy_second(x, passages, k, floor, budget):
+        asked.append(("second", len(x), budget))
+        return second(x, passages, k, floor, budget)
+
+    monkeypatch.setattr(search, "candidates", spy_first)
+    monkeypatch.setattr(search, "search_again", spy_second)
+    for dtype in DTYPES:
+        asked.clear()
+        proven = search.certified_topk(q, p, 3, 4321, dtype)[2]
+        assert proven.tolist() == [True, True, False, False, False, False]
+        assert asked == [("first", 6, dtype, 4321), ("second", 4, 4321)]
+
+
+@pytest.mark.ex10
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_certificate_is_given_and_withheld(dtype):
     """Spread vectors are proven by the first search; equal ones never, so the second one is what answers."""
