@@ -120,7 +120,8 @@ def test_search_hands_on_what_it_is_given(monkeypatch):
         asked.clear()
         proven = search.certified_topk(q, p, 3, 4321, dtype)[2]
         assert proven.tolist() == [True, True, False, False, False, False]
-        assert asked == [("first", 6, dtype, 4321), ("second", 4, 4321)]
+        assert asked == [("first", 6, dtype, 4321), ("second", 4, 4321)], \
+            "hand on dtype and budget as they are given, and search again for the unproven queries alone"
 
 
 @pytest.mark.ex10

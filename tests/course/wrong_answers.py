@@ -79,6 +79,9 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "p+ may be sampled": ([(".choice(others)", ".choice(order)")], "drawn as its own negative"),
         "its own random numbers": ([("(rng or random.Random(0)).choice", "random.choice")], "rng that is given"),
         "the smallest R": ([("-R[i]", "R[i]")], "p+ is the smallest R"),
+        "equal R farther first": ([("key=lambda i: -R[i]", "key=lambda i: (-R[i], -i)")], "of the farther first"),
+        "sampled below p+ alone": ([("in order if texts", "in order[order.index(p_pos):] if texts")],
+                                   "may be sampled too"),
     },
     6: {
         "the whole prompt": ([("values[start:]", "values[1:]"), ("len(tokens) - start", "len(tokens) - 1")],
@@ -151,6 +154,8 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
     10: {
         "no proof": ([("for unsure in torch.where(~sure)[0].split(64)", "for unsure in ()")],
                      "taken without proof"),
+        "all searched again": ([("torch.where(~sure)", "torch.where(sure | ~sure)")], "unproven queries alone"),
+        "always float32": ([("m, dtype, budget)", "m, torch.float32, budget)")], "hand on dtype"),
         "a tie is proof": ([("best[:, -1] > proof", "best[:, -1] >= proof")], "above the proof, not at it"),
         "never proven": ([("best[:, -1] > proof", "best[:, -1] > proof + 1e9")], "for nothing"),
         "the first block of queries alone": ([("range(0, Q, ROWS)", "range(0, min(Q, ROWS), ROWS)")],
