@@ -32,22 +32,22 @@ from gecko import Gecko, load
 from train import TrainConfig, train
 
 Rows = list[Record]
-Labels = Callable[[Rows, list[dict[str, str]]], Rows]
+Passages = dict[str, dict[str, str]]  # by id
+Labels = Callable[[Rows, Passages], Rows]
 
 
-def fret_rows(record: Recorded, corpus: list[dict[str, str]]) -> Rows:
-    """The record as FRet rows, ranked by query likelihood alone."""
-    by_id = {p["_id"]: p for p in corpus}
+def scored_rows(record: Recorded, passages: Passages) -> Rows:
+    """The record as FRet's scored rows, ranked by query likelihood alone."""
     rows = []
     for row in record.rows:
         about = {"_id": f"q{row['n']:07d}", "kind": llm.task_kind(row["task"]), **row}
-        scores = {"ql": [score for _, score in row["ql"]]}
-        rows.append(llm.fret_record(about, [by_id[key] for key, _ in row["ql"]], scores, "last", seed=0))
+        pairs = [(row["query"], passages[key]) for key, _ in row["ql"]]
+        rows += llm.scored_rows([about], pairs, {"ql": [score for _, score in row["ql"]]})
     return rows
 
 
 def labels(positive: str, negative: str) -> Labels:
-    return lambda rows, corpus: llm.labelled(rows, corpus, positive, negative)
+    return lambda rows, passages: llm.labelled(rows, passages, positive, negative)
 
 
 def seed_place(row: Record) -> int:
@@ -56,16 +56,16 @@ def seed_place(row: Record) -> int:
     return sum(value > R[row["seed_id"]] for value in R.values()) + 1
 
 
-def where_below_third(rows: Rows, corpus: list[dict[str, str]]) -> Rows:
+def where_below_third(rows: Rows, passages: Passages) -> Rows:
     """p_1 where the seed is below the third place, else p_seed."""
-    pairs = zip(rows, llm.labelled(rows, corpus, "p1", "last"), llm.labelled(rows, corpus, "seed", "last"),
+    pairs = zip(rows, llm.labelled(rows, passages, "p1", "last"), llm.labelled(rows, passages, "seed", "last"),
                 strict=True)
     return [p1 if seed_place(row) > 3 else seed for row, p1, seed in pairs]
 
 
-def seed_first(rows: Rows, corpus: list[dict[str, str]]) -> Rows:
+def seed_first(rows: Rows, passages: Passages) -> Rows:
     """Only rows whose seed ranks first: filtering in place of relabelling."""
-    return llm.labelled([row for row in rows if seed_place(row) == 1], corpus, "seed", "last")
+    return llm.labelled([row for row in rows if seed_place(row) == 1], passages, "seed", "last")
 
 
 CASES: dict[str, tuple[str, Labels]] = {
@@ -105,7 +105,8 @@ def main() -> None:
     corpus, beir = builtin_corpus(), read_beir(args.questions, args.split)
     record = Recorded(corpus, args.record)
     print(record.report(), flush=True)
-    rows = fret_rows(record, corpus)
+    passages = {p["_id"]: p for p in corpus}
+    rows = scored_rows(record, passages)
     came = ndcg(load(init), beir, args.precision)
     print(f"{'as it came':38s} {came.mean():5.1f}   {len(beir.queries)} {args.split} questions", flush=True)
     results: dict[str, np.ndarray] = {}
@@ -113,7 +114,7 @@ def main() -> None:
         if args.cases and not any(word in name for word in args.cases.split(";")):
             continue
         start, of_seeds = time.monotonic(), []
-        records = make(rows, corpus)
+        records = make(rows, passages)
         for seed in range(args.seeds):
             model = load(init)
             c = TrainConfig(batch_size=64, epochs=3, lr=5e-5, tau=0.05, seed=seed, precision=args.precision)
