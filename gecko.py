@@ -32,6 +32,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.evaluate import say_lost
 from engine.files import (
     InputError,
     at_least,
@@ -91,14 +92,10 @@ def format_passage(text: str, title: str = "", formats: dict[str, str] = FORMATS
     >>> format_passage("Return the ceiling of x.", "math.ceil")
     'title: math.ceil | text: Return the ceiling of x.'
     """
-    if title.strip():
-        return fill(formats["passage"], title=title, text=text)
-    return fill(untitled(formats), text=text)
-
-
-def untitled(formats: dict[str, str]) -> str:
-    """The passage format without a title, which is then "none" where the format names it."""
-    return formats["passage"].replace("title: {title}", "title: none").replace("{title} ", "")
+    form = formats["passage"]
+    if not title.strip():                                # gap 2
+        form = form.replace("title: {title}", "title: none").replace("{title} ", "")
+    return fill(form, title=title, text=text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -479,11 +476,6 @@ def load(name: str | Path) -> Gecko:
 # Command line
 
 
-def say_lost(what: str, model: Gecko) -> None:
-    if model.lost():
-        say(**{what: model.lost()})
-
-
 def search_command(args: argparse.Namespace) -> None:
     at_least(1, k=args.k)
     model = load(args.model)
@@ -491,11 +483,11 @@ def search_command(args: argparse.Namespace) -> None:
     passages = [p for p in read_passages(corpus) if p["title"] or p["text"]]
     say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=args.dim or "all")
     q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
-    say_lost("query", model)
+    say_lost(model, "query")
     texts = [p["text"] for p in passages]
     titles = [p["title"] for p in passages]
     P = model.encode_passages(texts, titles, dim=args.dim, progress="passages")   # (P, dim)
-    say_lost("passages", model)
+    say_lost(model, "passages")
     scores, indices = topk(q, P, min(args.k, len(passages)))         # (1, k) twice
     for score, i in zip(scores[0], indices[0], strict=True):
         name = titles[i] or passages[i]["_id"]
