@@ -89,11 +89,13 @@ def duplicate_mask(
 ) -> Tensor:            # (r, B)
     """True where candidate j is row i's own query or positive, or belongs to the same query.
 
-    Row 0 asks 5 and answers 8, row 1 asks 6 and answers 8 too. All candidates are their positives:
+    Rows 0 and 1 ask 5 and 6 and share the positive 8, row 2 asks 7 and has 9. The rows' positives as candidates:
 
-    >>> q_id, p_id = torch.tensor([5, 6]), torch.tensor([8, 8])
+    >>> q_id, p_id = torch.tensor([5, 6, 7]), torch.tensor([8, 8, 9])
     >>> duplicate_mask(q_id, p_id, text_id=p_id, asked_id=q_id).tolist()
-    [[True, True], [True, True]]
+    [[True, True, False], [True, True, False], [False, False, True]]
+
+    Which includes j = i, the positive itself. For queries as candidates text_id is q_id.
     """
     own_positive = text_id == p_id[:, None]                          # (r, B)
     own_query = text_id == q_id[:, None]                             # (r, B)
@@ -251,6 +253,7 @@ def train(
     out: Path | None = None,                 # the folder for metrics.jsonl and checkpoints
 ) -> list[float]:                            # the loss of each step
     """Train on batches of the mixture. A loss or gradient that is not finite is an InputError."""
+    # the data: tokens, text ids, and which rows each step has
     d = model.encoder.config.hidden_size
     dims = read_dims(c.dims, d)
     S = 2 if stage == "prefinetune" else 3                           # sides of a row: eq. 2 has no hard negative
@@ -258,6 +261,8 @@ def train(
     steps = c.steps or max(1, int(c.epochs * len(texts) / c.batch_size))
     plan = batches(sets, weights, c.mix, c.batch_size, steps, c.seed)  # row numbers of every step
     check_negatives(stage, texts, plan)
+
+    # the optimiser, and the run's folder, known by all that decides its bytes
     max_lr = c.lr or (1e-2 if is_bag(model.encoder) else 3e-5)
     parameters = [p for p in model.encoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=max_lr, weight_decay=c.weight_decay, fused=True)
@@ -317,6 +322,9 @@ def read_dims(text: str, d: int) -> list[int]:
     return [int(part) for part in parts]
 
 
+TEXTS_AT_ONCE = 8192   # that are tokenised together, for the sake of memory
+
+
 def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
               ) -> tuple[list[array[int]], np.ndarray]:
     """The tokens of every distinct text, and the ids of the texts of all sets' rows, (rows, 3).
@@ -332,23 +340,21 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
         texts = [-1 if text is None else ids.setdefault(text, len(ids)) for text in formatted(row, model.formats)]
         rows.append([*texts, queries.setdefault(row["query"], len(queries))])
     q_id, p_id, n_id, query = np.array(rows).T                       # 4 of (rows)
-    query *= len(ids)                                                # query + id: one number for both
-    answered = np.isin(query + n_id, query + p_id)                   # (rows)
-    wrong = (n_id >= 0) & ((n_id == q_id) | answered)                # (rows)
-    if wrong.any():
-        say_first(f"{wrong.sum()} of {len(wrong)} hard negatives are left out: they answer their query, or are it")
-    n_id[wrong] = -1
+    pair = query * len(ids)                                          # pair + id: one number for query and text
+    answers = np.isin(pair + n_id, pair + p_id)                      # (rows) p_i- is a positive of q_i somewhere
+    hard = n_id >= 0                                                 # (rows)
+    left_out = hard & (answers | (n_id == q_id))                     # (rows)
+    if left_out.any():
+        say_first(f"{left_out.sum()} of {hard.sum()} hard negatives are left out: each answers its query or is it")
+    n_id = np.where(left_out, -1, n_id)                              # (rows)
     tokens: list[array[int]] = []
     truncated, distinct = 0, list(ids)
-    for start in range(0, len(distinct), TOKENISED):                 # in parts, for the sake of memory
-        tokens += [array("i", text) for text in model.tokens(distinct[start:start + TOKENISED], max_length)]
+    for start in range(0, len(distinct), TEXTS_AT_ONCE):
+        tokens += [array("i", text) for text in model.tokens(distinct[start:start + TEXTS_AT_ONCE], max_length)]
         truncated += model.truncated
     if truncated:
         say_first(f"{truncated} of {len(tokens)} texts are cut at {max_length} tokens")
     return tokens, np.stack([q_id, p_id, n_id], axis=1)
-
-
-TOKENISED = 8192   # texts at a time
 
 
 def say_first(line: str) -> None:
