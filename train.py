@@ -496,14 +496,17 @@ def results_table(out: Path, models: dict[str, Gecko | None], test: Beir) -> dic
     table: dict[str, dict[str, Any]] = {}
     above: list[float] = []
     for stage, model in models.items():
-        scores = {dims[0]: retrieval_scores(bm25_rankings(test), test)}
         if model:
             scores = {dim: beir_scores(model, test, int(dim)) for dim in dims}
+        else:
+            scores = {dims[0]: retrieval_scores(bm25_rankings(test), test)}
         ndcg = scores[dims[0]]["ndcg@10"]
         low, high = paired_bootstrap(above or ndcg, ndcg)
         table[stage] = {dim: means(values) for dim, values in scores.items()}
         table[stage]["gain"] = [round(low, 4), round(high, 4)]
         columns = [f"{np.mean(x['ndcg@10']):.3f} {np.mean(x['recall@100']):.3f}" for x in scores.values()]
+        if model is None:
+            columns.append("-")                                      # BM25 has no dimensions
         print(f"  {stage:20} {'   '.join(columns):26}   " + (f"[{low:+.3f}, {high:+.3f}]" if above else ""))
         above = ndcg
     write_json(out / "results.json", table)
@@ -573,7 +576,6 @@ def train_command(args: argparse.Namespace) -> None:
     if c.unified:
         model.formats = dict(FORMATS)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     losses = train(model, args.command, sets, c, weights, out=out)
     if dist.is_initialized():
         dist.destroy_process_group()
