@@ -1,6 +1,7 @@
 """A real language model answers for the built-in corpus, and what it says is kept: engine/recorded.jsonl.gz.
 
     python tests/lab/record.py run MODEL RETRIEVER LOG --queries 1500       hours on a CPU; stop it, start it again
+                                                  --onto engine/recorded.jsonl.gz         where LOG is new
     python tests/lab/record.py pack LOG engine/recorded.jsonl.gz            the rows that are complete, any time
 
 MODEL is what tests/lab/fetch_model.py makes, RETRIEVER the recipe's initial retriever (runs/demo/retriever).
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from engine.corpus import builtin_corpus
-from engine.files import InputError, read_json, run, write_jsonl
+from engine.files import InputError, read_json, read_jsonl, run, write_jsonl
 from engine.local import Local
 from engine.recorded import digest, shown
 from engine.search import topk
@@ -109,6 +110,15 @@ class Log:
             os.fsync(file.fileno())
 
 
+def unpack(log: Log, path: Path) -> None:
+    """A new LOG goes on from a packed record; answers that were of no use are asked for again."""
+    lines = [row for _, row in read_jsonl(path)]
+    log.append({"header": lines[0]})
+    log.append({"answers": {row["n"]: f" {row['task']}\nQuery: {row['query']}" for row in lines[2:]},
+                "candidates": {row["n"]: [key for key, _ in row["ql"]] for row in lines[2:]},
+                "ql": [[row["n"], key, score] for row in lines[2:] for key, score in row["ql"]]})
+
+
 def useful(log: Log, numbers: range) -> dict[int, tuple[str, str]]:
     """Task and query of the draws whose answer is of use."""
     kept = {}
@@ -173,6 +183,8 @@ def record(args: argparse.Namespace) -> None:
     passages = {p["_id"]: p for p in corpus}
     log = Log(args.log, append=True)
     prompts = digest(P_QG + P_QL + str(args.chars))
+    if not log.header and args.onto:
+        unpack(log, Path(args.onto))
     if not log.header:
         log.append({"header": header(args, prompts, len(corpus))})
     if log.header["prompts"] != prompts:
@@ -246,6 +258,7 @@ def main() -> None:
     runner.add_argument("--chars", type=int, default=300, help="characters of a passage that the model is shown")
     runner.add_argument("--temperature", type=float, default=0.6)
     runner.add_argument("--rows", type=int, default=64, help="queries written at a time (%(default)s)")
+    runner.add_argument("--onto", default="", help="a packed record that a new LOG goes on from")
     runner.add_argument("--threads", type=int, default=2)
     runner.set_defaults(do=record)
     packer = commands.add_parser("pack", help="write the record")

@@ -71,7 +71,7 @@ def ran(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "Local", FakeModel)
     monkeypatch.setattr(record, "load", lambda folder: FakeRetriever())
     args = argparse.Namespace(model=str(tmp_path / "m"), retriever="", log=str(tmp_path / "log.jsonl"), queries=12,
-                              first=4, chunk=8, N=3, chars=20, temperature=0.6, rows=3, threads=1)
+                              first=4, chunk=8, N=3, chars=20, temperature=0.6, rows=3, threads=1, onto="")
     record.record(args)
     return args
 
@@ -109,6 +109,29 @@ def test_a_log_that_grows_is_packed_as_far_as_it_is_complete(ran, tmp_path):
     Path(ran.log).write_text(text.rpartition('{"ql"')[0])
     rows = packed(ran, tmp_path).splitlines()[2:]
     assert len(rows) == 4 and Path(ran.log).read_text() == text.rpartition('{"ql"')[0]
+
+
+def test_a_new_log_goes_on_from_a_packed_record(ran, tmp_path, monkeypatch):
+    """What the record holds is neither written nor scored again; more candidates are scored beside them."""
+    expected, asked = packed(ran, tmp_path), []
+
+    class Counting(FakeModel):
+        def complete(self, prompts, seeds):
+            asked.extend(seeds)
+            return super().complete(prompts, seeds)
+
+        def log_likelihood(self, pairs):
+            asked.extend(pairs)
+            return super().log_likelihood(pairs)
+
+    monkeypatch.setattr(record, "Local", Counting)
+    ran.log, ran.onto = str(tmp_path / "new.jsonl"), str(tmp_path / "out.jsonl")
+    record.record(ran)
+    assert packed(ran, tmp_path).splitlines()[1:] == expected.splitlines()[1:] and not asked
+    ran.N = 5
+    record.record(ran)
+    assert len(asked) == 12 * 2
+    assert all(len(json.loads(row)["ql"]) == 5 for row in packed(ran, tmp_path).splitlines()[2:])
 
 
 def test_other_prompts_or_lengths_want_a_new_log(ran):
