@@ -232,7 +232,7 @@ def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 # A text embedding model: encoder + tokenizer + formats
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-FEW_TOKENS = 2048            # in all: they do not repay what makes many fast
+FEW_TOKENS = 2048            # of all texts: so few do not repay the preparation of `fast_embed`
 
 
 class Gecko:

@@ -23,7 +23,7 @@ from engine.files import InputError
 
 ROWS = 1024                  # queries of one block
 SPARE = 24                   # candidates of a bfloat16 product beyond 2 k
-GROUP = 32                   # passages whose best score is looked at first
+GROUP = 16                   # passages whose best score is looked at first
 BLOCK_BYTES = 8 << 20        # of one block of scores on a CPU, so that it stays in the cache
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
