@@ -173,7 +173,9 @@ def loss_ours(s: Settings) -> Iterator[Any]:
     while True:
         rows = slice(0, s["part"] or s["rows"])
         loss, g = blockwise_loss(batch_loss("finetune", 0.05, ids), gecko.truncate_dim, s["dims"], x, rows)
-        yield [loss.item(), g.norm().item()]
+        answer = [loss.item(), g.norm().item()]
+        del g                                                        # or the next turn's peak would hold it too
+        yield answer
 
 
 def loss_plain(s: Settings) -> Iterator[Any]:
