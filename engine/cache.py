@@ -57,17 +57,17 @@ class Cached:
         strings.keep = self.put                                      # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
         self.lock = threading.Lock()
-        self.offsets: dict[int, int] = {}                            # the first 64 bits of a key -> its line
+        self.offsets: dict[str, int] = {}                            # a key -> where its line begins
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.file = open(path, "ab", buffering=0)                    # one write a line
         offset, line = 0, b"\n"
         with open(path, "rb") as lines:
             for line in lines:
-                with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
-                    self.offsets[first_bits(json.loads(line)["key"])] = offset
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    self.offsets[json.loads(line)["key"]] = offset
                 offset += len(line)
         if not line.endswith(b"\n"):
-            os.write(self.file, b"\n")
+            self.file.write(b"\n")
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
         return self.answers("complete", list(zip(prompts, seeds, strict=True)))
@@ -99,33 +99,26 @@ class Cached:
 
     def get(self, key: str) -> Any:
         """The answer, or None."""
-        offset = self.offsets.get(first_bits(key))
-        if offset is None:
+        if key not in self.offsets:
             return None
         with open(self.path, "rb") as lines:
-            lines.seek(offset)
-            line = lines.readline()
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # another process wrote between
-            row = json.loads(line)
-            return row["value"] if row["key"] == key else None
+            lines.seek(self.offsets[key])
+            return json.loads(lines.readline())["value"]
 
     def put(self, call: str, item: Any, value: Any) -> None:
         """Append one answer, unless it stands there."""
         key = self.key(call, item)
         line = (json.dumps({"key": key, "value": value}) + "\n").encode()
         with self.lock:
-            if first_bits(key) in self.offsets:
+            if key in self.offsets:
                 return
-            if os.write(self.file, line) != len(line):
+            if self.file.write(line) != len(line):
                 raise OSError("the cache could not be written: is the disk full?")
-            self.offsets[first_bits(key)] = os.lseek(self.file, 0, os.SEEK_END) - len(line)
+            # right also where another process appends: the place after this file's own last write
+            self.offsets[key] = self.file.tell() - len(line)
 
     def report(self) -> str:
         return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
-
-
-def first_bits(key: str) -> int:
-    return int(key[:16], 16)
 
 
 class DryRun:

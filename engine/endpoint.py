@@ -6,7 +6,6 @@ each kind tries one scoring mode after another, with the caller's trial prompts,
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import re
@@ -23,7 +22,6 @@ from engine.replies import (
     forced_log_prob,
     listed_tokens,
     scored_tokens,
-    split_batched_reply,
 )
 from engine.transport import CallFailed, LLMError, Server, Usage
 
@@ -49,7 +47,6 @@ NEEDS = {
     "top_tokens": "Relevance needs scored prompts or top_logprobs, and a model that does not think first: turn "
                   "thinking off at the server, or take another model",
 }
-PROMPTS_A_REQUEST = 16  # where the server takes lists
 
 
 @dataclass(frozen=True)
@@ -75,52 +72,42 @@ class Endpoint:
         self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
         self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
-        self.takes_lists = False                                     # of prompts
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
         mode = self.require("complete")
-        return self.each("complete", list(zip(prompts, seeds, strict=True)),
-                         lambda chunk: [self.completion(mode, *chunk[0])])
+        items = list(zip(prompts, seeds, strict=True))
+        return self.each("complete", items, lambda item: self.completion(mode, *item))
 
     def log_likelihood(self, pairs: Pairs) -> list[float | None]:
-        if self.require("log_likelihood")[0] == "forced":
-            return self.each("log_likelihood", pairs, lambda chunk: [self.forced_decoding(*chunk[0])[0]])
-        return self.each("log_likelihood", pairs, lambda chunk: [log_p for log_p, _ in self.echo(chunk)],
-                         PROMPTS_A_REQUEST if self.takes_lists else 1)
+        score = self.scorer(self.require("log_likelihood"))
+        return self.each("log_likelihood", pairs, lambda pair: score(*pair)[0])
 
     def top_tokens(self, prompts: Sequence[str]) -> list[list[tuple[str, float]] | None]:
         mode = self.require("top_tokens")
-        return self.each("top_tokens", prompts, lambda chunk: [self.top(mode, chunk[0])])
+        return self.each("top_tokens", prompts, functools.partial(self.top, mode))
 
-    def each(self, call: str, items: Sequence[Any], ask: Callable[[Sequence[Any]], list[Any]],
-             group: int = 1) -> list[Any]:
-        """ask(chunk), `group` items a chunk, for all items; None where a call failed."""
+    def each(self, call: str, items: Sequence[Any], ask: Callable[[Any], Any]) -> list[Any]:
+        """ask(item) for all items; None where a call failed."""
         answers: list[Any] = [None] * len(items)
-        size = max(1, min(group, len(items) // self.server.threads))  # all threads busy comes first
 
-        def work(chunk: Sequence[int]) -> None:
+        def work(i: int) -> None:
             try:
-                values = ask([items[i] for i in chunk])
+                answers[i] = ask(items[i])
             except CallFailed as error:
-                if len(chunk) > 1:                                   # one bad prompt fails alone
-                    for i in chunk:
-                        work([i])
-                elif not self.server.stopped.is_set():
+                if not self.server.stopped.is_set():
                     self.usage.settle(str(error))
                 return
-            for i, value in zip(chunk, values, strict=True):
-                answers[i] = value
-                self.keep(call, items[i], value)
+            self.keep(call, items[i], answers[i])
             self.usage.settle()
 
-        self.server.map(work, [range(len(items))[a:a + size] for a in range(0, len(items), size)])
+        self.server.map(work, range(len(items)))
         return answers
 
     # ----------------------------------------------------------------------------------------------
     # Requests
 
-    def post(self, route: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any], tries: int = 0) -> Any:
+    def post(self, route: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
         body = {"model": self.model} | {name: value for name, value in body.items() if value is not None}
         prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
 
@@ -128,7 +115,7 @@ class Endpoint:
             check_not_cut(answer, prompt)
             return read(answer)
 
-        return self.server.call(self.server.base + route, body, checked, tries)
+        return self.server.call(self.server.base + route, body, checked)
 
     def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
@@ -146,16 +133,14 @@ class Endpoint:
             return self.post("/chat/completions", body | mode[1], read)
         return self.post("/completions", body | {"prompt": prompt} | mode[1], read)
 
-    def echo(self, chunk: Pairs, tries: int = 0) -> list[tuple[float, int]]:
-        """The server returns the prompt with its log-probabilities; several prompts a request."""
-        prompts = [prefix + text for prefix, text in chunk]
+    def scorer(self, mode: ScoringMode) -> Callable[[str, str], tuple[float, int]]:
+        """(prefix, text) -> the sum of log p of the text's tokens, and how many they are."""
+        return self.forced_decoding if mode[0] == "forced" else self.echo
 
-        def read(answer: dict[str, Any]) -> list[tuple[float, int]]:
-            replies = split_batched_reply(answer, len(chunk))
-            return [continuation_log_prob(reply, prefix, text, self.head)
-                    for reply, (prefix, text) in zip(replies, chunk, strict=True)]
-
-        return self.post("/completions", echo_body(prompts if len(prompts) > 1 else prompts[0]), read, tries)
+    def echo(self, prefix: str, text: str) -> tuple[float, int]:
+        """The server returns the prompt with its log-probabilities."""
+        return self.post("/completions", echo_body(prefix + text),
+                         lambda answer: continuation_log_prob(answer, prefix, text, self.head))
 
     def head_tokens(self, prefix: str) -> list[str]:
         """The tokens of a prefix alone."""
@@ -268,19 +253,10 @@ class Endpoint:
             return False, f"{error}: {answer[:60]!r}"
 
     def try_log_likelihood(self, mode: ScoringMode) -> tuple[bool, str]:
-        """Two texts must be scored, and not the same for every token; are lists of prompts taken?"""
-        first, second = self.trials.pairs
-        if mode[0] == "forced":
-            (a, n), (b, m) = self.forced_decoding(*first), self.forced_decoding(*second)
-        else:
-            (a, n), (b, m) = self.echo([first])[0], self.echo([second])[0]
-            with contextlib.suppress(CallFailed, LLMError):
-                (x, _), (y, _) = self.echo([first, second], tries=1)
-                self.takes_lists = math.isclose(x, a, rel_tol=1e-3) and math.isclose(y, b, rel_tol=1e-3)
-        evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
-        if self.takes_lists:
-            evidence += f"; {PROMPTS_A_REQUEST} prompts a request"
-        return not math.isclose(a / n, b / m), evidence
+        """Two texts must be scored, and not the same for every token."""
+        score = self.scorer(mode)
+        (a, n), (b, m) = (score(*pair) for pair in self.trials.pairs)
+        return not math.isclose(a / n, b / m), f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
 
     def try_top_tokens(self, mode: ScoringMode) -> tuple[bool, str]:
         """A label must be among the first tokens of two answers, and not with the same probabilities."""
@@ -305,7 +281,7 @@ def as_user(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def echo_body(prompt: str | list[str]) -> dict[str, Any]:
+def echo_body(prompt: str) -> dict[str, Any]:
     # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the
     # prompt's part
     return {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}

@@ -78,9 +78,9 @@ def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values)), True
 
 
-def check_not_cut(answer: Reply, prompt: str | Sequence[str]) -> None:
+def check_not_cut(answer: Reply, prompt: str) -> None:
     """CallFailed where `usage` counts so few tokens that the server cannot have read the whole prompt."""
-    size = len(prompt) if isinstance(prompt, str) else sum(map(len, prompt))
+    size = len(prompt)
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
     if tokens and tokens < size / 8 / 2:
@@ -132,19 +132,6 @@ def continuation_log_prob(answer: Reply, prefix: str, text: str,
             raise CallFailed(f"a token crosses the prompt's end before {text!r}")
     return math.fsum(log_prob(value) for value in values[start:]), len(tokens) - start
     # END EXERCISE
-
-
-def split_batched_reply(answer: Reply, count: int) -> list[Reply]:
-    """The reply to a list of prompts as replies to each; CallFailed where that is ambiguous."""
-    if count == 1:
-        return [answer]
-    choices, usage = sorted(answer["choices"], key=lambda choice: choice["index"]), answer["usage"]
-    lengths = [len((choice.get("logprobs") or {}).get("tokens") or ()) - 1 for choice in choices]
-    bos, rest = divmod(usage["prompt_tokens"] - sum(lengths), count)
-    if [c["index"] for c in choices] != list(range(count)) or usage["completion_tokens"] != count or rest:
-        raise CallFailed("the reply to a list of prompts cannot be split")
-    return [{"choices": [choice], "usage": {"prompt_tokens": length + bos, "completion_tokens": 1}}
-            for choice, length in zip(choices, lengths, strict=True)]
 
 
 def forced_log_prob(answer: Reply, forced: int, wanted: int) -> float | None:

@@ -140,14 +140,14 @@ def test_a_prompt_whose_beginning_was_cut_off_is_no_score():
     """A server that keeps the last tokens alone scores them all, after another context."""
     with FakeServer("vllm") as server:
         e = endpoint(server)
-        assert e.echo([ql_prompt("tea", passage(1))])
+        assert e.echo(*ql_prompt("tea", passage(1)))
         completions = server.completions
         server.completions = lambda prompts, body: completions(prompts, body) | {"choices": [
             c | {"text": p} for p, c in zip(prompts, completions([p[-200:] for p in prompts], body)["choices"],
                                             strict=True)], "usage": completions(
                                                 [p[-200:] for p in prompts], body)["usage"]}
         with pytest.raises(CallFailed, match="beginning was cut off"):
-            e.echo([ql_prompt("tea", passage(1))])
+            e.echo(*ql_prompt("tea", passage(1)))
     token = {"id": 7, "logprob": -1.0, "top_logprobs": []}
     assert forced_log_prob({"completion_probabilities": [token]}, 7, 7) == -1.0
     with pytest.raises(CallFailed, match="cut off"):
@@ -160,17 +160,6 @@ def test_generated_eos_does_not_shift_the_span():
     tokens, values = ["a", ":", " b"], [None, -2.0, -3.0]
     reply = echoed(tokens, values, "a: b", completion_tokens=0, prompt_tokens=4)
     assert continuation_log_prob(reply, "a:", " b", list) == (-3.0, 1)
-
-
-def test_many_prompts_a_request_give_the_sums_of_single_ones():
-    """Where lists are taken fewer requests are sent, and the scores are the same."""
-    sent = {}
-    for kind in ("vllm", "llama-cpp-python"):
-        with FakeServer(kind) as server:
-            got = endpoint(server, threads=2).log_likelihood(fake_server.pairs(64))
-            assert got == pytest.approx([by_hand(*pair) for pair in fake_server.pairs(64)], abs=1e-9)
-            sent[kind] = len(server.bodies)
-    assert sent["vllm"] < 20 < 64 < sent["llama-cpp-python"]
 
 
 def test_a_server_that_lists_few_tokens_scores_what_it_can(monkeypatch):
@@ -267,7 +256,7 @@ def test_no_likelihood_is_said_with_the_way_out():
             endpoint(server).log_likelihood([("a:", " b")])
     with FakeServer("llama-server") as server:
         with pytest.raises(CallFailed, match="200 but did not score the prompt: 1 log-probs for a"):
-            endpoint(server).echo([("a:", " b")])
+            endpoint(server).echo("a:", " b")
 
 
 def test_thinking_that_cannot_be_turned_off_is_refused(monkeypatch):

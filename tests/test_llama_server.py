@@ -63,7 +63,7 @@ def test_probe_refuses_echo_and_finds_forced_decoding(server):
     e = endpoint(server)
     assert e.can("complete") and e.require("log_likelihood") == ("forced", {})
     with pytest.raises(CallFailed, match="200 but did not score the prompt: 1 log-probs"):
-        endpoint(server).echo([ql_prompt("what is tea", TEA)])
+        endpoint(server).echo(*ql_prompt("what is tea", TEA))
 
 
 @pytest.mark.parametrize("query", QUERIES)
