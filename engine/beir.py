@@ -8,13 +8,10 @@ is counted and said.
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 from engine.files import InputError, beir_file, first_line, read_jsonl, read_passages
 
@@ -43,13 +40,13 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
         if query not in queries:
             raise InputError(f"{path}: query {query} is not in queries.jsonl; add its text there")
     ids = {p["_id"] for p in passages}
-    judged = set(itertools.chain.from_iterable(qrels.values()))
+    judged = set[str]().union(*qrels.values())
     missing = sorted(judged - ids)
     if missing:
         what = f"{len(missing)} of {len(judged)} judged passages are not in corpus.jsonl"
         if len(missing) == len(judged):
             raise InputError(f"{path}: {what}, first: {missing[0]}; take both files of one release")
-        tqdm.write(f"{path}: {what}, first: {missing[0]}; they count as not found", file=sys.stderr)
+        print(f"{path}: {what}, first: {missing[0]}; they count as not found", file=sys.stderr)
     corpus = [p for p in passages if p["title"] or p["text"]]
     corpus.sort(key=lambda p: p["_id"], reverse=True)
     return Beir(corpus, {query: queries[query] for query in queries if query in qrels}, qrels)

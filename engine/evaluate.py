@@ -74,7 +74,7 @@ def spearman_terms(x: Any, y: Any) -> np.ndarray:
 def standard_ranks(values: Any) -> np.ndarray:
     """Ranks with mean 0 and variance 1."""
     values = np.asarray(values, float)                               # (n)
-    if not np.isfinite(values).all() or values.min() == values.max():
+    if not np.ptp(values) > 0:                                       # nan is not
         raise InputError(f"{len(values)} values that are all equal, or no numbers: no rank correlation")
     _, group, size = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(size) - (size - 1) / 2)[group]                # (n)
@@ -82,30 +82,17 @@ def standard_ranks(values: Any) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------------------------------
-# Confidence intervals
-
-
-def interval(gains: Sequence[np.ndarray], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
-    """95 % interval of a mean gain, by bootstrap: seeds and queries are drawn again, with replacement.
-
-    gains: for each set (S, Q), paired differences of S seeds and Q queries; all sets weigh the same.
-    """
-    rng = np.random.default_rng(seed)
-    # a draw is how often each seed and each query came up: as shares, the weights of a mean
-    S = len(gains[0])
-    by_seed = rng.multinomial(S, np.full(S, 1 / S), draws) / S       # (draws, S)
-    means = np.zeros(draws)
-    for gain in gains:
-        Q = gain.shape[1]
-        by_query = rng.multinomial(Q, np.full(Q, 1 / Q), draws) / Q  # (draws, Q)
-        means += ((by_seed @ gain) * by_query).sum(1) / len(gains)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+# Confidence interval
 
 
 def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """95 % interval of mean(y - x), queries drawn again with replacement."""
-    return interval([np.subtract([y], [x])])
+    gain = np.subtract(y, x)                                         # (Q)
+    Q = len(gain)
+    # a draw is how often each query came up: as shares, the weights of a mean
+    draws = np.random.default_rng(0).multinomial(Q, np.full(Q, 1 / Q), 4000)
+    low, high = np.percentile((draws / Q * gain).sum(1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,12 +154,9 @@ def first_100(beir: Beir, query: str, order: np.ndarray) -> list[str]:
 
 def retrieval_scores(ranked: Rankings, beir: Beir) -> Scores:
     """Each measure for each query, in the order of beir.queries."""
-    scores: Scores = {"ndcg@10": [], "recall@100": [], "mrr@10": []}
-    for query in beir.queries:
-        relevant = beir.qrels[query]
-        scores["ndcg@10"].append(ndcg(ranked[query], relevant))
-        scores["recall@100"].append(recall(ranked[query], relevant))
-        scores["mrr@10"].append(mrr(ranked[query], relevant))
+    scores: Scores = {}
+    for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr)):
+        scores[name] = [measure(ranked[query], beir.qrels[query]) for query in beir.queries]
     return scores
 
 
@@ -185,30 +169,31 @@ def means(scores: Scores) -> dict[str, float]:
 # BM25
 
 
+K1, B = 1.2, 0.75       # Lucene's
+
+
 class BM25:
     """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text."""
 
-    def __init__(self, corpus: Sequence[dict[str, str]], k1: float = 1.2, b: float = 0.75) -> None:
+    def __init__(self, corpus: Sequence[dict[str, str]]) -> None:
         counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
         length = np.array([count.total() for count in counts])       # (P)
-        self.k1 = k1
-        self.norm = k1 * (1 - b + b * length / length.mean())        # (P)
-        pairs: dict[str, list[tuple[int, int]]] = {}                 # term -> (passage, its frequency there)
+        norm = K1 * (1 - B + B * length / length.mean())             # (P)
+        self.size = len(corpus)
+        self.weights: dict[str, dict[int, float]] = {}               # of each term, in its passages
         for passage, count in enumerate(counts):
             for term, tf in count.items():
-                pairs.setdefault(term, []).append((passage, tf))
-        self.postings = {term: np.array(rows).T for term, rows in pairs.items()}  # each (2, n)
+                weight = tf * (K1 + 1) / (tf + norm[passage])
+                self.weights.setdefault(term, {})[passage] = weight
 
     def scores(self, query: str) -> np.ndarray:
         """One score a passage, (P)."""
-        scores = np.zeros(len(self.norm))
+        scores = np.zeros(self.size)
         for term in terms(query):
-            if term not in self.postings:
-                continue
-            passages, tf = self.postings[term]                       # (n) twice
-            n = len(passages)
-            idf = math.log(1 + (len(scores) - n + 0.5) / (n + 0.5))
-            scores[passages] += tf * (self.k1 + 1) / (tf + self.norm[passages]) * idf
+            weights = self.weights.get(term, {})
+            n = len(weights)
+            idf = math.log(1 + (self.size - n + 0.5) / (n + 0.5))
+            scores[list(weights)] += np.array(list(weights.values())) * idf
         return scores
 
 
@@ -231,14 +216,14 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     """JSONL rows sentence1, sentence2, score: pairs of sentences, each with its human score."""
     pairs: list[tuple[str, str, float]] = []
     for where, row in read_jsonl(path):
-        columns: list[Any] = [row.get(key) for key in ("sentence1", "sentence2", "score")]
-        first, second, score = columns
+        first, second = row.get("sentence1"), row.get("sentence2")
+        score: Any = row.get("score")
         for text in (first, second):
             if not isinstance(text, str) or not text.strip():
                 raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
-        if type(score) not in (int, float) or not np.isfinite(score):
+        if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not
             raise InputError(f"{where}: score is {score!r}; want a finite number")
-        pairs.append((first, second, score))
+        pairs.append((str(first), str(second), score))
     if len({score for _, _, score in pairs}) == 1:
         raise InputError(f"{path}: all scores are equal; a rank correlation needs two that differ")
     return pairs
@@ -255,15 +240,12 @@ def sts_terms(model: Any, path: str | Path, dim: int | None = None, task: str = 
     return spearman_terms((x * y).sum(1), scores)
 
 
-def short_names(paths: Sequence[str | Path], folder: bool = False) -> list[str]:
-    """The paths' last parts, or their folders'; the whole path where two would be the same.
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """The paths' last parts; the whole path where two would be the same.
 
-    >>> short_names(["a/test", "b/test", "b/dev"]), short_names(["a/test", "b/test"], folder=True)
-    (['a/test', 'b/test', 'dev'], ['a', 'b'])
+    >>> short_names(["a/test", "b/test", "b/dev"])
+    ['a/test', 'b/test', 'dev']
     """
-    names = []
-    for path in map(Path, paths):
-        path = path.resolve()
-        names.append(path.parent.name if folder else path.name)
+    names = [Path(path).resolve().name for path in paths]
     pairs = zip(names, paths, strict=True)
     return [name if names.count(name) == 1 else str(path) for name, path in pairs]

@@ -51,16 +51,24 @@ def read_fret(path: str | Path) -> Iterator[Row]:
     """The rows that `mine` wrote, with all that is shown of them."""
     for where, row in read_jsonl(path, strict=False):
         try:
-            sides = [row[name]["text"] for name in ("positive", "negative") if row[name]]
-            scores = [c[name] for c in row["candidates"] for name in ("R", "ql", "rc") if c[name] is not None]
-            good = all(isinstance(text, str) for text in (row["task"], row["query"], row["kind"], *sides))
-            good = good and len(scores) > 0 and all(abs(score) < 1e300 for score in scores)  # nan is not
-            good = good and all("id" in c and c["R"] is not None for c in row["candidates"])
+            good = readable(row)
         except (LookupError, TypeError):
             good = False
         if not good:
             raise InputError(f"{where}: no record with candidates; give a file that `llm.py mine` wrote")
         yield row
+
+
+def readable(row: Row) -> bool:
+    """Whether all that is shown of a row is there, texts as strings and scores as numbers."""
+    texts = [row["task"], row["query"], row["kind"]]
+    texts += [row[name]["text"] for name in ("positive", "negative") if row[name]]
+    ids = [candidate["id"] for candidate in row["candidates"]]
+    scores = [candidate["R"] for candidate in row["candidates"]]
+    for name in ("ql", "rc"):
+        scores += [c[name] for c in row["candidates"] if c[name] is not None]
+    good = all(isinstance(text, str) for text in texts)
+    return good and len(ids) > 0 and all(abs(score) < 1e300 for score in scores)  # nan is not
 
 
 def in_order(row: Row, ranks: Ranks) -> list[tuple[int | None, int | None, Row]]:
@@ -97,17 +105,6 @@ def as_lines(row: Row, passages: Passages, ranks: Ranks) -> Iterator[str]:
         p = passages.get(str(candidate["id"]), {"title": "", "text": ""})
         text = one_line(f"{p['title'] or candidate['id']}  {p['text']}", 60)
         yield f"{line}  {candidate['R']:.3f}  {' '.join(marks):7}  {text}".rstrip()
-
-
-def summary(row: Row, passages: Passages, ranks: Ranks) -> Iterator[str]:
-    """Task, query, and of the candidates p_seed, p+ and p- alone."""
-    yield f"  task      {row['task']}"
-    yield f"  query     {row['query']}"
-    for name in ("seed", "positive", "negative"):
-        for r_ql, r_rc, candidate in in_order(row, ranks):
-            if candidate["id"] == row[f"{name}_id"]:
-                yield f"  {name:9} {candidate['id']}: {one_line(passages[candidate['id']]['text'], 70)}"
-                yield f"            rank {r_ql} by QL, {r_rc} by RC, R = {candidate['R']:.3f}"
 
 
 def as_page(rows: Sequence[Row], passages: Passages, about: str, ranks: Ranks) -> str:

@@ -107,16 +107,6 @@ def test_spearman_shares_ranks_of_equal_values():
 # Intervals
 
 
-def test_interval_is_the_bootstrap_of_the_mean():
-    """Against the normal interval of a mean over two sets of different sizes."""
-    rng = np.random.default_rng(0)
-    sets = [rng.normal(1, 1, (1, 400)), rng.normal(0, 2, (1, 900))]
-    low, high = evaluate.interval(sets)
-    error = np.sqrt(sum(g.var() / g.size for g in sets)) / 2
-    mean = np.mean([g.mean() for g in sets])
-    np.testing.assert_allclose([low, high], [mean - 1.96 * error, mean + 1.96 * error], atol=0.1 * error)
-
-
 def test_paired_bootstrap_brackets_the_mean_gain():
     rng = np.random.default_rng(0)
     x = rng.random(200)

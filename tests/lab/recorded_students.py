@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
+from tables import interval
 
 import llm
 from data import Record
 from engine.beir import Beir, read_beir
 from engine.corpus import builtin_corpus
-from engine.evaluate import encode_beir, interval, rankings, retrieval_scores
+from engine.evaluate import encode_beir, rankings, retrieval_scores
 from engine.files import InputError, run
 from engine.recorded import RECORD, Recorded
 from gecko import Gecko, load

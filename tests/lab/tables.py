@@ -36,7 +36,7 @@ from data import Record, builtin_pairs, converted, read_records  # noqa: E402
 from engine import evaluate  # noqa: E402
 from engine.beir import Beir, read_beir  # noqa: E402
 from engine.convert import labelled  # noqa: E402
-from engine.evaluate import interval, short_names  # noqa: E402
+from engine.evaluate import short_names  # noqa: E402
 from engine.files import (  # noqa: E402
     InputError,
     add_flags,
@@ -202,9 +202,9 @@ def case_scores(lab: Lab, case: Case, title: str, dims: Sequence[int], seed: int
             cut = [truncate_dim(torch.from_numpy(x), dim).numpy() for x in (q, P)]
             column = f"nDCG@10 {name} at {dim}" if dim < q.shape[1] else f"nDCG@10 {name}"
             scores[column] = evaluate.retrieval_scores(evaluate.rankings(beir, *cut), beir)["ndcg@10"]
-    for name, path in zip(short_names(lab.sts, folder=True), lab.sts, strict=True):
+    for name, path in zip(short_names([Path(path).resolve().parent for path in lab.sts]), lab.sts, strict=True):
         scores[f"Spearman {name}"] = evaluate.sts_terms(model, path)
-    tests = short_names([unknown for _, unknown in lab.classes], folder=True)
+    tests = short_names([Path(unknown).resolve().parent for _, unknown in lab.classes])
     for name, (known, unknown) in zip(tests, lab.classes, strict=True):
         scores[f"accuracy {name}"] = class_hits(model, known, unknown)
     return scores
@@ -309,6 +309,24 @@ def files_key(paths: Sequence[str | Path], *settings: Any) -> str:
 
 # --------------------------------------------------------------------------------------------------
 # What a table says
+
+
+def interval(gains: Sequence[np.ndarray], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
+    """95 % interval of a mean gain, by bootstrap: seeds and queries are drawn again, with replacement.
+
+    gains: for each set (S, Q), paired differences of S seeds and Q queries; all sets weigh the same.
+    """
+    rng = np.random.default_rng(seed)
+    # a draw is how often each seed and each query came up: as shares, the weights of a mean
+    S = len(gains[0])
+    by_seed = rng.multinomial(S, np.full(S, 1 / S), draws) / S       # (draws, S)
+    means = np.zeros(draws)
+    for gain in gains:
+        Q = gain.shape[1]
+        by_query = rng.multinomial(Q, np.full(Q, 1 / Q), draws) / Q  # (draws, Q)
+        means += ((by_seed @ gain) * by_query).sum(1) / len(gains)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
 
 
 Gain = tuple[float, float, float]                            # points, and their 95 % interval

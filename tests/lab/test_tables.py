@@ -318,6 +318,16 @@ def test_a_claim_holds_only_where_an_interval_says_so(monkeypatch):
     assert "- p_1, none over p_seed, none (nDCG): not measured" in missing
 
 
+def test_interval_is_the_bootstrap_of_the_mean():
+    """Against the normal interval of a mean over two sets of different sizes."""
+    rng = np.random.default_rng(0)
+    sets = [rng.normal(1, 1, (1, 400)), rng.normal(0, 2, (1, 900))]
+    low, high = tables.interval(sets)
+    error = np.sqrt(sum(g.var() / g.size for g in sets)) / 2
+    mean = np.mean([g.mean() for g in sets])
+    np.testing.assert_allclose([low, high], [mean - 1.96 * error, mean + 1.96 * error], atol=0.1 * error)
+
+
 def test_seeds_that_disagree_widen_the_interval():
     """Three seeds, two of which gain and one of which loses, decide nothing, however many queries there are."""
     zero = np.zeros(5000)
