@@ -302,7 +302,7 @@ def train(
             in_blocks = functools.partial(blockwise_loss, loss_of, truncate_dim, dims)
             loss = cached_backward(embed, in_blocks, ids[:S], tokens, c.micro_batch, d, parameters, (c.seed, step))
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip)
-        this_run.check_finite(loss.item(), norm.item(), step, plan[step])
+        this_run.check_finite(step + 1, loss.item(), norm.item())
         optimiser.step()
         losses.append(loss.item())
         this_run.log(step=step + 1, loss=losses[-1], lr=optimiser.param_groups[0]["lr"])
@@ -543,9 +543,9 @@ def read_sets(items: Sequence[str]) -> tuple[list[list[Record]], list[float]]:
     """DATA or DATA:WEIGHT, each a file of records -> the sets and their weights."""
     sets, weights = [], []
     for item in items:
-        path, weight = item, "1"
-        if not Path(item).exists() and ":" in item:
-            path, weight = item.rsplit(":", 1)
+        path, _, weight = item.rpartition(":")
+        if not path or Path(item).exists():
+            path, weight = item, "1"
         if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
             raise InputError(f"{item}: give DATA or DATA:WEIGHT; a weight is a number above 0")
         sets.append(read_records(path, candidates=False))

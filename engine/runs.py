@@ -21,12 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.files import InputError, first_line, folder_beside, read_json, write_jsonl
+from engine.files import InputError, folder_beside, read_json, write_jsonl
 from engine.scale import barrier, processes
 
 HALF_WRITTEN = (".*checkpoint-*", ".best.*", ".*model*", ".*.metrics.jsonl")   # what a kill may leave
@@ -67,8 +66,8 @@ class Run:
             for pattern in HALF_WRITTEN if wanted else (*HALF_WRITTEN, "checkpoint-*", "best"):
                 for path in self.out.glob(pattern):
                     remove(path)
-            rows = read_metrics(self.out)
-            write_jsonl(self.out / "metrics.jsonl", [row for row in rows if row["step"] <= len(losses)])
+            metrics = self.out / "metrics.jsonl"              # of rows {step, loss, lr} and {step, dev}
+            write_jsonl(metrics, [row for row in whole_rows(metrics) if row["step"] <= len(losses)])
         return losses
 
     def log(self, **row: Any) -> None:
@@ -77,12 +76,11 @@ class Run:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def check_finite(self, loss: float, norm: float, step: int, rows: np.ndarray) -> None:
+    def check_finite(self, step: int, loss: float, norm: float) -> None:
         """Before the optimiser takes the gradient, so that the weights are still good."""
         if not math.isfinite(loss) or not math.isfinite(norm):
-            raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step + 1}; its first rows, "
-                             f"counted through all sets: {(rows[:5] + 1).tolist()}; lower --lr or raise --tau; "
-                             f"last good checkpoint: {self.last() or 'none'}")
+            raise InputError(f"the loss is {loss}, its gradient's norm {norm} at step {step}; lower --lr or raise "
+                             f"--tau; last good checkpoint: {self.last() or 'none'}")
 
     def checkpoint(self, losses: list[float]) -> None:
         """Measure on dev, keep the best model, write the checkpoint, then remove those before it."""
@@ -115,13 +113,9 @@ def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """What `Run.checkpoint` wrote, into the encoder and the optimiser."""
-    try:
-        encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
-        named = load_file(str(folder / "optimiser.safetensors"))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise InputError(f"{folder}: not a readable checkpoint ({first_line(error)}); use another --out") from error
+    encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in named.items():
+    for name, value in load_file(str(folder / "optimiser.safetensors")).items():
         number, moment = name.split(".")
         state.setdefault(int(number), {})[moment] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
@@ -135,11 +129,6 @@ def digest(settings: str, arrays: Iterable[np.ndarray | Tensor | array[int]]) ->
             values = values.detach().cpu().numpy()
         total.update(f" {len(values)} ".encode() + values.tobytes())
     return total.hexdigest()
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows {step, loss, lr} and {step, dev} of a run."""
-    return whole_rows(folder / "metrics.jsonl")
 
 
 def whole_rows(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ call the functions that they are given, and autograd takes every gradient. No eq
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 
 import numpy as np
@@ -74,9 +75,8 @@ def cached_backward(
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[Tensor]:
     """Indices of texts in groups of like length, each of about `size` texts of mean length; 0: one group."""
-    tokens = max(1, size * sum(lengths) // max(1, len(lengths)))
-    groups = length_batches(lengths, tokens) if size else [range(len(lengths))]
-    return [torch.tensor(group) for group in groups if len(group)]
+    tokens = size * sum(lengths) // max(1, len(lengths)) or sys.maxsize
+    return [torch.tensor(group) for group in length_batches(lengths, tokens)]
 
 
 def blockwise_loss(

@@ -442,7 +442,7 @@ def test_two_processes_train_the_model_of_one(tmp_path):
         for child in children:
             child.join(60)
             assert child.exitcode == 0
-    one, two = (runs.read_metrics(tmp_path / name) for name in ("one", "two"))
+    one, two = (runs.whole_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] and len(two) == 10
     losses = [[r["loss"] for r in rows if "loss" in r] for rows in (one, two)]
     assert losses[0] != losses[1] and np.allclose(*losses, rtol=1e-4) and losses[0][-1] < 0.97 * losses[0][0]

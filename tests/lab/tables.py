@@ -48,7 +48,7 @@ from engine.files import (  # noqa: E402
     say,
     write_jsonl,
 )
-from engine.runs import read_metrics, whole_rows  # noqa: E402
+from engine.runs import whole_rows  # noqa: E402
 from engine.search import topk  # noqa: E402
 from gecko import FORMATS, PLAIN, Gecko, fetch, is_bag, load, save, truncate_dim  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -517,7 +517,7 @@ def plot_command(args: argparse.Namespace) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    runs = {folder: read_metrics(Path(folder)) for folder in args.runs}
+    runs = {folder: whole_rows(Path(folder, "metrics.jsonl")) for folder in args.runs}
     runs = {folder: rows for folder, rows in runs.items() if rows}
     if not runs:
         raise InputError(f"{args.runs[0]}: no metrics.jsonl there; give the --out folders of training runs")
