@@ -91,16 +91,14 @@ def check_not_cut(answer: Reply, prompt: str) -> None:
 def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[Any]]:
     """Tokens of an echoed prompt and what stands for their log-probabilities; CallFailed if it was not scored."""
     usage: Reply = answer.get("usage") or {}
-    choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
-    if answer.get("prompt"):                                         # Together: apart from the answer
-        choice, generated = answer["prompt"][0], 0
+    choice = answer["choices"][0]
     scored = choice.get("logprobs") or {}
     tokens, values = scored.get("tokens"), scored.get("token_logprobs")
     if not isinstance(tokens, list) or not isinstance(values, list) or prompt not in choice["text"]:
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
                          f"{usage.get('prompt_tokens')}-token prompt")
-    n = len(tokens) - generated                                      # right also after an EOS
+    n = len(tokens) - usage.get("completion_tokens", 0)              # right also after an EOS
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
     if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -274,13 +273,8 @@ def server_address(url: str) -> SplitResult:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after` in seconds or a date."""
-    try:
-        if "retry-after-ms" in headers:
-            return max(0.0, float(headers["retry-after-ms"]) / 1000)
-        value = headers.get("retry-after", "")
-        if re.fullmatch(r"[\d.]+", value):
-            return float(value)
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
+    """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after`."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(ValueError, TypeError):             # not sent, or a date
+            return max(0.0, float(headers.get(name)) / unit)
+    return None

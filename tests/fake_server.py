@@ -4,7 +4,6 @@
     llama-cpp-python  echo without BOS; "" for a token that is part of a character; no lists (500)
     llama-server      ignores echo; /tokenize, /completion with logit_bias; chat-shaped log-probs
     openai            echo is a 400; chat with top_logprobs
-    together          echo beside the answer, in a shape of its own; no lists
     reasoning         openai that takes neither max_tokens nor another temperature than 1
     thinking          openai whose answer begins with a thought, unless thinking is turned off
     stubborn          the same, whatever is turned off, and in completions too
@@ -186,8 +185,6 @@ class FakeServer:
             prompts = body["prompt"] if isinstance(body["prompt"], list) else [body["prompt"]]
             if self.kind == "llama-cpp-python" and isinstance(body["prompt"], list):
                 return 500, {"error": {"message": "", "type": "internal_server_error"}}
-            if self.kind == "together" and isinstance(body["prompt"], list):
-                return 400, {"error": {"message": "prompt must be a string"}}
             if self.kind == "reasoning":
                 return 404, {"error": {"message": "This is a chat model"}}
             if self.kind in CHATTING[:-1] and body.get("echo"):
@@ -225,10 +222,6 @@ class FakeServer:
                 choice["logprobs"] = {"top_logprobs": [dict(relevance_top(prompt)[:body["logprobs"]])]}
             choices.append(choice)
         answer = {"choices": choices, "usage": {"prompt_tokens": seen, "completion_tokens": made}}
-        if self.kind == "together" and body.get("echo"):
-            scored = {k: v[:-1] for k, v in choices[0].pop("logprobs").items()}
-            answer["prompt"] = [{"text": "<s>" + prompts[0], "logprobs": scored}]
-            choices[0]["text"] = " next"
         return answer
 
     def echoed(self, tokens: list[bytes]) -> dict[str, Any]:
