@@ -180,20 +180,24 @@ class BM25:
         length = np.array([count.total() for count in counts])       # (P)
         norm = K1 * (1 - B + B * length / length.mean())             # (P)
         self.size = len(corpus)
-        self.weights: dict[str, dict[int, float]] = {}               # of each term, in its passages
+        weights: dict[str, dict[int, float]] = {}                    # of each term, in its passages
         for passage, count in enumerate(counts):
             for term, tf in count.items():
                 weight = tf * (K1 + 1) / (tf + norm[passage])
-                self.weights.setdefault(term, {})[passage] = weight
+                weights.setdefault(term, {})[passage] = weight
+        self.postings = {term: (np.array(list(row)), np.array(list(row.values())))
+                         for term, row in weights.items()}           # (n) passages, (n) weights
 
     def scores(self, query: str) -> np.ndarray:
         """One score a passage, (P)."""
         scores = np.zeros(self.size)
         for term in terms(query):
-            weights = self.weights.get(term, {})
-            n = len(weights)
+            if term not in self.postings:
+                continue
+            passages, weights = self.postings[term]
+            n = len(passages)
             idf = math.log(1 + (self.size - n + 0.5) / (n + 0.5))
-            scores[list(weights)] += np.array(list(weights.values())) * idf
+            scores[passages] += weights * idf
         return scores
 
 
