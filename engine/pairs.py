@@ -14,7 +14,7 @@ import itertools
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int, tasks: Seque
     source = source_texts(sources)
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for name, text in source["docstring"]]
-    own_pieces, library_pieces = pieces(corpus), pieces(libraries)
+    own_pieces = list(itertools.chain.from_iterable(map(chunks, corpus)))
+    library_pieces = list(itertools.chain.from_iterable(map(chunks, libraries)))
     callees = Callees(corpus)
     calling = [callees.of_all(source["comment"]), callees.of_all(source["function"])]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
@@ -66,10 +67,6 @@ def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int, tasks: Seque
 
 def pick(items: Sequence[Any], rng: np.random.Generator) -> Any:
     return items[int(rng.integers(len(items)))]
-
-
-def pieces(rows: Iterable[Passage]) -> list[Passage]:
-    return [piece for row in rows for piece in chunks(row)]
 
 
 def chunks(row: Passage) -> list[Passage]:
@@ -106,17 +103,16 @@ def source_texts(sources: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
 
     {"comment": (words, code), "function": (its name or docstring, its body), "docstring": (name, text)}
     """
-    found: dict[str, dict[tuple[str, str], None]] = {"comment": {}, "function": {}, "docstring": {}}
+    found: dict[str, list[tuple[str, str]]] = {"comment": [], "function": [], "docstring": []}
     for path in source_files(sources):
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
-        except (UnicodeDecodeError, OSError):
+        except UnicodeDecodeError:                                   # some tests of the library
             continue
-        for pair in comments(lines):
-            found["comment"][pair] = None
+        found["comment"] += comments(lines)
         for kind, words, code in functions(lines):
-            found[kind][words, code] = None
-    return {kind: list(pairs) for kind, pairs in found.items()}
+            found[kind].append((words, code))
+    return {kind: list(dict.fromkeys(pairs)) for kind, pairs in found.items()}
 
 
 def source_files(sources: Sequence[str]) -> Iterator[Path]:
@@ -217,8 +213,8 @@ class Callees:
         if not dot or first in self.modules:
             return []
         method = call.rpartition(".")[2]                             # of an object of unknown type
-        for kind in self.TYPES:
-            if f"{kind}.{method}" in self.by_name:
-                return [self.by_name[f"{kind}.{method}"]]
+        for name in (f"{kind}.{method}" for kind in self.TYPES):
+            if name in self.by_name:
+                return [self.by_name[name]]
         same = self.by_last_part.get(method, [])
         return same if len(same) <= 2 else []
