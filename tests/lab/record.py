@@ -70,8 +70,10 @@ def task_and_query(answer: str | None) -> tuple[str, str]:
     for mark in ("Task:", "Query:", "Passage:"):                     # a small model runs on in the same line
         lines = [line[:1] + line[1:].partition(f" {mark}")[0] for line in lines]
     task, query = parse_generation("\n".join(lines))
-    if query.lower() in [q.lower() for _, _, q in EXAMPLES]:
-        raise ValueError("an example's query")
+    for _, _, example in EXAMPLES:                                   # or most of its words
+        words = set(example.lower().split())
+        if len(words & set(query.lower().split())) > 0.7 * len(words):
+            raise ValueError("an example's query")
     if not 2 <= len(query.split()) <= MAX_WORDS:
         raise ValueError("a single word, or it runs on")
     return task, query

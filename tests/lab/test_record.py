@@ -21,6 +21,7 @@ CORPUS = [{"_id": name, "title": name, "text": f"All that there is to say about 
     (None, "the call failed"),
     (" find it", "not a Task line"),
     (" find it\nQuery: how do I invert a matrix", "an example's query"),
+    (" find it\nQuery: how to check if all values lie one after another in memory", "an example's query"),
     (" find it\nQuery: matrix", "a single word"),
     (" find it\nQuery: " + "many words " * 20, "it runs on"),
 ])
