@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -113,9 +114,13 @@ def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """What `Run.checkpoint` wrote, into the encoder and the optimiser."""
-    encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
+    try:
+        encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
+        named = load_file(str(folder / "optimiser.safetensors"))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder}: not a readable checkpoint ({error}); remove it or change --out") from error
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in load_file(str(folder / "optimiser.safetensors")).items():
+    for name, value in named.items():
         number, moment = name.split(".")
         state.setdefault(int(number), {})[moment] = value
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})

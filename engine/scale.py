@@ -104,10 +104,11 @@ def blockwise_loss(
         for k in range(S):
             unit = units.pop(0)
             g[k] = g[k] if len(g[k]) else torch.zeros_like(x[k])
+            if unit.grad is None:                                    # of a process without rows
+                continue
             for some in blocks(slice(0, B), 1024):
                 vectors = x[k, some].detach().requires_grad_()       # (1024, d)
-                g_unit = torch.zeros_like(unit[some]) if unit.grad is None else unit.grad[some]
-                g[k][some] += torch.autograd.grad(truncate(vectors, dim), vectors, g_unit)[0]
+                g[k][some] += torch.autograd.grad(truncate(vectors, dim), vectors, unit.grad[some])[0]
     return value, torch.stack(g)
 
 

@@ -95,6 +95,15 @@ def test_a_checkpoint_of_other_flags_data_or_init_is_refused(tmp_path):
             train.train(init, "finetune", [records(40)], replace(c, resume=True), out=tmp_path)
 
 
+def test_a_broken_checkpoint_is_named(tmp_path):
+    c = replace(LOOP, steps=4, save_every=2)
+    train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
+    path = tmp_path / "checkpoint-00000004/optimiser.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="00000004: not a readable checkpoint .*remove it or change --out"):
+        train.train(small_model(), "finetune", [records(40)], replace(c, resume=True), out=tmp_path)
+
+
 def test_an_unfinished_run_is_not_overwritten_without_resume(tmp_path):
     c = replace(LOOP, steps=4, save_every=2)
     train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
