@@ -44,9 +44,12 @@ for task, symmetric, names in (
 # A set that the table does not name has what the table has for most sets of its kind.
 KINDS = {
     "Classification": ("classification", True),
+    "MultilabelClassification": ("classification", True),
     "STS": ("semantic similarity", True),
     "PairClassification": ("semantic similarity", True),
+    "BitextMining": ("semantic similarity", True),
     "Clustering": ("search result", True),
+    "Summarization": ("search result", False),
 }
 
 

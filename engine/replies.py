@@ -80,25 +80,26 @@ def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[
 
 def check_not_cut(answer: Reply, prompt: str) -> None:
     """CallFailed where `usage` counts so few tokens that the server cannot have read the whole prompt."""
-    size = len(prompt)
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
-    if tokens and tokens < size / 8 / 2:
-        raise CallFailed(f"the server read {tokens} tokens of a prompt of {size:,} characters: it cuts prompts in "
+    if tokens and tokens < len(prompt) / 8 / 2:
+        raise CallFailed(f"the server read {tokens} tokens of a prompt of {len(prompt):,} characters: it cuts prompts in "
                          "silence; give the model a longer context there")
 
 
 def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[Any]]:
     """Tokens of an echoed prompt and what stands for their log-probabilities; CallFailed if it was not scored."""
     usage: Reply = answer.get("usage") or {}
-    choice = answer["choices"][0]
+    choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
+    if answer.get("prompt"):                                         # Together: apart from the answer
+        choice, generated = answer["prompt"][0], 0
     scored = choice.get("logprobs") or {}
     tokens, values = scored.get("tokens"), scored.get("token_logprobs")
     if not isinstance(tokens, list) or not isinstance(values, list) or prompt not in choice["text"]:
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
                          f"{usage.get('prompt_tokens')}-token prompt")
-    n = len(tokens) - usage.get("completion_tokens", 0)              # right also after an EOS
+    n = len(tokens) - generated                                      # right also after an EOS
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
     if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out

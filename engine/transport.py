@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -29,6 +30,7 @@ MAX_TRIES = 6                 # of one request
 MAX_FAILED_IN_A_ROW = 20      # calls; then the run stops
 MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
 FIRST_WORD = 5.0              # seconds of silence before a probe says that it waits
+MAX_REPLY_BYTES = 1 << 26     # the log-probs of a whole vocabulary take a third of it
 
 
 class LLMError(InputError):
@@ -103,7 +105,8 @@ class Server:
         self.base = self.address.path.rstrip("/") or "/v1"           # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
         self.url = f"{self.address.scheme}://{self.address.netloc}{self.base}"
-        self.threads, self.timeout, self.usage, self.backoff = threads, timeout, usage, backoff
+        self.threads, self.usage, self.backoff = threads, usage, backoff
+        self.timeout = min(timeout, 1e6)                             # no socket takes inf
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
@@ -226,6 +229,8 @@ class Server:
                 text += part
                 if time.monotonic() > deadline:                      # though no single read was too slow
                     raise TimeoutError("the reply came too slowly")
+                if len(text) > MAX_REPLY_BYTES:
+                    raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
             if reply.length:
                 raise http.client.IncompleteRead(b"", reply.length)
             reply.close()                                            # or the connection takes no other request
@@ -273,8 +278,10 @@ def server_address(url: str) -> SplitResult:
 
 
 def retry_after(headers: Any) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after`."""
+    """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after` in seconds or as a date."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         with contextlib.suppress(ValueError, TypeError):             # not sent, or a date
             return max(0.0, float(headers.get(name)) / unit)
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
     return None

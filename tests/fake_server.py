@@ -4,6 +4,7 @@
     llama-cpp-python  echo without BOS; "" for a token that is part of a character; no lists (500)
     llama-server      ignores echo; /tokenize, /completion with logit_bias; chat-shaped log-probs
     openai            echo is a 400; chat with top_logprobs
+    together          echo beside the answer, in a shape of its own
     reasoning         openai that takes neither max_tokens nor another temperature than 1
     thinking          openai whose answer begins with a thought, unless thinking is turned off
     stubborn          the same, whatever is turned off, and in completions too
@@ -222,6 +223,10 @@ class FakeServer:
                 choice["logprobs"] = {"top_logprobs": [dict(relevance_top(prompt)[:body["logprobs"]])]}
             choices.append(choice)
         answer = {"choices": choices, "usage": {"prompt_tokens": seen, "completion_tokens": made}}
+        if self.kind == "together" and body.get("echo"):
+            scored = {k: v[:-1] for k, v in choices[0].pop("logprobs").items()}
+            answer["prompt"] = [{"text": "<s>" + prompts[0], "logprobs": scored}]
+            choices[0]["text"] = " next"
         return answer
 
     def echoed(self, tokens: list[bytes]) -> dict[str, Any]:

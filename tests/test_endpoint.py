@@ -41,7 +41,7 @@ ECHO, FORCED = ("echo", {}), ("forced", {})
 # log_likelihood
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-@pytest.mark.parametrize("kind", ["vllm", "llama-cpp-python", "llama-server"])
+@pytest.mark.parametrize("kind", ["vllm", "llama-cpp-python", "llama-server", "together"])
 def test_log_likelihood_is_the_sum_over_the_text_alone(kind, text):
     """By echo, with or without BOS and whole tokens, and by forced decoding, it is the sum by hand."""
     p = passage(1, "Thé vert 緑茶 🍵 is tea.")
@@ -230,7 +230,7 @@ def test_a_text_that_was_cut_off_is_no_query(reason, text, kept):
     ("vllm", "completions", "echo", "completions"), ("llama-cpp-python", "completions", "echo", "completions"),
     ("llama-server", "chat", "forced", "chat"), ("openai", "chat", None, "chat"),
     ("thinking", "chat", None, "chat"), ("reasoning", "chat", None, "chat"),
-    ("constant", "completions", None, "completions")])
+    ("together", "completions", "echo", "completions"), ("constant", "completions", None, "completions")])
 def test_probe_says_what_works_with_numbers(kind, complete, log_likelihood, top_tokens, monkeypatch, capsys):
     with FakeServer(kind) as server:
         monkeypatch.setattr(sys, "argv", ["llm.py", "probe", "--llm", server.url])

@@ -7,6 +7,7 @@ host that was named and nowhere else; nothing more is sent once a run has stoppe
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 import signal
 import ssl
@@ -46,6 +47,7 @@ def test_retry_after_is_a_pause_for_all_threads(monkeypatch):
         e.log_likelihood(pairs(1))
         waited = time.monotonic() - start
     assert 0.4 <= waited < 1.5
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
     assert retry_after({"retry-after-ms": "1500"}) == 1.5
     assert retry_after({"retry-after": "soon"}) is None
 
@@ -76,6 +78,16 @@ def test_a_reply_that_no_reader_can_hold_is_malformed(reply, monkeypatch):
             endpoint(server).echo("a:", " b")
 
 
+def test_a_reply_without_end_stops_the_run(monkeypatch):
+    """Time alone would let a server fill the memory; it is not asked for the same again."""
+    monkeypatch.setattr(transport, "MAX_REPLY_BYTES", 100_000)
+    with FakeServer("vllm") as server:
+        monkeypatch.setattr(server, "answer", lambda path, body: (200, b" " * 10 ** 7))
+        with pytest.raises(LLMError, match="no end: more than 100,000 bytes"):
+            echoing(server).log_likelihood(pairs(1))
+        assert len(server.bodies) == 1
+
+
 def test_each_request_that_is_sent_is_counted():
     """A try on a connection that had been closed is a request too: it may be paid for."""
     with FakeServer("vllm") as server:
@@ -83,6 +95,11 @@ def test_each_request_that_is_sent_is_counted():
         server.script = ["", "", "", "closed", "", "closed", "500"]
         assert None not in e.log_likelihood(pairs(20))
         assert e.usage.requests == len(server.bodies) == 23
+
+
+def test_a_timeout_without_end_is_taken():
+    with FakeServer("vllm") as server:
+        assert None not in echoing(server, timeout=math.inf).log_likelihood(pairs(1))
 
 
 def test_a_limit_that_a_probe_meets_is_not_said_to_be_the_servers_silence():
