@@ -107,12 +107,12 @@ def cosines(embedder: Any, known: dict[str, np.ndarray], queries: Sequence[str],
 @functools.cache
 def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
+    lines = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8").splitlines()
     found = {}
-    text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
-    for line in text.splitlines():
+    for line in lines:
         if not line.startswith("#"):
-            term, phrases = line.split(": ")
-            found[term] = phrases.split(", ")
+            term, phrases = line.split(":")
+            found[term.strip()] = [phrase.strip() for phrase in phrases.split(",")]
     return found
 
 
@@ -144,7 +144,7 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
     """One of the tasks and a query for it, from the documentation of a function or class."""
     found = sentences(p["text"][:1500]) or [p["text"][:200]]
     said = found[0] if rng.random() < 0.6 else rng.choice(found)
-    said = re.split("-+>", said)[-1]                                 # "f(x) -> what it returns"
+    said = re.split(r"-+>", said)[-1]                                # "f(x) -> what it returns"
     said = re.sub(r"\([^()]*\)|[`*'\"]", " ", said).lower()
     words = said.strip(" .:").split() or terms(p["title"])
     task = rng.choice(tasks)
@@ -164,27 +164,32 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
     return task, query.strip() or " ".join(words)
 
 
-# What stands before the statement: the section's name, and "Our data show that"
-LEAD_IN = re.compile(r"^[A-Z]{3,}:?\s+|^.{0,90}?\b(?:show|suggest|indicat|demonstrat|f[io]u?nd)\w* that\s+")
-BRACKETS = re.compile(r"\s*[(\[][^()\[\]]*[)\]]")
-CLAUSES = re.compile(r"[,;:]\s+|\s+(?:which|whereas|while|although|because|but)\s+")
-MAX_WORDS = 18
+SECTION = re.compile(r"^[A-Z][A-Z/&,-]+(?:\s+[A-Z/&,-]{2,})*\s*:?\s+(?=[A-Z])")     # "CONCLUSIONS We ..."
+LINKING = re.compile(r"^(?:in (?:conclusion|summary|addition|contrast|particular)|taken together|here|thus|"
+                     r"\w*together|therefore|hence|however|moreover|overall|\w{5,}ly)\s*,?\s+", re.I)
+STATING = re.compile(r"^.{0,90}?\b(?:suggest|indicat|show|demonstrat|conclud|reveal|f[io]u?nd|report|propos|"
+                     r"establish|hypothesi[sz])(?:e|es|ed|s|ing|n)?\s+that\s+", re.I)  # "Our data show that ..."
+CLAUSES = re.compile(r"[,;:]\s+|\s+(?:which|whereas|while|thereby|although|because|but)\s+")
 
 
 def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
-    """A query for an article: what its title or one of its sentences states."""
-    text = p["text"] or p["title"]
-    said = rng.choice([*sentences(text), p["title"]]) or text
-    said = LEAD_IN.sub("", LEAD_IN.sub("", BRACKETS.sub("", said))).strip(" .;:,")
-    if len(said.split()) > MAX_WORDS:                                # a clause, or the beginning
-        clauses = [c for c in CLAUSES.split(said) if 6 <= len(c.split()) <= MAX_WORDS]
+    """A query for an article: what its title or a sentence, more often a late one, states."""
+    max_words, text = 18, p["text"] or p["title"]
+    found, pick = sentences(text) or [text], rng.random()
+    said = rng.choice(found[-3:] if pick < 0.45 else found)
+    if pick > 0.7 and len(p["title"].split()) > 3:
+        said = p["title"]
+    said = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", SECTION.sub("", said))
+    said = STATING.sub("", LINKING.sub("", LINKING.sub("", said))).strip(" .;:,")
+    if len(said.split()) > max_words:                                # one of its clauses, or its beginning
+        clauses = [c for c in CLAUSES.split(said) if 6 <= len(c.split()) <= max_words]
         said = rng.choice(clauses or [said])
-    words = said.split()[:MAX_WORDS] or text.split()[:MAX_WORDS]
+    words = said.split()[:max_words] or text.split()[:max_words]
     # a question would need grammar; a statement is said twice as often as the others
     task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
     if task == "search result":
+        words = [w for w in words if w.lower() not in STOP] or words
         start = rng.randrange(max(1, len(words) - 4))
-        words = words[start:start + rng.randint(3, 6)]
-    elif task == "sentence similarity":
-        words = [w for w in words if rng.random() > 0.2] or words
-    return task, " ".join(words)
+        return task, " ".join(words[start:start + rng.randint(3, 6)])
+    kept = [w for w in words if rng.random() > 0.2]
+    return task, " ".join(kept if task == "sentence similarity" and len(kept) > 3 else words)
