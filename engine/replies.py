@@ -83,8 +83,8 @@ def check_not_cut(answer: Reply, prompt: str) -> None:
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
     if tokens and tokens < len(prompt) / 8 / 2:
-        raise CallFailed(f"the server read {tokens} tokens of a prompt of {len(prompt):,} characters: it cuts prompts in "
-                         "silence; give the model a longer context there")
+        raise CallFailed(f"the server read {tokens} tokens of a prompt of {len(prompt):,} characters: "
+                         "it cuts prompts in silence; give the model a longer context there")
 
 
 def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[Any]]:
