@@ -113,7 +113,7 @@ def inside(text: str, n: int) -> tuple[int, list[ast.AST]]:
     """The first line of the function that holds exercise n, and all nodes between the marks."""
     match = next(match for match in BODY.finditer(text) if int(match[2]) == n)
     first, last = text.count("\n", 0, match.start(4)) + 1, text.count("\n", 0, match.end(4)) + 1
-    nodes = list(ast.walk(ast.parse(text)))
+    nodes = list(ast.walk(ast.parse(text, "hand-in")))
     functions = [f for f in nodes if isinstance(f, ast.FunctionDef) and f.lineno < first <= (f.end_lineno or 0)]
     return min(f.lineno for f in functions), [node for node in nodes if first <= getattr(node, "lineno", 0) < last]
 
