@@ -408,11 +408,8 @@ class Sizes:
 
 def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
            corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
-    """Pre-finetune, generate, mine, fine-tune, evaluate: what results.json then holds.
-
-    The corpus is the built-in one, if none is given; `out` gets every stage's files.
-    """
-    began, n = time.time(), sizes or Sizes()
+    """Pre-finetune, generate, mine, fine-tune, evaluate, on the built-in corpus if none is given."""
+    n = sizes or Sizes()
     c = replace(SMALL, seed=seed, mix="mixed")
     corpus = corpus or builtin_corpus()
     write_jsonl(out / "corpus.jsonl", corpus)
@@ -453,11 +450,7 @@ def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
     print(f"p+ differs from p_seed in {moved:.1%} of {len(rows)} records (paper: about 15%)")
     stages = {"untrained": start, "BM25": None, "pre-finetuned": pre, "+ (q, p_seed)": retriever,
               "+ FRet (p_1, p_20)": gecko}
-    results = results_table(out, stages, read_beir(questions_beir(out, corpus)))
-    print(f"{time.time() - began:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
-    print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko\n'
-          f"      python llm.py show {out}/fret.jsonl --changed")
-    return results
+    return results_table(out, stages, read_beir(questions_beir(out, corpus)))
 
 
 def untrained(corpus: Sequence[dict[str, str]], pairs: Sequence[Record], seed: int = 0) -> Gecko:
@@ -640,7 +633,12 @@ def main() -> None:
     evaluate.add_argument("--task", help="the task of all sets (default: by the set's name, Table 9)")
     args = parser.parse_args()
     if args.command is None:
-        recipe(Path(args.out), args.seed)
+        began, out = time.time(), Path(args.out)
+        recipe(out, args.seed)
+        seconds = time.time() - began
+        print(f"{seconds:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
+        print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko')
+        print(f"      python llm.py show {out}/fret.jsonl --changed")
     elif sys.argv[1] != args.command:                                # argparse would drop it without a word
         raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
     elif args.command == "evaluate":

@@ -41,11 +41,8 @@ def cached_backward(
     S, B = ids.shape
     rank, size = processes()
     rows = slice(B * rank // size, B * (rank + 1) // size)           # this process's rows
-    places = torch.arange(S * B, device=ids.device).view(S, B)       # of the texts among the rows of x below
-    places = places[:, rows][ids[:, rows] >= 0]                      # (n) those that this process fills
+    parts = own_parts(ids, rows, tokens, micro_batch)                # places among the rows of x below
     ids = ids.flatten()                                              # (S * B)
-    lengths = [len(tokens[i]) for i in ids[places].tolist()]
-    parts = [places[part] for part in micro_batches(lengths, micro_batch)]
     # EXERCISE 9 (about 18 lines)
     last = len(parts) - 1
 
@@ -71,6 +68,14 @@ def cached_backward(
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         all_reduce_sum(p.grad)
     return value
+
+
+def own_parts(ids: Tensor, rows: slice, tokens: Sequence[Sized], micro_batch: int) -> list[Tensor]:
+    """The places of these rows' texts, of all S * B, in micro-batches."""
+    places = torch.arange(ids.numel(), device=ids.device).view_as(ids)   # (S, B)
+    places = places[:, rows][ids[:, rows] >= 0]                      # (n)
+    lengths = [len(tokens[i]) for i in ids.flatten()[places].tolist()]
+    return [places[part] for part in micro_batches(lengths, micro_batch)]
 
 
 def micro_batches(lengths: Sequence[int], size: int) -> list[Tensor]:
