@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.corpus import Passage
 from engine.files import InputError, read_jsonl
 
-Passage = dict[str, str]
 RECORD = Path(__file__).with_name("recorded.jsonl.gz")
 
 

@@ -1,4 +1,4 @@
-"""Files, errors and flags.   pytest tests/test_files.py
+"""engine/files.py: files, errors and flags.   pytest tests/test_files.py
 
 Invariants: an output is written whole or not at all, and the same rows are the same bytes; what cannot
 be read is one line that names the file and the line.

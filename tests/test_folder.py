@@ -1,4 +1,4 @@
-"""Real encoders in and out: transformers, sentence-transformers.   pytest tests/test_folder.py
+"""engine/folder.py: real encoders in and out: transformers, sentence-transformers.   pytest tests/test_folder.py
 
 Invariants: a BERT, RoBERTa or XLM-R folder gives transformers' vectors; what save writes gives
 sentence-transformers the same vectors and prompts, and comes back; what is not supported, damaged or

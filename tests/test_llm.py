@@ -97,10 +97,10 @@ def test_rrf_by_hand_and_equals_loops():
 
 @pytest.mark.ex4
 def test_rrf_uses_ranks_only():
-    """Any increasing change of one scorer leaves R as it is."""
+    """Any increasing change of one ranking's scores leaves R as it is."""
     ql, rc = [-3.0, -1.5, -7.0, -2.0], [-0.1, -4.0, -0.2, -3.0]
     assert llm.rrf([math.exp(x) * 100 for x in ql], [x ** 3 for x in rc]) == llm.rrf(ql, rc), \
-        "R changed with a scorer's scale: it may depend on ranks alone"
+        "R changed with the scale of the scores: it may depend on ranks alone"
 
 
 @pytest.mark.ex5

@@ -1,4 +1,4 @@
-"""A causal language model in this process.   pytest tests/test_local.py
+"""engine/local.py: a causal language model in this process.   pytest tests/test_local.py
 
 Invariants: a score is what transformers, read plainly, gives: alone, among others, in any order; what stands
 beside a text in a pack is not seen by it; a seed's answer does not depend on the other rows.

@@ -1,4 +1,4 @@
-"""The real mteb package on made-up data.   pytest tests/test_mteb.py
+"""engine/mteb.py: the real mteb package on made-up data.   pytest tests/test_mteb.py
 
 Invariants: mteb sees the formats of appendix B with Table 9's task of the set; its retrieval figure is
 ours; results are its own JSON, float32, and of one model alone; a set that cannot be had is one line.

@@ -1,4 +1,4 @@
-"""Encoding without padding, and many texts.   pytest tests/test_packed.py
+"""engine/packed.py: encoding without padding, and many texts.   pytest tests/test_packed.py
 
 Invariants: packed gives the vectors of the plain encoder, whatever the batches; blocks and bfloat16
 change nothing but the last digits; what cannot be encoded is refused, and the encoder stays as it was.

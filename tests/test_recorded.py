@@ -1,4 +1,4 @@
-"""Recorded answers of a language model.   pytest tests/test_recorded.py
+"""engine/recorded.py: recorded answers of a language model.   pytest tests/test_recorded.py
 
 Invariants: the three calls give what the file holds and None for all else; a passage that reads otherwise, or is
 not there, takes its scores and its own queries with it, counted; the record that we ship holds no passage's text.

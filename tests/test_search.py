@@ -1,4 +1,4 @@
-"""Exact search: `topk` of the engine against `nearest` on the page.   pytest tests/test_search.py
+"""engine/search.py: `topk` against `nearest` on the page.   pytest tests/test_search.py
 
 Invariants: the same scores and indices as `nearest`, bit for bit, whatever the blocks, the precision of
 the first product and the vectors; a certificate is given only where the first search was right.

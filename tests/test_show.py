@@ -1,4 +1,4 @@
-"""llm.py show: records in a terminal and as a page in a real browser.   pytest tests/test_show.py
+"""engine/show.py: records in a terminal and as a page in a real browser.   pytest tests/test_show.py
 
 Invariants: candidates stand in the order of R with the labels that the record has; a text is never
 markup, script or terminal control; the page asks for nothing; what is left out is said.
