@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+# from Python 3.12 on an f-string is many tokens; it counts as one, as before
+FSTRING_START, FSTRING_END = getattr(tokenize, "FSTRING_START", -1), getattr(tokenize, "FSTRING_END", -1)
 SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef)
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
@@ -35,8 +37,12 @@ def weigh(path: Path) -> Weight:
     for node in nodes:
         if isinstance(node, SCOPES) and ast.get_docstring(node) is not None:
             docs |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
-    words = [token.start[0] for token in tokenize.generate_tokens(io.StringIO(text).readline)
-             if token.type not in LAYOUT and token.start[0] not in docs]
+    words, depth = [], 0
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        depth -= token.type == FSTRING_END
+        if token.type not in LAYOUT and token.start[0] not in docs and depth == 0 and token.type != FSTRING_END:
+            words.append(token.start[0])
+        depth += token.type == FSTRING_START
     nested = [node for node in nodes if isinstance(node, COMPREHENSIONS)
               and any(isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node)]
     functions = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name != "train"]
