@@ -93,7 +93,7 @@ def format_passage(text: str, title: str = "", formats: dict[str, str] = FORMATS
     'title: math.ceil | text: Return the ceiling of x.'
     """
     form = formats["passage"]
-    if not title.strip():                                # gap 2
+    if not title.strip():                                # gap 2; other makers' formats leave it out
         form = form.replace("title: {title}", "title: none").replace("{title} ", "")
     return fill(form, title=title, text=text)
 
@@ -180,6 +180,7 @@ class Layer(nn.Module):
         a = F.scaled_dot_product_attention(q, k, v, keep, p)         # (B, H, T, d/H)
         a = out["dense"](a.transpose(1, 2).reshape(B, T, d))         # (B, T, d)
         x = out["LayerNorm"](x + F.dropout(a, self.p, self.training))         # (B, T, d)
+        # d -> intermediate_size -> d
         h = self.output["dense"](F.gelu(self.intermediate["dense"](x)))       # (B, T, d)
         return self.output["LayerNorm"](x + F.dropout(h, self.p, self.training))  # (B, T, d)
 
@@ -258,7 +259,7 @@ class Gecko:
         return next(self.encoder.parameters()).device
 
     def tokens(self, texts: Sequence[str], max_length: int | None = None) -> list[array[int]]:
-        """Token ids of each text, cut at max_length; `lost` says what they lack of the texts."""
+        """Token ids of each text, cut at max_length; `lost` says what was lost."""
         check_list(texts)
         length = min(max_length or self.max_length, self.max_length)
         tokens, self.truncated, self.unknown = tokenise(self.tokenizer, texts, length)
@@ -266,7 +267,7 @@ class Gecko:
         return tokens
 
     def lost(self) -> str:
-        """What the last tokens lack of their texts, in words; empty where that is nothing."""
+        """What of its texts the last call of `tokens` lost, in words; empty if nothing."""
         notes = []
         if self.truncated:
             notes.append(f"{self.truncated} of {self.texts} texts were cut at {self.max_length} tokens")
@@ -346,8 +347,8 @@ def nearest(
     queries: Tensor,   # (Q, d) float32
     passages: Tensor,  # (P, d) float32
     k: int,
-) -> tuple[Tensor, Tensor]:
-    """The k passages of largest inner product for each query: scores and indices (Q, k), best first.
+) -> tuple[Tensor, Tensor]:  # scores and indices, (Q, k) each
+    """The k passages of largest inner product (of unit vectors: cosine) for each query, best first.
 
     Equal scores come by lower index. Each is summed in float64 and then rounded, so that it does not
     depend on the order of the sum. `topk` of engine/search.py gives the same numbers in blocks.

@@ -162,8 +162,8 @@ def task_kind(task: str) -> str:
     >>> task_kind("Given a query, find a passage that has the answer to the query")
     'question answering'
     """
-    for kind, sign in FREQUENT_TASKS.items():
-        if kind in task.lower() or sign in task.lower():
+    for kind, phrase in FREQUENT_TASKS.items():
+        if kind in task.lower() or phrase in task.lower():
             return kind
     return "other"
 
@@ -172,7 +172,7 @@ MAX_PASSAGE_CHARS = 4000  # more than the embedder reads of it
 
 
 def truncated_passage(p: Passage) -> str:
-    """A passage as prompts show it, in one line. One that no context holds would lose each query it is near to."""
+    """A passage as prompts show it, in one line. Uncut, one too long would fail every query that retrieves it."""
     return " ".join(f"{p['title']}\n{p['text']}".split())[:MAX_PASSAGE_CHARS]
 
 
@@ -200,7 +200,7 @@ class LanguageModel:
         self.strings, self.score, self.seed = strings, score, seed
         self.labels = LABELS if score == "expected" else LABELS[:1]
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
-        self.labels_asked = self.labels_unlisted = 0                 # among the likeliest first tokens
+        self.labels_asked = self.labels_unlisted = 0                 # unlisted: not among the top first tokens
 
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
         prompts, seeds = [], []
@@ -212,7 +212,7 @@ class LanguageModel:
         return self.strings.complete(prompts, seeds)
 
     def query_likelihood(self, pairs: Sequence[Pair]) -> Scores:
-        # subtle: the blank goes with the query, for tokens such as " what" would else cross the border
+        # subtle: the blank goes with the query, since " what" is one token: no token may belong to both
         return self.strings.log_likelihood([
             (fill(P_QL, passage=truncated_passage(p)), " " + q) for q, p in pairs])
 
@@ -329,7 +329,7 @@ def rrf(*rankings: Sequence[float]) -> list[float]:
 
 def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last", rng: random.Random | None = None,
             positive: int | None = None, answers: Collection[str] = ()) -> tuple[int, int | None]:
-    """(index of p+, index of p-) in R and texts, which hold the N candidates nearest first, as equal R stay.
+    """The indices of p+ and p- among the N candidates, whose R and texts come nearest first.
 
     p+ is p_1, of the largest R (or `positive`, for the paper's p_seed rows). p- is p_N ("last"), one that
     rng samples from P without p+ ("sampled"), or None ("none"). It never has the text of p+, nor one of
@@ -400,7 +400,7 @@ def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence
     Yields FRet records in the order of queries, or {"_id", "failed"} where a score is missing. `negative`
     is relabel's. The LLM is given about `block` queries at a time.
     """
-    rankings = {"ql": llm.query_likelihood, "rc": llm.relevance}
+    score = {"ql": llm.query_likelihood, "rc": llm.relevance}
     passages = {p["_id"]: p for p in corpus}
     C = embedder.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])  # (|C|, d)
     finished: dict[int, Record] = {}
@@ -416,7 +416,7 @@ def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence
             for key in ensure_seed([corpus[i]["_id"] for i in near], row["seed_id"]):
                 pairs.append((row["query"], passages[key]))
         # engine/cache.py asks in the order of the prompts: all queries of one passage together, which is cheap
-        scores = {name: rankings[name](pairs) for name in rank.split(",")}  # rows * N of each
+        scores = {name: score[name](pairs) for name in rank.split(",")}  # rows * N of each
         scored = scored_rows(rows, pairs, scores)
         finished |= zip(places, labelled(scored, passages, "p1", negative, seed), strict=True)
         while following in finished:
@@ -492,6 +492,7 @@ def chosen_positive(row: Record, positive: str) -> str:
     if positive == "seed":
         return row["seed_id"]
     ids = [candidate["id"] for candidate in row["candidates"]]
+    # ids in the place of texts, which only a choice of p- looks at
     p_pos, _ = relabel([candidate["R"] for candidate in row["candidates"]], ids, "none")
     return ids[p_pos]
 

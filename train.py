@@ -89,13 +89,12 @@ def duplicate_mask(
 ) -> Tensor:            # (r, B)
     """True where candidate j is row i's own query or positive, or belongs to the same query.
 
-    Rows 0 and 1 ask 5 and 6 and share the positive 8, row 2 asks 7 and has 9. The rows' positives as candidates:
+    That includes j = i. Below, rows 0 and 1 ask 5 and 6 and share the positive 8, row 2 asks 7 and has 9; the
+    candidates are the rows' positives (for the rows' queries text_id would be q_id):
 
     >>> q_id, p_id = torch.tensor([5, 6, 7]), torch.tensor([8, 8, 9])
     >>> duplicate_mask(q_id, p_id, text_id=p_id, asked_id=q_id).tolist()
     [[True, True, False], [True, True, False], [False, False, True]]
-
-    Which includes j = i, the positive itself. For queries as candidates text_id is q_id.
     """
     own_positive = text_id == p_id[:, None]                          # (r, B)
     own_query = text_id == q_id[:, None]                             # (r, B)
@@ -200,7 +199,7 @@ def mrl_loss(
 
 @dataclass
 class TrainConfig:
-    """A field is a flag of `prefinetune` and `finetune`; the paper states none of these values."""
+    """A field is a flag of `prefinetune` and `finetune`; the paper states no value but dims, 768 and 256."""
 
     batch_size: int = flag(256, "rows a step; their texts are each other's negatives")
     epochs: float = flag(1.0, "times through the data")
@@ -257,19 +256,19 @@ def train(
     d = model.encoder.config.hidden_size
     dims = read_dims(c.dims, d)
     S = 2 if stage == "prefinetune" else 3                           # sides of a row: eq. 2 has no hard negative
-    tokens, texts = tokenised(model, sets, c.max_length)
-    steps = c.steps or max(1, int(c.epochs * len(texts) / c.batch_size))
+    tokens, text_ids = tokenised(model, sets, c.max_length)          # text_ids: (rows, 3)
+    steps = c.steps or max(1, int(c.epochs * len(text_ids) / c.batch_size))
     plan = batches(sets, weights, c.mix, c.batch_size, steps, c.seed)  # row numbers of every step
-    check_negatives(stage, texts, plan)
+    check_negatives(stage, text_ids, plan)
 
-    # the optimiser, and the run's folder, known by all that decides its bytes
+    # the optimiser, and the run's folder; `key` holds all that decides the result, so that nothing else resumes it
     max_lr = c.lr or (1e-2 if is_bag(model.encoder) else 3e-5)
     parameters = [p for p in model.encoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=max_lr, weight_decay=c.weight_decay, fused=True)
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
     model.dims = tuple(dims)
     settings = f"{stage} {replace(c, eval='', save_every=0, resume=False)} {model.encoder.config}"
-    key = digest(settings, itertools.chain([texts], plan, model.encoder.parameters(), tokens))
+    key = digest(settings, itertools.chain([text_ids], plan, model.encoder.parameters(), tokens))
     dev = read_beir(c.eval, "dev") if c.eval else None
     measure = (lambda: means(beir_scores(model, dev))) if dev else None
     this_run = Run(out, model.encoder, optimiser, steps, key, functools.partial(save, model), measure)
@@ -288,10 +287,10 @@ def train(
 
     for step in bar:
         model.encoder.train()
-        torch.manual_seed(derive_seed(c.seed, step))                 # so a step depends on no other's dropout
+        torch.manual_seed(derive_seed(c.seed, step))                 # the same dropout in a resumed run
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, max_lr, c.warmup)
-        ids = torch.from_numpy(texts[plan[step]]).T.to(model.device)   # (3, B)
+        ids = torch.from_numpy(text_ids[plan[step]]).T.to(model.device)   # (3, B)
         loss_of = batch_loss(stage, c.tau, ids)
         optimiser.zero_grad(set_to_none=True)
         if c.micro_batch == 0 and processes()[1] == 1:
@@ -342,7 +341,7 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
     q_id, p_id, n_id, query = np.array(rows).T                       # 4 of (rows)
     pair = query * len(ids)                                          # pair + id: one number for query and text
     answers = np.isin(pair + n_id, pair + p_id)                      # (rows) p_i- is a positive of q_i somewhere
-    hard = n_id >= 0                                                 # (rows)
+    hard = n_id >= 0                                                 # (rows) what `answers` says of -1 is void
     left_out = hard & (answers | (n_id == q_id))                     # (rows)
     if left_out.any():
         say_first(f"{left_out.sum()} of {hard.sum()} hard negatives are left out: each answers its query or is it")
@@ -363,14 +362,14 @@ def say_first(line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 
-def check_negatives(stage: str, texts: np.ndarray, plan: Sequence[np.ndarray]) -> None:
+def check_negatives(stage: str, text_ids: np.ndarray, plan: Sequence[np.ndarray]) -> None:
     """Where no row of a batch has a negative, its loss is 0: an InputError if no batch has one, else a warning.
 
-    With all vectors equal, a row's loss is the log of its number of terms, of which the positive is one.
+    With all vectors equal, a row's loss is log(1 + its negatives), and so 0 exactly where it has none.
     """
     idle = 0
     for rows in plan:
-        loss = batch_loss(stage, 1.0, torch.from_numpy(texts[rows]).T)
+        loss = batch_loss(stage, 1.0, torch.from_numpy(text_ids[rows]).T)
         ones = [torch.ones(len(rows), 1)] * (2 if stage == "prefinetune" else 3)   # each (B, 1)
         starts = range(0, len(rows), 64)                             # the first rows decide, as a rule
         idle += all(loss(*ones, rows=slice(start, start + 64)) == 0 for start in starts)
@@ -409,40 +408,41 @@ class Sizes:
 def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
            corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
     """Pre-finetune, generate, mine, fine-tune, evaluate, on the built-in corpus if none is given."""
-    n = sizes or Sizes()
+    sizes = sizes or Sizes()
     c = replace(SMALL, seed=seed, mix="mixed")
     corpus = corpus or builtin_corpus()
     write_jsonl(out / "corpus.jsonl", corpus)
 
     print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
-    pairs = builtin_pairs(corpus, n.pairs, seed)
+    pairs = builtin_pairs(corpus, sizes.pairs, seed)
     start = untrained(corpus, pairs, seed)
     pre = copy.deepcopy(start)
-    train(pre, "prefinetune", [pairs], replace(c, steps=n.pre_steps), title="pre-finetune")
+    train(pre, "prefinetune", [pairs], replace(c, steps=sizes.pre_steps), title="pre-finetune")
     save(pre, out / "pre")
 
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
     author = Offline(corpus, None, list(llm.FREQUENT_TASKS), seed)
-    count = n.queries * len(corpus)
+    count = sizes.queries * len(corpus)
     drawn = llm.generate(author, corpus, count, seed)
     llm.write_kept(out / "queries.jsonl", drawn, count, "generate")
     queries = llm.read_queries(out / "queries.jsonl", corpus)
 
     print("3.2  The initial retriever, trained on (q, p_seed)")
-    c = replace(c, steps=n.steps, lr=n.lr)
-    mixture = [1.0, n.pair_weight]                                   # generated queries, pairs
+    c = replace(c, steps=sizes.steps, lr=sizes.lr)
+    mixture = [1.0, sizes.pair_weight]                               # generated queries, pairs
     retriever = copy.deepcopy(pre)
     train(retriever, "prefinetune", [queries, pairs], c, mixture, "initial retriever")
     save(retriever, out / "retriever")
 
     print("3.2  FRet, step 2: the retriever's top 20, ranked twice by the same LLM, fused, relabelled")
+    # the author again, with the retriever's cosine to rank by
     ranker = Offline(corpus, llm.similarity(retriever), list(llm.FREQUENT_TASKS), seed)
     mined = llm.mine(ranker, retriever, corpus, queries, seed=seed)
     llm.write_kept(out / "fret.jsonl", mined, len(queries), "mine")
     rows = [row for _, row in read_jsonl(out / "fret.jsonl")]
 
     print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
-    gecko = copy.deepcopy(pre)
+    gecko = copy.deepcopy(pre)                                       # not the retriever: both start from pre
     train(gecko, "finetune", [rows, pairs], c, mixture, "fine-tune")
     save(gecko, out / "gecko")
 
