@@ -321,9 +321,6 @@ def read_dims(text: str, d: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-TEXTS_AT_ONCE = 8192   # that are tokenised together, for the sake of memory
-
-
 def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
               ) -> tuple[list[array[int]], np.ndarray]:
     """The tokens of every distinct text, and the ids of the texts of all sets' rows, (rows, 3).
@@ -346,13 +343,9 @@ def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
     if left_out.any():
         say_first(f"{left_out.sum()} of {hard.sum()} hard negatives are left out: each answers its query or is it")
     n_id = np.where(left_out, -1, n_id)                              # (rows)
-    tokens: list[array[int]] = []
-    truncated, distinct = 0, list(ids)
-    for start in range(0, len(distinct), TEXTS_AT_ONCE):
-        tokens += [array("i", text) for text in model.tokens(distinct[start:start + TEXTS_AT_ONCE], max_length)]
-        truncated += model.truncated
-    if truncated:
-        say_first(f"{truncated} of {len(tokens)} texts are cut at {max_length} tokens")
+    tokens = model.tokens(list(ids), max_length)
+    if model.truncated:
+        say_first(f"{model.truncated} of {len(tokens)} texts are cut at {max_length} tokens")
     return tokens, np.stack([q_id, p_id, n_id], axis=1)
 
 

@@ -28,7 +28,7 @@ import data
 import gecko
 import llm
 import train
-from engine import files
+from engine import files, packed
 from engine.files import InputError
 from train import TrainConfig, main_loss, mrl_loss, pre_loss
 
@@ -440,7 +440,7 @@ def test_texts_are_tokenised_in_parts(monkeypatch, capsys):
     rows = records(30)
     whole = train.tokenised(small_model(), [rows], 12)
     said = capsys.readouterr().err
-    monkeypatch.setattr(train, "TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 7)
     parts = train.tokenised(small_model(), [rows], 12)
     assert parts[0] == whole[0] and (parts[1] == whole[1]).all()
     assert capsys.readouterr().err == said and "texts are cut at 12 tokens" in said
