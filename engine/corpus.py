@@ -31,6 +31,11 @@ UNSPACED = ("\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u
             "\U00020000-\U0003ffff")
 
 
+def shown(p: Passage, chars: int) -> str:
+    """A passage as prompts show it, in one line. Uncut, one too long would fail every query that retrieves it."""
+    return " ".join(f"{p['title']}\n{p['text']}".split())[:chars]
+
+
 def terms(text: str) -> list[str]:
     """Lower-cased words of any script, identifiers in parts; of scripts without spaces between words
     each character and each pair.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
     written, when none is kept, or all scores are equal: that endpoint does not score.
     """
     count: Counter[str] = Counter()
+    seed_first: Counter[str] = Counter()                             # by ranking; "chance": expected of none
     failures: list[str] = []
     values: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two different scores of each
 
@@ -51,9 +53,13 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
             count["kept"] += 1
             count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
             count["no negative"] += row.get("negative_id", "") is None
+            candidates = row.get("candidates", [])
             for name, seen in values.items():
                 if len(seen) < 2:
-                    seen.update(candidate[name] for candidate in row.get("candidates", ()))
+                    seen.update(candidate[name] for candidate in candidates)
+            if candidates:
+                seed_first.update(puts_seed_first(row))
+                seed_first["chance"] += 1 / len(candidates)
             yield row
         if not count["kept"]:
             raise LLMError(f"{what}: none of the first {len(failures)} rows succeeded; one: {failures[0]}")
@@ -67,10 +73,37 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
     finally:
         if hasattr(llm, "report"):
             print(llm.report())
+    if seed_first:
+        print(shares(seed_first, count["kept"]))
     count["failed"] = len(failures)
     example = f"; a failure: {failures[0]}" if failures else ""
     print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
     return count
+
+
+def puts_seed_first(row: Row) -> dict[str, bool]:
+    """Of each ranking, "retriever", "ql" or "rc": is the passage first that the query was written for?"""
+    candidates = row["candidates"]
+    first = {"retriever": candidates[0]}                             # nearest first
+    for name in ("ql", "rc"):
+        if candidates[0][name] is not None:
+            first[name] = max(candidates, key=lambda candidate: candidate[name])
+    return {name: candidate["id"] == row["seed_id"] for name, candidate in first.items()}
+
+
+def shares(seed_first: Counter[str], rows: int) -> str:
+    """How often each ranking puts the seed first, with a 95 % interval, and whether that is more than chance."""
+    chance = seed_first.pop("chance") / rows
+    parts = []
+    for name, times in sorted(seed_first.items()):
+        share = int(times) / rows
+        # Wilson's interval of a share, which is right for few rows too
+        middle = (share + 1.92 / rows) / (1 + 3.84 / rows)
+        half = 1.96 * math.sqrt(share * (1 - share) / rows + 0.96 / rows ** 2) / (1 + 3.84 / rows)
+        low, high = max(0.0, middle - half), middle + half
+        no_better = ", no better than chance" if low <= chance else ""
+        parts.append(f"{name} {share:.1%} [{low:.1%}, {high:.1%}]{no_better}")
+    return f"p_seed comes first by {'; by '.join(parts)}; by chance {chance:.1%}"
 
 
 def count_calls(rows: Iterator[Row], what: str, llm: Any) -> None:

@@ -14,15 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.corpus import Passage
+from engine.corpus import Passage, shown
 from engine.files import InputError, read_jsonl
 
 RECORD = Path(__file__).with_name("recorded.jsonl.gz")
-
-
-def shown(passage: Passage, characters: int) -> str:
-    """A passage as the recorded model was shown it."""
-    return " ".join(f"{passage['title']}\n{passage['text']}".split())[:characters]
 
 
 def digest(text: str) -> str:

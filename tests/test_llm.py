@@ -202,9 +202,12 @@ def test_prompts_are_fixed_but_for_the_passage():
 def test_a_passage_too_long_for_a_context_is_cut_in_prompts():
     """One endless passage does not lose the queries that it is a candidate of; others are shown whole."""
     endless = {"_id": "x", "title": "T", "text": "word " * 10 ** 5}
-    shown = llm.truncated_passage(endless)
-    assert len(shown) == llm.MAX_PASSAGE_CHARS and shown.startswith("T word word")
-    assert all(llm.truncated_passage(p) == " ".join(f"{p['title']} {p['text']}".split()) for p in CORPUS)
+    shown = llm.shown(endless, 4000)
+    assert len(shown) == 4000 and shown.startswith("T word word")
+    assert all(llm.shown(p, 4000) == " ".join(f"{p['title']} {p['text']}".split()) for p in CORPUS)
+    strings = Scripted()
+    llm.LanguageModel(strings, chars=9).query_likelihood([("what", endless)])
+    assert strings.asked == [(llm.P_QL.replace("{passage}", "T word wo"), " what")]
 
 
 def queries(n=6):
@@ -248,6 +251,61 @@ def test_a_missing_score_is_a_failure_not_a_score(embedder):
     alone = list(llm.mine(Fake(broken=["l.sort"]), embedder, CORPUS, queries(), N=len(CORPUS), rank="rc"))
     assert not any("failed" in r for r in alone) and all(r["rank"] == "rc" for r in alone)
     assert all(c["ql"] is None for r in alone for c in r["candidates"])
+
+
+@pytest.mark.parametrize("rank", ["ql,rc", "ql", "rc", "ql,retriever", "ql,rc,retriever"])
+def test_R_sums_over_the_rankings_that_are_named(rank, embedder):
+    """The retriever's ranking is the candidates' own order; only what is named is asked of the LLM."""
+    fake = Fake()
+    fake.relevance = fake.relevance if "rc" in rank else None
+    for row in llm.mine(fake, embedder, CORPUS, queries(), N=5, rank=rank):
+        c = row["candidates"]
+        columns = {"ql": [x["ql"] for x in c], "rc": [x["rc"] for x in c], "retriever": [5, 4, 3, 2, 1]}
+        want = [0.0] * 5
+        for name in rank.split(","):
+            for i, score in enumerate(columns[name]):
+                before = sum(other > score for other in columns[name]) + columns[name][:i].count(score)
+                want[i] += 1 / (1 + before)
+        assert [x["R"] for x in c] == pytest.approx(want) == llm.fused(c, rank) and row["rank"] == rank
+
+
+def test_rank_is_checked_before_anything_is_read(monkeypatch, capsys):
+    for rank in ("retriever", "ql,ql", "QL", "ql,", ""):
+        with pytest.raises(SystemExit):
+            main(monkeypatch, ["mine", "c", "q", "f", "--model-dir", "m", "--rank", rank])
+        assert "give ql,rc or ql or rc" in capsys.readouterr().err
+
+
+def test_other_candidates_may_take_the_place_of_those_found(embedder):
+    """As a recorded LLM has scores of: fewer of them, in their own order; the scores stay beside their passages."""
+    seen = []
+
+    def choose(row, ids):
+        seen.append((row["_id"], ids))
+        return ids[::-1][:3 + len(seen) % 2]
+
+    rows = list(llm.mine(Fake(), embedder, CORPUS, queries(), N=5, choose=choose))
+    plain = list(llm.mine(Fake(), embedder, CORPUS, queries(), N=5))
+    for row, other, (_, ids) in zip(rows, plain, seen, strict=True):
+        assert ids == [c["id"] for c in other["candidates"]]
+        scores = {c["id"]: (c["ql"], c["rc"]) for c in other["candidates"]}
+        assert [c["id"] for c in row["candidates"]] == ids[::-1][:len(row["candidates"])]
+        assert all((c["ql"], c["rc"]) == scores[c["id"]] for c in row["candidates"])
+    assert {len(row["candidates"]) for row in rows} == {3, 4}
+
+
+def test_mine_says_how_often_the_seed_comes_first_beside_chance(tmp_path, capsys, embedder):
+    """By hand: 12 rows of 4 candidates; a share whose interval holds 1/4 is said to be no better than chance."""
+    rows = []
+    for n in range(12):
+        candidates = [{"id": key, "ql": -float(abs(n - 4 * place)), "rc": None, "R": 1.0}
+                      for place, key in enumerate("abcd")]
+        rows.append({"_id": str(n), "seed_id": "a" if n < 9 else "b", "candidates": candidates})
+    llm.write_kept(tmp_path / "f.jsonl", iter(rows), 12, "mine")
+    out = capsys.readouterr().out
+    # by ql: the nearest multiple of 4 to n; 0, 1 and 2 have the seed a, 9 and 10 are c's: 3 of 12
+    assert "p_seed comes first by ql 25.0% [8.9%, 53.2%], no better than chance; by retriever 75.0% [" in out
+    assert "by chance 25.0%" in out and "by rc" not in out and "75.0% [46.8%, 91.1%]; by chance" in out
 
 
 class Opinionated(Fake):

@@ -9,9 +9,9 @@ import json
 
 import pytest
 
-from engine.corpus import builtin_corpus
+from engine.corpus import builtin_corpus, shown
 from engine.files import InputError, write_jsonl
-from engine.recorded import RECORD, Recorded, digest, shown
+from engine.recorded import RECORD, Recorded, digest
 
 CORPUS = [{"_id": name, "title": name, "text": f"This is about {name}.\nIt is long."} for name in "abcd"]
 HEADER = {"model": "M", "licence": "L", "date": "2026-11-28", "python": "3.11.7", "characters": 12}

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from engine.corpus import builtin_corpus
+from engine.corpus import builtin_corpus, shown
 from engine.files import InputError, read_json, read_jsonl, run, write_jsonl
 from engine.local import Local
-from engine.recorded import digest, shown
+from engine.recorded import digest
 from engine.search import topk
 from gecko import Gecko, fill, format_query, load
 from llm import parse_generation, seed_draws

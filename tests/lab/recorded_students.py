@@ -37,13 +37,13 @@ Passages = dict[str, dict[str, str]]  # by id
 Labels = Callable[[Rows, Passages], Rows]
 
 
-def scored_rows(record: Recorded, passages: Passages) -> Rows:
+def scored_rows(record: Recorded) -> Rows:
     """The record as FRet's scored rows, ranked by query likelihood alone."""
     rows = []
     for row in record.rows:
         about = {"_id": f"q{row['n']:07d}", "kind": llm.task_kind(row["task"]), **row}
-        pairs = [(row["query"], passages[key]) for key, _ in row["ql"]]
-        rows += llm.scored_rows([about], pairs, {"ql": [score for _, score in row["ql"]]})
+        ids = [key for key, _ in row["ql"]]
+        rows += llm.scored_rows([about], [ids], {"ql": [score for _, score in row["ql"]]}, "ql")
     return rows
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     record = Recorded(corpus, args.record)
     print(record.report(), flush=True)
     passages = {p["_id"]: p for p in corpus}
-    rows = scored_rows(record, passages)
+    rows = scored_rows(record)
     came = ndcg(load(init), beir, args.precision)
     print(f"{'as it came':38s} {came.mean():5.1f}   {len(beir.queries)} {args.split} questions", flush=True)
     results: dict[str, np.ndarray] = {}
