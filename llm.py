@@ -388,9 +388,13 @@ RANKINGS = ("ql", "rc", "retriever")
 
 def fused(candidates: Sequence[Record], rank: str) -> list[float]:
     """R of the candidates, nearest first, over the rankings that `rank` names."""
-    scores: dict[str, list[float]] = {name: [c[name] for c in candidates] for name in ("ql", "rc")}
-    scores["retriever"] = [-place for place in range(len(candidates))]
-    return rrf(*[scores[name] for name in rank.split(",")])
+    rankings = []
+    for name in rank.split(","):
+        if name == "retriever":
+            rankings.append([-float(place) for place in range(len(candidates))])
+        else:
+            rankings.append([candidate[name] for candidate in candidates])
+    return rrf(*rankings)
 
 
 def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence[Record],
@@ -445,16 +449,19 @@ def scored_rows(rows: Sequence[Record], candidates: Sequence[list[str]], scores:
     `scores` holds one number for each of all rows' candidates, in order.
     """
     scored = []
-    first = 0                                                        # a row's place in scores
+    end = 0
     for row, ids in zip(rows, candidates, strict=True):
-        found: list[dict[str, Any]] = []
-        for place, key in enumerate(ids, first):
-            found.append({"id": key, "ql": None, "rc": None} | {name: s[place] for name, s in scores.items()})
-        first += len(ids)
+        own = slice(end, end + len(ids))                             # the row's places in scores
+        end += len(ids)
+        columns = {name: values[own] for name, values in scores.items()}
         # subtle: a score that is missing, or nan, must not become a rank
-        if not all(is_score(candidate[name]) for candidate in found for name in scores):
+        if not all(map(is_score, sum(columns.values(), []))):
             scored.append({"_id": row["_id"], "failed": "a score is missing: an LLM call failed"})
             continue
+        found: list[dict[str, Any]] = [{"id": key, "ql": None, "rc": None} for key in ids]
+        for name, values in columns.items():
+            for candidate, value in zip(found, values, strict=True):
+                candidate[name] = value
         for candidate, R in zip(found, fused(found, rank), strict=True):
             candidate["R"] = R
         scored.append({**row, "rank": rank, "candidates": found})

@@ -39,7 +39,8 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
     written, when none is kept, or all scores are equal: that endpoint does not score.
     """
     count: Counter[str] = Counter()
-    seed_first: Counter[str] = Counter()                             # by ranking; "chance": expected of none
+    seed_first: Counter[str] = Counter()                             # rows, by ranking
+    chances: list[float] = []                                        # 1 / N of each row
     failures: list[str] = []
     values: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two different scores of each
 
@@ -53,13 +54,12 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
             count["kept"] += 1
             count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
             count["no negative"] += row.get("negative_id", "") is None
-            candidates = row.get("candidates", [])
             for name, seen in values.items():
                 if len(seen) < 2:
-                    seen.update(candidate[name] for candidate in candidates)
-            if candidates:
+                    seen.update(candidate[name] for candidate in row.get("candidates", ()))
+            if "candidates" in row:
                 seed_first.update(puts_seed_first(row))
-                seed_first["chance"] += 1 / len(candidates)
+                chances.append(1 / len(row["candidates"]))
             yield row
         if not count["kept"]:
             raise LLMError(f"{what}: none of the first {len(failures)} rows succeeded; one: {failures[0]}")
@@ -73,8 +73,8 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
     finally:
         if hasattr(llm, "report"):
             print(llm.report())
-    if seed_first:
-        print(shares(seed_first, count["kept"]))
+    if chances:
+        print(shares(seed_first, sum(chances) / len(chances), len(chances)))
     count["failed"] = len(failures)
     example = f"; a failure: {failures[0]}" if failures else ""
     print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
@@ -91,12 +91,11 @@ def puts_seed_first(row: Row) -> dict[str, bool]:
     return {name: candidate["id"] == row["seed_id"] for name, candidate in first.items()}
 
 
-def shares(seed_first: Counter[str], rows: int) -> str:
+def shares(seed_first: Counter[str], chance: float, rows: int) -> str:
     """How often each ranking puts the seed first, with a 95 % interval, and whether that is more than chance."""
-    chance = seed_first.pop("chance") / rows
     parts = []
     for name, times in sorted(seed_first.items()):
-        share = int(times) / rows
+        share = times / rows
         # Wilson's interval of a share, which is right for few rows too
         middle = (share + 1.92 / rows) / (1 + 3.84 / rows)
         half = 1.96 * math.sqrt(share * (1 - share) / rows + 0.96 / rows ** 2) / (1 + 3.84 / rows)
