@@ -19,7 +19,6 @@ import csv
 import functools
 import io
 import json
-import multiprocessing
 import os
 import random
 import symtable
@@ -35,7 +34,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import make_course  # noqa: E402
-from make_course import BODY, POINTS, ROOT, InputError, exercises, graders, run  # noqa: E402
+from make_course import BODY, POINTS, ROOT, InputError, exercises, run  # noqa: E402
+from running import Grader  # noqa: E402
 
 LIBRARIES = {"torch", "numpy", "math", "random", "itertools", "functools", "collections", "heapq", "bisect",
              "statistics", "torch.nn.functional", "__future__"}
@@ -172,76 +172,10 @@ def flags(text: str, n: int) -> list[str]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Running the tests of an exercise
+# Points
 
 
-class Results:
-    """A pytest plugin that sends what each test did, as soon as it is known."""
-
-    def __init__(self, connection: Any) -> None:
-        self.connection = connection
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or not report.passed:
-            passed = report.when == "call" and report.outcome == "passed" and not hasattr(report, "wasxfail")
-            self.connection.send((report.nodeid, passed, str(report.longrepr or report.outcome)))
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed:
-            self.connection.send((report.nodeid, False, str(report.longrepr)))
-
-
-def run_tests(folder: str, n: int, connection: Any) -> None:
-    """In a process of its own: the tests of exercise n in this course folder."""
-    import pytest
-    import torch
-
-    null = os.open(os.devnull, os.O_RDWR)
-    for stream in range(3):
-        os.dup2(null, stream)
-    os.chdir(folder)
-    for name, module in list(sys.modules.items()):      # this project's modules give way to the folder's
-        file = getattr(module, "__file__", None) or ""
-        if file.startswith(f"{ROOT}/") and "site-packages" not in file and name != "__main__":
-            del sys.modules[name]
-    sys.path[:0] = [folder, f"{folder}/tests"]
-    sys.dont_write_bytecode = True
-    torch.set_num_threads(1)
-    pytest.main(["-q", "--tb=short", "-p", "no:cacheprovider", graders()[n], "-m", f"ex{n}"],
-                plugins=[Results(connection)])
-    connection.send(None)
-    connection.close()
-    os._exit(0)
-
-
-def results(folder: Path, n: int, seconds: float) -> tuple[dict[str, tuple[bool, str]], str]:
-    """{test: (whether it passed, what it said)}, and why it ended early, if it did."""
-    receiver, sender = START.Pipe(duplex=False)
-    process = START.Process(target=run_tests, args=(str(folder), n, sender), daemon=True)
-    process.start()
-    sender.close()
-    found, why, end = {}, "", time.monotonic() + seconds
-    try:
-        while receiver.poll(max(0.0, end - time.monotonic())):
-            report = receiver.recv()
-            if report is None:
-                break
-            found[report[0]] = report[1:]
-        else:
-            why = f"stopped after {seconds:g} seconds"
-    except EOFError:
-        why = "the process ended before its tests did"
-    process.kill()
-    process.join()
-    return found, why
-
-
-# The processes that are killed leave semaphores behind, which Python's tracker would warn of.
-os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-START = multiprocessing.get_context("forkserver")
-
-
-def grade_exercise(folder: Path, n: int, texts: dict[str, str], expected: set[str], seconds: float) -> Grade:
+def grade_exercise(grader: Grader, n: int, texts: dict[str, str], expected: set[str], seconds: float) -> Grade:
     module, function, *_ = exercises()[n]
     solved = (ROOT / module).read_text(encoding="utf-8")
     new = body(texts.get(module, ""), n)
@@ -257,13 +191,19 @@ def grade_exercise(folder: Path, n: int, texts: dict[str, str], expected: set[st
     if flagged:
         reason = f"for the instructor to look at: it {'; it '.join(flagged)}"
         return Grade(n, tests=len(expected), flagged=True, reason=reason)
-    (folder / module).write_text(text, encoding="utf-8")
-    found, why = results(folder, n, seconds)
-    (folder / module).write_text(solved, encoding="utf-8")
-    passed = sum(found.get(test, (False,))[0] for test in expected)
-    said = next((said for ok, said in found.values() if not ok), "")
-    lines = [why] * bool(why) + said.strip().splitlines()[-8:]
-    return Grade(n, POINTS[n] * passed / len(expected), passed, len(expected), reason="\n".join(lines))
+    outcome = grader.outcome(n, {module: text}, seconds)
+    passed = sum(outcome.tests.get(test, (False,))[0] for test in expected)
+    reasons = [line for said in outcome.failed[:2] for line in said.strip().splitlines()[-8:]]
+    return Grade(n, POINTS[n] * passed / len(expected), passed, len(expected), reason="\n".join(reasons))
+
+
+def expected_tests(grader: Grader, n: int, seconds: float) -> set[str]:
+    """The tests of exercise n that the solution passes: all but those that are skipped on this machine."""
+    outcome = grader.outcome(n, {}, seconds)
+    failed = [said for said in outcome.failed if "skip" not in said.lower()]
+    if failed or not outcome.tests:
+        raise InputError(f"exercise {n}: the solution itself does not pass: {failed or 'it has no tests'}")
+    return {test for test, (passed, _) in outcome.tests.items() if passed}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -307,32 +247,27 @@ def main() -> None:
     parser.add_argument("hand_in", nargs="+", type=Path, help="a course folder, or an archive of one")
     parser.add_argument("--json", action="store_true", help="write HAND-IN.results.json beside each")
     parser.add_argument("--csv", type=Path, help="write one table of all")
-    parser.add_argument("--seconds", type=float, default=30, help="an exercise's time limit (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="an exercise's time limit (%(default)s)")
     args = parser.parse_args()
     hand_ins = {path: read_hand_in(path) for path in args.hand_in}
     rows = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "course"
         make_course.make(folder, set())
-        expected = {}
-        for n in POINTS:                                # the solution's own tests, less those skipped here
-            found, why = results(folder, n, 10 * args.seconds)
-            failed = [test for test, (ok, said) in found.items() if not ok and "skip" not in said.lower()]
-            if why or failed or not found:
-                raise InputError(f"exercise {n}: the solution itself does not pass: {why or failed}")
-            expected[n] = {test for test, (ok, _) in found.items() if ok}
+        grader = Grader(folder, os.environ.get("GRADE_SEED", ""))
+        expected = {n: expected_tests(grader, n, 10 * args.seconds) for n in POINTS}
         for path, texts in hand_ins.items():
             start = time.monotonic()
-            grades = [grade_exercise(folder, n, texts, expected[n], args.seconds) for n in POINTS]
+            grades = [grade_exercise(grader, n, texts, expected[n], args.seconds) for n in POINTS]
             rows[str(path)] = grades
             show(str(path), grades)
             if args.json:
                 report = gradescope(grades, time.monotonic() - start)
                 path.with_name(path.name + ".results.json").write_text(json.dumps(report, indent=1) + "\n")
+        grader.close()
     if args.csv:
         args.csv.write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    START.set_forkserver_preload(["torch", "pytest", "numpy"])       # imported once
     run(main)

@@ -53,17 +53,17 @@ def exercises() -> dict[int, tuple[str, str, str, str]]:
 
 
 @functools.cache
-def graders() -> dict[int, str]:
-    """{n: the test file that grades it}."""
-    found = {}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
-        for n in re.findall(r"^@pytest\.mark\.ex(\d+)$", path.read_text(encoding="utf-8"), re.M):
-            found[int(n)] = f"tests/{path.name}"
+def graders() -> dict[int, list[str]]:
+    """{n: the test files that grade it}."""
+    found: dict[int, list[str]] = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: path.name.startswith("test_course")):
+        for n in sorted({int(n) for n in re.findall(r"^@pytest\.mark\.ex(\d+)$", path.read_text("utf-8"), re.M)}):
+            found.setdefault(n, []).append(f"tests/{path.name}")
     return found
 
 
 def command(n: int) -> str:
-    return f"python -m pytest {graders()[n]} -m ex{n}"
+    return f"python -m pytest {' '.join(graders()[n])} -m ex{n}"
 
 
 def stripped(text: str, numbers: set[int]) -> str:
@@ -100,7 +100,7 @@ def make(folder: Path, numbers: set[int]) -> None:
         (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
     (folder / "tests").mkdir()
     for path in (ROOT / "tests").glob("*.py"):
-        if not path.name.startswith("test_") or f"tests/{path.name}" in graders().values():
+        if not path.name.startswith("test_") or f"tests/{path.name}" in sum(graders().values(), []):
             shutil.copyfile(path, folder / "tests" / path.name)
     for page in (ROOT / "tests/course/student").glob("*.md"):
         text = page.read_text(encoding="utf-8").replace("{table}", table(numbers))

@@ -101,7 +101,7 @@ def graded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grade, "POINTS", {n: grade.POINTS[n] for n in (1, 2, 4)})
         paths = [str(home / name) for name in ("honest.zip", "broken", "cheat")]
-        patch.setattr("sys.argv", ["grade.py", *paths, "--json", "--csv", str(home / "all.csv"), "--seconds", "12"])
+        patch.setattr("sys.argv", ["grade.py", *paths, "--json", "--csv", str(home / "all.csv"), "--seconds", "6"])
         grade.main()
     reports = {Path(path).name: json.loads(Path(f"{path}.results.json").read_text()) for path in paths}
     return reports, list(csv.DictReader((home / "all.csv").open()))
@@ -120,7 +120,7 @@ def test_a_broken_body_costs_its_own_exercise_alone(graded):
     broken = graded[0]["broken"]
     assert "not Python" in said(broken, 2)["output"] and said(broken, 2)["score"] == 0
     assert "gecko.py has no marks of exercise 1" in said(broken, 1)["output"]
-    assert "stopped after 12 seconds" in said(broken, 4)["output"] and said(broken, 4)["score"] == 0
+    assert "stopped after 6 seconds" in said(broken, 4)["output"] and said(broken, 4)["score"] == 0
 
 
 def test_an_evasion_earns_nothing_and_a_mistake_its_part(graded):

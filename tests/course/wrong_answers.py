@@ -3,6 +3,8 @@
 {exercise: {the mistake: ([(solution's text, wrong text), ...], a part of the message)}}
 """
 
+from make_course import BODY
+
 WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
     1: {
         "padding in the mean": ([("(W * mask).sum(1) / mask.sum(1).clamp(min=1)", "W.mean(1)")],
@@ -162,3 +164,13 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
                                              "every block of queries"),
     },
 }
+
+
+def with_mistake(text: str, n: int, changes: list[tuple[str, str]]) -> str:
+    """A module's text with these changes in the body of exercise n."""
+    body = next(match[0] for match in BODY.finditer(text) if int(match[2]) == n)
+    wrong = body
+    for old, new in changes:
+        assert wrong.count(old) == 1, f"exercise {n} has no {old!r}, or several; wrong_answers.py is behind"
+        wrong = wrong.replace(old, new)
+    return text.replace(body, wrong)
