@@ -1,14 +1,15 @@
 """A causal language model of Hugging Face in this process: the same string calls as an endpoint.
 
-The plainest telling of query likelihood: one forward, one log_softmax, one gather. It is fast because what all
-prompts share is read once, each prefix once for all the texts that follow it, and many prefixes go in one
-sequence without padding, where a mask keeps them apart.
+What all prompts share is read once; a prefix once, however many texts follow it; then the texts, in batches,
+each against the keys and values of its prefix.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,42 +18,36 @@ from torch import Tensor
 from engine.files import InputError, first_line
 
 Tokens = list[int]
-Group = tuple[Tokens, list[Tokens]]  # a prefix, and texts that follow it
-# H tokens that all prompts begin with, the head; L those read at once after it, K = H + L; P those scored;
-# B answers written together; V the vocabulary.
-TEXTS = 32  # of a prefix in one group
+Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a cache of all but the last of these
+
+# B rows of a batch, K tokens of a prompt, L of a text, V of the vocabulary. The id -1 is padding.
+PREFIXES = 8  # that are read together
 
 
 class Local:
-    """`room`: tokens that are read at once; `rows`: answers that are written together."""
+    """`rows`: texts that are scored together, or answers that are written together."""
 
     def __init__(self, folder: str, temperature: float = 0.7, max_tokens: int = 80,
-                 stop: Sequence[str] = ("\n\n",), room: int = 640, rows: int = 32) -> None:
+                 stop: Sequence[str] = ("\n\n",), rows: int = 32) -> None:
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
         except ImportError as error:
             raise InputError("a model in this process needs transformers: pip install transformers") from error
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            # subtle: our masks are yes and no, which "eager" attention would add to its scores
-            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="sdpa")
+            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder}: transformers opens no causal language model there "
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
         self.name, self.read_tokens = f"hf:{folder}", 0
-        self.temperature, self.max_tokens, self.stop = temperature, max_tokens, tuple(stop)
-        self.room, self.rows = room, rows
+        self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
         self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
-        config = self.model.config
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-        self.window = config.sliding_window if sliding else None
         end = self.model.generation_config.eos_token_id
         self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
-        self.head: Tokens = []
-        self.head_states: list[tuple[Tensor, Tensor]] = []           # keys and values of each layer
+        self.new_cache: Callable[[], Any] = DynamicCache
 
     def describe(self, call: str) -> str:
         how = f"{self.name} in {str(self.model.dtype).removeprefix('torch.')}"
@@ -66,172 +61,136 @@ class Local:
     def report(self) -> str:
         return f"{self.name} read {self.read_tokens:,} tokens in this process"
 
+    def tokens(self, text: str) -> Tokens:
+        return list(self.tokenizer(text)["input_ids"])
+
+    # ----------------------------------------------------------------------------------------------
+    # The three calls
+
+    @torch.inference_mode()
     def log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
         """Sum of log p of the text's tokens after its prefix."""
         texts: dict[str, list[str]] = {}
         for prefix, text in dict.fromkeys(pairs):
             texts.setdefault(prefix, []).append(text)
-        groups: list[Group] = []
+        prefixes = list(texts)
         scores: dict[tuple[str, str], float] = {}
-        for prefix in texts:
-            tokens = self.tokens(prefix)
-            # subtle: tokenised in its place, since a tokenizer may mark the beginning of a text
-            groups.append((tokens, [self.tokens(prefix + text)[len(tokens):] for text in texts[prefix]]))
-        of_pairs = iter([(prefix, text) for prefix in texts for text in texts[prefix]])
-        for pack in self.packs(groups):
-            targets = [text for _, group in pack for text in group]
-            log_p = self.read(pack).log_softmax(dim=-1)              # (P, V)
-            token = self.tensor(sum(targets, []))                    # (P,)
-            of_token = log_p.gather(1, token[:, None])[:, 0]         # (P,)
-            for of_text in of_token.split([len(text) for text in targets]):
-                pair = next(of_pairs)
-                scores[pair] = float(of_text.sum())
-                self.keep("log_likelihood", pair, scores[pair])      # a stopped run goes on from the last pack
+        for numbers, ids, cache in self.batches(prefixes, PREFIXES):
+            row_of = {prefixes[n]: row for row, n in enumerate(numbers)}
+            batch = [(prefix, text) for prefix in row_of for text in texts[prefix]]
+            batch.sort(key=lambda pair: len(pair[1]))                # of like length: little padding
+            for start in range(0, len(batch), self.rows):
+                some = batch[start:start + self.rows]
+                rows = [row_of[prefix] for prefix, _ in some]
+                values = self.continuations(ids[rows], of_rows(cache, rows), some)
+                for pair, value in zip(some, values, strict=True):
+                    scores[pair] = value
+                    self.keep("log_likelihood", pair, value)         # a stopped run goes on from here
         return [scores[pair] for pair in pairs]
 
+    def continuations(self, ids: Tensor, cache: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """log p of each text after its prefix, of which ids (B, K) are the tokens."""
+        texts = []
+        for prefix, text in pairs:
+            # subtle: tokenised in its place, since a tokenizer may mark the beginning of a text
+            texts.append(self.tokens(prefix + text)[len(self.tokens(prefix)):])
+        L = max(map(len, texts))
+        target = self.tensor([text + [-1] * (L - len(text)) for text in texts])  # (B, L)
+        # the prompt's last token predicts the text's first
+        logits = self.forward(torch.cat([ids, target[:, :-1]], dim=1), cache, L)  # (B, L, V)
+        log_p = logits.log_softmax(dim=-1)
+        log_p = log_p.gather(2, target.clamp(min=0)[:, :, None])[:, :, 0]  # (B, L)
+        return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
+
+    @torch.inference_mode()
     def top_tokens(self, prompts: Sequence[str], k: int = 20) -> list[list[tuple[str, float]] | None]:
         """The likeliest first tokens of the answer, each with its log p."""
-        answers: list[list[tuple[str, float]] | None] = []
-        for pack in self.packs([(self.tokens(prompt), [[0]]) for prompt in prompts]):  # 0: any text of one token
-            best = self.read(pack).log_softmax(dim=-1).topk(k)       # (P, k)
-            for log_p, tokens in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                words = [self.tokenizer.decode([token]) for token in tokens]
-                answers.append(list(zip(words, log_p, strict=True)))
+        answers: list[list[tuple[str, float]] | None] = [None] * len(prompts)
+        for numbers, ids, cache in self.batches(prompts, PREFIXES):
+            log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
+            values, tokens = log_p.topk(k)                           # (B, k) twice
+            for row, n in enumerate(numbers):
+                words = [self.tokenizer.decode(token) for token in tokens[row].tolist()]
+                answers[n] = list(zip(words, values[row].tolist(), strict=True))
         return answers
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
         """What the model writes after each prompt, up to a stop; equal prompts differ by their seed."""
-        tokens = [self.tokens(prompt) for prompt in prompts]
-        self.read_head(tokens)
         answers: list[str | None] = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(tokens[i]))  # of like length: little padding
-        for start in range(0, len(order), self.rows):
-            chunk = order[start:start + self.rows]
-            written = self.write([tokens[i] for i in chunk], [seeds[i] for i in chunk])
-            for i, text in zip(chunk, written, strict=True):
-                answers[i] = text
-                self.keep("complete", (prompts[i], seeds[i]), text)
+        for numbers, ids, cache in self.batches(prompts, self.rows):
+            written = self.write(ids, cache, [seeds[n] for n in numbers])
+            for n, text in zip(numbers, written, strict=True):
+                answers[n] = text
+                self.keep("complete", (prompts[n], seeds[n]), text)
         return answers
 
-    # ----------------------------------------------------------------------------------------------
-    # How they are made
-
-    def tokens(self, text: str) -> Tokens:
-        return list(self.tokenizer(text)["input_ids"])
-
-    def tensor(self, values: Any) -> Tensor:
-        return torch.tensor(values, device=self.model.device)
-
-    def forward(self, ids: Tensor, seen: Tensor, position: Tensor, key_position: Tensor, cache: Any,
-                logits_to_keep: Any) -> Tensor:
-        """Logits; `seen` (B, L, K) says which keys a token attends to."""
-        masks: Any = seen[:, None]                                   # (B, 1, L, K)
-        if self.window:                                              # some layers see only what is near
-            near = position[:, :, None] - key_position[:, None] < self.window
-            masks = {"full_attention": masks, "sliding_attention": (seen & near)[:, None]}
-        self.read_tokens += ids.numel()
-        return self.model(ids, attention_mask=masks, position_ids=position, logits_to_keep=logits_to_keep,
-                          **{self.cache_name: cache}).logits.float()
-
-    @torch.inference_mode()
-    def read_head(self, prompts: Sequence[Tokens]) -> None:
-        """Keys and values of what all prompts share but for a last token, which is to predict the next."""
-        first, last, size = min(prompts), max(prompts), 0            # what these two share, all share
-        while size < min(map(len, prompts)) - 1 and first[size] == last[size]:
-            size += 1
-        if first[:size] != self.head:
-            self.head, self.head_states = first[:size], []
-            if size:
-                cache, place = self.start(1), torch.arange(size, device=self.model.device)[None]  # (1, H)
-                self.forward(self.tensor([self.head]), place[:, :, None] >= place[:, None], place, place, cache, 1)
-                self.head_states = [(layer.keys, layer.values) for layer in cache.layers]
-
-    def start(self, B: int) -> Any:
-        """A cache that holds the head, for B rows."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.head_states):
-            cache.update(keys.expand(B, -1, -1, -1), values.expand(B, -1, -1, -1), layer)
-        return cache
-
-    def packs(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """Groups, in order, in packs of about `room` tokens."""
-        self.read_head([prefix for prefix, _ in groups])
-        packs: list[list[Group]] = [[]]
-        size = 0
-        for prefix, texts in groups:
-            for start in range(0, len(texts), TEXTS):
-                part = texts[start:start + TEXTS]
-                cost = len(prefix) - len(self.head) + sum(map(len, part))
-                if packs[-1] and size + cost > self.room:
-                    packs.append([])
-                    size = 0
-                packs[-1].append((prefix, part))
-                size += cost
-        return packs
-
-    @torch.inference_mode()
-    def read(self, pack: Sequence[Group]) -> Tensor:
-        """Logits (P, V) that predict the tokens of each text, in order."""
-        H = len(self.head)
-        segments: list[Tokens] = []                                  # a prefix, its texts, the next prefix
-        starts: list[int] = []                                       # position of a segment's first token
-        roots: list[int] = []                                        # the segment of its prefix
-        for prefix, texts in pack:
-            root = len(segments)
-            segments.append(prefix[H:-1])
-            segments += [[prefix[-1], *text[:-1]] for text in texts]  # each token predicts the text's next one
-            starts += [H] + [len(prefix) - 1] * len(texts)
-            roots += [root] * (1 + len(texts))
-        length = self.tensor([len(segment) for segment in segments])
-        owner = torch.arange(len(segments), device=length.device).repeat_interleave(length)  # (L,)
-        root_of = self.tensor(roots)[owner]                          # (L,)
-        offset = torch.arange(len(owner), device=length.device) - (length.cumsum(0) - length)[owner]
-        position = self.tensor(starts)[owner] + offset               # (L,)
-        seen = (owner[:, None] == owner) | (root_of[:, None] == owner)  # (L, L): its own segment, its prefix
-        seen = torch.cat([seen.new_ones(len(owner), H), seen.tril()], dim=1)  # (L, K)
-        key_position = torch.cat([torch.arange(H, device=length.device), position])
-        return self.forward(self.tensor([sum(segments, [])]), seen[None], position[None], key_position[None],
-                            self.start(1), torch.nonzero(owner != root_of)[:, 0])[0]
-
-    def write(self, prompts: Sequence[Tokens], seeds: Sequence[int]) -> list[str]:
-        """Sampled answers, a token of each at a time; a row that is done leaves."""
-        H, longest, B = len(self.head), max(map(len, prompts)), len(prompts)
-        pads = [longest - len(prompt) for prompt in prompts]         # after the head, so that all end together
-        ids = self.tensor([[0] * pad + prompt[H:] for pad, prompt in zip(pads, prompts, strict=True)])  # (B, L)
-        place = torch.arange(longest, device=ids.device).expand(B, -1)  # (B, K)
-        pad = self.tensor(pads)[:, None]                             # (B, 1)
-        valid = (place < H) | (place >= H + pad)                     # (B, K)
-        key_position = torch.where(place < H, place, place - pad)    # (B, K)
-        position = key_position[:, H:].clamp(min=0)                  # (B, L)
-        seen = valid[:, None] & (place[:, H:, None] >= place[:, None])  # (B, L, K)
-        seen |= place[:, H:, None] == place[:, None]                 # a pad sees itself: no softmax over nothing
-        cache, rows = self.start(B), list(range(B))
-        answers: list[Tokens] = [[] for _ in prompts]
-        texts = [""] * B
+    def write(self, ids: Tensor, cache: Any, seeds: Sequence[int]) -> list[str]:
+        """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""
+        K = ids.shape[1]
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+        answers = [("", False)] * len(seeds)
         for _ in range(self.max_tokens):
-            logits = self.forward(ids, seen, position, key_position, cache, 1)[:, -1].cpu()  # (B, V)
-            stay = []
-            for n, row in enumerate(rows):
-                # the largest of logits / temperature + Gumbel noise is a sample of their softmax
-                gumbel = -torch.empty(logits.shape[1]).exponential_(generator=noise[row]).log()
-                token = int((logits[n] + self.temperature * gumbel).argmax())
-                answers[row].append(token)
-                texts[row] = self.tokenizer.decode(answers[row], skip_special_tokens=True)
-                if token not in self.ends and not any(stop in texts[row] for stop in self.stop):
-                    stay.append(n)
-            if not stay:
+            logits = self.forward(ids, cache)[:, -1].cpu()           # (B, V)
+            # the largest of logits / temperature + Gumbel noise is a sample of their softmax
+            for row, generator in zip(logits, noise, strict=True):
+                row -= self.temperature * torch.empty_like(row).exponential_(generator=generator).log()
+            token = logits.argmax(dim=1, keepdim=True)               # (B, 1)
+            ids = torch.cat([ids, token.to(ids.device)], dim=1)      # (B, K + tokens written)
+            answers = [self.until_stop(row) for row in ids[:, K:].tolist()]
+            if all(done for _, done in answers):
                 break
-            rows = [rows[n] for n in stay]
-            cache.batch_select_indices(self.tensor(stay))
-            ids = self.tensor([[answers[row][-1]] for row in rows])  # (B, 1)
-            position = position[stay, -1:] + 1                       # (B, 1)
-            key_position = torch.cat([key_position[stay], position], dim=1)
-            valid = torch.cat([valid[stay], valid.new_ones(len(stay), 1)], dim=1)
-            seen = valid[:, None]                                    # (B, 1, K)
+        return [text for text, _ in answers]
+
+    def until_stop(self, tokens: Tokens) -> tuple[str, bool]:
+        """The text before the first end or stop, and whether there is one."""
+        ends = [place for place, token in enumerate(tokens) if token in self.ends]
+        text = whole = self.tokenizer.decode(tokens[:min(ends, default=None)], skip_special_tokens=True)
         for stop in self.stop:
-            texts = [text.partition(stop)[0] for text in texts]
-        return texts
+            text = text.partition(stop)[0]
+        return text, bool(ends) or text != whole
+
+    # ----------------------------------------------------------------------------------------------
+    # Prompts, and the keys and values of their tokens
+
+    def batches(self, prompts: Sequence[str], size: int) -> Iterator[Batch]:
+        """The prompts, read in batches of like length, so that there is little padding."""
+        tokens = [self.tokens(prompt) for prompt in prompts]
+        # what all begin with is read once; not a last token, which is to predict the next
+        head = list(os.path.commonprefix([row[:-1] for row in tokens]))
+        if getattr(self.model.config, "sliding_window", None):
+            head = []    # subtle: the padding after the head would count as what the window sees
+        head_cache = self.new_cache()
+        if head:
+            self.forward(self.tensor([head]), head_cache)
+        order = sorted(range(len(tokens)), key=lambda n: len(tokens[n]))
+        for start in range(0, len(order), size):
+            numbers = order[start:start + size]
+            longest = len(tokens[numbers[-1]])
+            rows = []
+            for n in numbers:                                        # padded so that all end together
+                rows.append(head + [-1] * (longest - len(tokens[n])) + tokens[n][len(head):])
+            ids, cache = self.tensor(rows), of_rows(head_cache, [0] * len(rows))
+            if longest > len(head) + 1:
+                self.forward(ids[:, :-1], cache)
+            yield numbers, ids, cache
+
+    def forward(self, ids: Tensor, cache: Any, last: int = 1) -> Tensor:
+        """Logits (B, last, V) after the last tokens of ids (B, K), of which the cache holds those before."""
+        valid = ids >= 0                                             # (B, K)
+        place = valid.cumsum(dim=1).sub(1).clamp(min=0)              # (B, K)
+        new = slice(cache.get_seq_length(), None)
+        self.read_tokens += int(valid[:, new].sum())
+        output = self.model(ids[:, new].clamp(min=0), attention_mask=valid, position_ids=place[:, new],
+                            logits_to_keep=last, **{self.cache_name: cache})
+        return output.logits.float()
+
+    def tensor(self, rows: list[Tokens]) -> Tensor:
+        return torch.tensor(rows, device=self.model.device)
+
+
+def of_rows(cache: Any, rows: Sequence[int]) -> Any:
+    """A copy of the cache with these of its rows."""
+    cache = copy.deepcopy(cache)
+    cache.batch_select_indices(torch.tensor(rows))
+    return cache

@@ -1,7 +1,7 @@
 """engine/local.py: a causal language model in this process.   pytest tests/test_local.py
 
 Invariants: a score is what transformers, read plainly, gives: alone, among others, in any order; what stands
-beside a text in a pack is not seen by it; a seed's answer does not depend on the other rows.
+beside a text in a batch is not seen by it; a seed's answer does not depend on the other rows.
 """
 
 import json
@@ -46,7 +46,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(folder):
-    return Local(folder, room=60, max_tokens=12)
+    return Local(folder, rows=5, max_tokens=12)
 
 
 def log_likelihood_spec(folder, prefix, text):
@@ -65,26 +65,22 @@ def test_query_likelihood_is_the_plain_sum(model, folder):
     assert len({round(score, 3) for score in expected}) == len(PAIRS)
 
 
-def test_neighbours_in_a_pack_change_no_score(model):
-    """Alone, in another order, in packs of another size."""
+def test_what_stands_beside_a_text_in_a_batch_changes_no_score(model):
+    """Alone, in another order, in one batch."""
     together = model.log_likelihood(PAIRS)
     alone = [model.log_likelihood([pair])[0] for pair in PAIRS]
     backwards = model.log_likelihood(PAIRS[::-1])[::-1]
-    model.room = 1000
-    one_pack = model.log_likelihood(PAIRS)
-    model.room = 60
-    for other in (alone, backwards, one_pack):
+    model.rows = 1000
+    one_batch = model.log_likelihood(PAIRS)
+    model.rows = 5
+    for other in (alone, backwards, one_batch):
         assert other == pytest.approx(together, abs=1e-4)
 
 
-def test_negative_control_without_the_mask_neighbours_leak(model, monkeypatch):
+def test_negative_control_padding_that_is_read_changes_scores(model, monkeypatch):
     together = model.log_likelihood(PAIRS)
     forward = model.forward
-
-    def leaking(ids, seen, *rest):
-        return forward(ids, torch.ones_like(seen).tril(seen.shape[2] - seen.shape[1]), *rest)
-
-    monkeypatch.setattr(model, "forward", leaking)
+    monkeypatch.setattr(model, "forward", lambda ids, *rest: forward(ids.clamp(min=0), *rest))
     assert model.log_likelihood(PAIRS) != pytest.approx(together, abs=1e-2)
 
 
@@ -127,23 +123,22 @@ def test_samples_follow_the_models_own_probabilities(folder):
 
 
 def test_answers_are_kept_as_they_come(folder, tmp_path, monkeypatch):
-    """Stopped in the middle, a run goes on from the last pack: the cache holds all that was read."""
-    model, path = Local(folder, room=60), tmp_path / "cache.jsonl"
-    expected, packs, read = model.log_likelihood(PAIRS), [], model.read
+    """Stopped in the middle, a run goes on from the last batch: the cache holds all that was scored."""
+    model, path = Local(folder, rows=6), tmp_path / "cache.jsonl"
+    expected, batches, continuations = model.log_likelihood(PAIRS), [], model.continuations
 
-    def stopping(pack):
-        packs.append(pack)
-        if len(packs) == 3:
+    def stopping(ids, cache, pairs):
+        batches.append(pairs)
+        if len(batches) == 3:
             raise KeyboardInterrupt
-        return read(pack)
+        return continuations(ids, cache, pairs)
 
-    monkeypatch.setattr(model, "read", stopping)
+    monkeypatch.setattr(model, "continuations", stopping)
     with pytest.raises(KeyboardInterrupt):
         Cached(model, path).log_likelihood(PAIRS)
-    done = sum(len(texts) for pack in packs[:2] for _, texts in pack)
-    again = Cached(Local(folder, room=60), path)
+    again = Cached(Local(folder, rows=6), path)
     assert again.log_likelihood(PAIRS) == pytest.approx(expected, abs=1e-4)
-    assert again.found == done > 0
+    assert again.found == sum(map(len, batches[:2])) == 12
 
 
 def test_mine_with_a_model_in_this_process(folder, tmp_path, monkeypatch, capsys):
