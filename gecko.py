@@ -32,6 +32,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.documents import read_corpus
 from engine.evaluate import say_lost
 from engine.files import (
     InputError,
@@ -41,7 +42,6 @@ from engine.files import (
     one_line,
     passage_texts,
     read_jsonl,
-    read_passages,
     run,
     say,
     utf8,
@@ -57,6 +57,7 @@ from engine.packed import (
     tokenise,
 )
 from engine.search import topk
+from engine.vectors import kept_vectors
 
 # Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
 #         Q queries, P passages, k neighbours.
@@ -479,20 +480,20 @@ def load(name: str | Path) -> Gecko:
 
 def search_command(args: argparse.Namespace) -> None:
     at_least(1, k=args.k)
-    model = load(args.model)
-    corpus = args.corpus or Path(args.model).parent / "corpus.jsonl"
-    passages = [p for p in read_passages(corpus) if p["title"] or p["text"]]
+    folder = fetch(args.model)
+    model = load(folder)
+    corpus = Path(args.corpus or folder.parent / "corpus.jsonl")
+    passages = read_corpus(corpus)
     say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=args.dim or "all")
     q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
     say_lost(model, "query")
-    texts = [p["text"] for p in passages]
-    titles = [p["title"] for p in passages]
-    P = model.encode_passages(texts, titles, dim=args.dim, progress="passages")   # (P, dim)
-    say_lost(model, "passages")
-    scores, indices = topk(q, P, min(args.k, len(passages)))         # (1, k) twice
+    texts = [format_passage(p["text"], p["title"], model.formats) for p in passages]
+    P = torch.from_numpy(kept_vectors(model, folder, corpus, texts))  # (P, d)
+    scores, indices = topk(q, truncate_dim(P, args.dim), min(args.k, len(passages)))  # (1, k) twice
     for score, i in zip(scores[0], indices[0], strict=True):
-        name = titles[i] or passages[i]["_id"]
-        print(f"{score:.3f}  {one_line(name, 80)}  {one_line(texts[i], 80)}")
+        found = passages[i]
+        name = found["title"] or found["_id"]
+        print(f"{score:.3f}  {one_line(name, 80)}  {one_line(found['text'], 80)}")
 
 
 def read_texts(args: argparse.Namespace, formats: dict[str, str]) -> list[str]:
@@ -534,7 +535,7 @@ def main() -> None:
     search = commands.add_parser("search", help="the passages nearest to one query")
     search.set_defaults(call=search_command)
     search.add_argument("query", type=utf8)
-    search.add_argument("--corpus", help="corpus.jsonl (default: the one beside the model's folder)")
+    search.add_argument("--corpus", help="corpus.jsonl (default: beside the model), or documents")
     search.add_argument("-k", type=int, default=10, help="how many (%(default)s)")
     encode = commands.add_parser("encode", help="a file of texts -> a .npy file of unit vectors")
     encode.set_defaults(call=encode_command)

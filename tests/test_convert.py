@@ -7,14 +7,13 @@ said; a right answer is never the hard negative of the same query.
 
 import gzip
 import json
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
+from toys import outcome
 
 import data
-from engine import files
 from engine.convert import Row, contrasted, labelled, labelled_pairs
 from gecko import save, tiny
 
@@ -25,20 +24,14 @@ def lines(path, *rows):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """data.py convert, as from a shell: exit code, the records that it wrote (None: no file), what it printed."""
-    def run(kind, *arguments):
+def command(tmp_path, capsys):
+    """data.py convert: exit code, the records that it wrote (None: no file), what it printed."""
+    def convert(kind, *arguments):
         out = tmp_path / "out.jsonl"
         out.unlink(missing_ok=True)
-        monkeypatch.setattr(sys, "argv", ["data.py", "convert", kind, *map(str, arguments), str(out)])
-        code = 0
-        try:
-            files.run(data.main)
-        except SystemExit as stop:
-            code = stop.code
-        printed = capsys.readouterr()
-        return code, data.read_records(out) if out.exists() else None, printed.out + printed.err
-    return run
+        code, said, error = outcome(capsys, data.main, "convert", kind, *arguments, out)
+        return code, data.read_records(out) if out.exists() else None, said + error
+    return convert
 
 
 def texts(row):

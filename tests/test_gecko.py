@@ -6,12 +6,12 @@ top-k equals a full stable sort whatever the blocks; a saved model gives the sam
 
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 from teach import check
+from toys import outcome
 
 import gecko
 from engine import files
@@ -222,62 +222,67 @@ def test_a_vector_that_is_no_number_is_refused(number, bag):
         weight.copy_(good)
 
 
-def command(monkeypatch, capsys, *words):
-    """(exit code, stdout, last line of stderr)"""
-    monkeypatch.setattr(sys, "argv", ["gecko.py", *map(str, words)])
-    code = 0
-    try:
-        files.run(gecko.main)
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
 @pytest.fixture
 def saved(bag, tmp_path):
     gecko.save(bag, tmp_path / "m")
     return tmp_path / "m"
 
 
-def test_the_commands_say_what_was_cut(saved, tmp_path, monkeypatch, capsys):
+def test_the_commands_say_what_was_cut(saved, tmp_path, capsys):
     """search and encode, of texts that are too long; an empty passage keeps its row, and is never printed."""
     files.write_jsonl(tmp_path / "corpus.jsonl", [
         {"_id": "1", "title": "a", "text": "number " * 900}, {"_id": "2", "title": "", "text": ""},
         {"_id": "3", "title": "delete a file", "text": ""}])
-    code, out, err = command(monkeypatch, capsys, "search", "round " * 500, "--model", saved)
+    code, out, err = outcome(capsys, gecko.main, "search", "round " * 500, "--model", saved)
     assert code == 0 and "query=1 of 1 texts were cut at 256 tokens" in err
     assert "passages=1 of 2 texts were cut at 256 tokens" in err
     assert "1 of 3 passages have neither title nor text" in err and len(out.splitlines()) == 2
-    code, out, err = command(monkeypatch, capsys, "encode", tmp_path / "corpus.jsonl", tmp_path / "x.npy",
-                           "--passages", "--model", saved)
+    code, out, err = outcome(capsys, gecko.main, "encode", tmp_path / "corpus.jsonl", tmp_path / "x.npy",
+                             "--passages", "--model", saved)
     assert code == 0 and "(3, 24); 1 of 2 texts were cut at 256 tokens" in out
     assert "empty=1 passages have neither title nor text; their vectors are 0" in err
     np.testing.assert_allclose(np.linalg.norm(np.load(tmp_path / "x.npy"), axis=1), [1, 0, 1], atol=1e-6)
 
 
-def test_a_damaged_model_writes_no_vectors(saved, tmp_path, monkeypatch, capsys):
+def test_search_encodes_a_corpus_once_and_reads_documents(saved, tmp_path, capsys):
+    """The second search prints the same without a bar; a folder of documents is a corpus too; --dim cuts both."""
+    (tmp_path / "docs").mkdir()
+    for name, text in (("remove.md", "# Files\ndelete a file"), ("order.txt", "sort a list in place")):
+        (tmp_path / "docs" / name).write_text(text)
+    words = ("search", "delete a file", "--model", saved, "--corpus", tmp_path / "docs")
+    first, second = (outcome(capsys, gecko.main, *words) for _ in range(2))
+    assert first[0] == second[0] == 0 and first[1] == second[1]
+    assert first[1].splitlines()[0].endswith("Files  delete a file")
+    assert "passages: 100%" in first[2] and "passages: " not in second[2]
+    score, title, _ = outcome(capsys, gecko.main, *words, "--dim", "4", "-k", "1")[1].split("  ")
+    model = gecko.load(saved)
+    q = model.encode_queries(["delete a file"], dim=4)
+    p = model.encode_passages(["delete a file"], ["Files"], dim=4)
+    assert title == "Files" and abs(float(score) - float(q[0] @ p[0])) < 1e-3
+
+
+def test_a_damaged_model_writes_no_vectors(saved, tmp_path, capsys):
     model = gecko.load(saved)
     model.encoder.embeddings["word_embeddings"].weight.data[5:] = np.nan
     gecko.save(model, saved)
     files.write_jsonl(tmp_path / "in.jsonl", [{"text": "delete a file"}])
     words = ("encode", tmp_path / "in.jsonl", tmp_path / "x.npy", "--model", saved)
-    code, _, err = command(monkeypatch, capsys, *words)
+    code, _, err = outcome(capsys, gecko.main, *words)
     assert code == 2 and "texts have no finite vector, the first: 'task: question answering" in err
     assert not (tmp_path / "x.npy").exists()
 
 
-def test_encode_writes_whole_or_not_at_all(saved, tmp_path, monkeypatch, capsys):
+def test_encode_writes_whole_or_not_at_all(saved, tmp_path, capsys):
     """Queries and passages, in the input's order; a row without text leaves the older output as it was."""
     rows = [{"query": t, "text": "other"} for t in TEXTS]
     files.write_jsonl(tmp_path / "in.jsonl", rows)
     words = ("encode", tmp_path / "in.jsonl", tmp_path / "x.npy", "--model", saved, "--dim", "8")
-    code, out, _ = command(monkeypatch, capsys, *words)
+    code, out, _ = outcome(capsys, gecko.main, *words)
     assert code == 0 and out.endswith("float32 (16, 8); no text was cut\n")
     x = np.load(tmp_path / "x.npy")
     np.testing.assert_array_equal(x, gecko.load(saved).encode_queries(TEXTS, dim=8))
     files.write_jsonl(tmp_path / "in.jsonl", [*rows, {"query": " "}])
-    code, _, err = command(monkeypatch, capsys, *words)
+    code, _, err = outcome(capsys, gecko.main, *words)
     assert code == 2 and 'in.jsonl:17: no "query" or "text"' in err
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), x)
     assert {p.name for p in tmp_path.iterdir()} == {"in.jsonl", "m", "x.npy"}

@@ -61,13 +61,22 @@ def command(main, *arguments):
         run(main)
 
 
+def outcome(capsys, main, *arguments):
+    """What a command line does: exit code, stdout, stderr."""
+    code = 0
+    try:
+        command(main, *arguments)
+    except SystemExit as stop:
+        code = stop.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
 def mistake(capsys, main, *arguments):
     """The one line that a command line's mistake prints, with exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        command(main, *arguments)
-    error = capsys.readouterr().err.strip()
-    assert stop.value.code == 2
-    return error
+    code, _, error = outcome(capsys, main, *arguments)
+    assert code == 2
+    return error.strip()
 
 
 def bytes_of(folder, without=()):
