@@ -300,8 +300,11 @@ def converted(kind: str, paths: Sequence[str], left_out: Counter[str],
         rows = publishers.labelled_pairs(paths, left_out, c.positive_from)
     elif kind == "choice":
         rows = publishers.choice(paths, left_out, c.first)
+    elif kind == "beir":
+        model = load(c.model) if c.model else None
+        rows = publishers.beir(paths, c.split, model, task, c.depth)
     else:
-        rows = publishers.beir(paths, c.split, load(c.model) if c.model else None, task, c.depth)
+        raise InputError(f"{kind}: no such kind of files; name one of {', '.join(CONVERTERS)}")
     records = []
     for query, positive, negative, symmetric in publishers.contrasted(rows, left_out, rng):
         records.append(record(task, query, side(positive), negative and side(negative), symmetric))
