@@ -4,9 +4,9 @@ contrastive, the mixture.
 Every training set has one format: task, input, positive target and negative target. This file makes,
 reads and checks such records, and draws batches from a mixture of sets.
 
-    python data.py corpus OUT.jsonl       write the built-in corpus: the Python documentation
+    python data.py corpus OUT.jsonl [DOCS]            the built-in corpus, or a folder of documents
     python data.py convert KIND IN... OUT.jsonl       publishers' files -> records
-    python data.py check FILE             what the encoder will see of a training file
+    python data.py check FILE                         what the encoder will see of a training file
 
 Where we fill a gap in the paper:
 1. Mixture (3.3, weights not stated): a weight for each set; `batches` says how sets meet in a batch.
@@ -31,6 +31,7 @@ from engine import convert as publishers
 from engine import pairs
 from engine.corpus import Passage
 from engine.corpus import builtin_corpus as builtin_corpus
+from engine.documents import read_corpus
 from engine.files import (
     InputError,
     add_flags,
@@ -42,6 +43,7 @@ from engine.files import (
     run,
     write_jsonl,
 )
+from engine.show import counted, overview
 from engine.table import check_record
 from gecko import FORMATS, format_passage, format_query, load
 
@@ -303,8 +305,6 @@ def converted(kind: str, paths: Sequence[str], left_out: Counter[str],
     elif kind == "beir":
         model = load(c.model) if c.model else None
         rows = publishers.beir(paths, c.split, model, task, c.depth)
-    else:
-        raise InputError(f"{kind}: no such kind of files; name one of {', '.join(CONVERTERS)}")
     records = []
     for query, positive, negative, symmetric in publishers.contrasted(rows, left_out, rng):
         records.append(record(task, query, side(positive), negative and side(negative), symmetric))
@@ -323,7 +323,7 @@ def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
     if not rows:
         raise InputError(f"{output}: no record could be made of {', '.join(inputs)}")
     write_jsonl(output, rows)
-    print(f"wrote {output}: {len(rows)} records, {with_negative(rows)} with a hard negative")
+    print(f"wrote {output}: {counted(rows)}")
     print(f"next: python data.py check {output}")
 
 
@@ -331,28 +331,25 @@ def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
 # Command line
 
 
-def with_negative(rows: Sequence[Record]) -> int:
-    return sum(row["negative"] is not None for row in rows)
+def corpus(output: str, documents: str) -> None:
+    """The built-in corpus, or documents. Run again, it has what was added; unchanged files keep their ids."""
+    check_output(output, documents)
+    passages = read_corpus(documents) if documents else builtin_corpus()
+    write_jsonl(output, passages)
+    print(f"wrote {output}: {len(passages)} passages")
+    print(f"next: python llm.py generate {output} queries.jsonl --llm URL")
 
 
 def check(path: str, model_dir: str | None, max_length: int | None) -> None:
-    """Print what training will see of a file: texts as formatted, counts, doubtful rows."""
+    """What training will see of a file: texts as formatted, counts, doubtful rows."""
     if max_length is not None:
         at_least(1, max_length=max_length)
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]
-    print(f"{path}: {len(rows)} records, {with_negative(rows)} with a hard negative, "
-          f"{sum(row['symmetric'] for row in rows)} symmetric")
-    for task, count in Counter(map(task_of, rows)).most_common(10):
-        print(f"  {count:7d}  {task[:80]}")
-    for name, which in (("input", 0), ("positive", 1)):
-        repeated = len(texts) - len({three[which] for three in texts})
-        print(f"  {repeated} repeated {name} texts (in a batch they are masked, not negatives)")
-    same = sum(row["query"] == row["positive"]["text"] for row in rows)
-    print(f"  {same} rows whose query is their positive (nothing to learn from)")
-    for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
-        print(f"  first {name}: {' '.join((text or '(none)').split())[:100]}")
+    print(f"{path}: {counted(rows)}")
+    for line in overview(rows, texts, [task_of(row) for row in rows]):
+        print(f"  {line}")
     if model:
         model.tokens([text for three in texts for text in three if text], max_length)
         length = max_length or model.max_length
@@ -364,8 +361,9 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    corpus = commands.add_parser("corpus", help="write the built-in corpus")
-    corpus.add_argument("output")
+    writer = commands.add_parser("corpus", help="write the built-in corpus, or a folder of .txt, .md and .rst")
+    writer.add_argument("output", help="the corpus.jsonl to write")
+    writer.add_argument("documents", nargs="?", default="", help="a folder of documents; none: the built-in corpus")
     checker = commands.add_parser("check", help="what the encoder will see of a training file")
     checker.add_argument("file")
     checker.add_argument("--model", help="a model folder: also count the texts that will be cut")
@@ -376,13 +374,12 @@ def main() -> None:
     converter.add_argument("output", help="the JSONL of records to write")
     add_flags(converter, Convert)
     args = parser.parse_args()
-    if args.command == "convert":
+    if args.command == "corpus":
+        corpus(args.output, args.documents)
+    elif args.command == "convert":
         convert(args.kind, args.inputs, args.output, from_flags(Convert, args))
-    elif args.command == "check":
-        check(args.file, args.model, args.max_length)
     else:
-        check_output(args.output)
-        print(f"wrote {args.output}: {write_jsonl(args.output, builtin_corpus())} passages")
+        check(args.file, args.model, args.max_length)
 
 
 if __name__ == "__main__":

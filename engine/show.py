@@ -1,4 +1,4 @@
-"""Records of a FRet file as people read them: for the terminal, and as one HTML page that needs nothing else.
+"""Records as people read them: FRet for the terminal and as one HTML page that needs nothing else, any by counts.
 
 How ranks are counted comes as an argument, `ranks(scores)`.
 """
@@ -6,6 +6,7 @@ How ranks are counted comes as an argument, `ranks(scores)`.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,3 +130,26 @@ def as_page(rows: Sequence[Row], passages: Passages, about: str, ranks: Ranks) -
     # subtle: a "<" in the data could end the script element that holds it
     data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
     return Path(__file__).with_name("viewer.html").read_text(encoding="utf-8").replace("@data@", data, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# A training file
+
+
+def counted(rows: Sequence[Row]) -> str:
+    with_negative = sum(row["negative"] is not None for row in rows)
+    symmetric = sum(row["symmetric"] for row in rows)
+    return f"{len(rows)} records, {with_negative} with a hard negative, {symmetric} symmetric"
+
+
+def overview(rows: Sequence[Row], texts: Sequence[Sequence[str | None]], tasks: Sequence[str]) -> Iterator[str]:
+    """What training will see: the most frequent tasks, doubtful rows, the first row's texts as formatted."""
+    for task, count in Counter(tasks).most_common(10):
+        yield f"{count:7d}  {task[:80]}"
+    inputs, positives, _ = map(set, zip(*texts, strict=True))
+    for name, distinct in (("input", inputs), ("positive", positives)):
+        yield f"{len(texts) - len(distinct)} repeated {name} texts (in a batch they are masked, not negatives)"
+    same = sum(row["query"] == row["positive"]["text"] for row in rows)
+    yield f"{same} rows whose query is their positive (nothing to learn from)"
+    for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
+        yield f"first {name}: {' '.join((text or '(none)').split())[:100]}"

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from toys import outcome
 
 import data
 from engine import files
@@ -261,6 +262,28 @@ def test_empty_missing_and_truncated_files(tmp_path):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-9])
     with pytest.raises(InputError, match="unreadable|not JSON"):
         data.read_records(tmp_path / "cut.jsonl.gz")
+
+
+def test_corpus_writes_documents_and_those_that_are_added(tmp_path, capsys):
+    """Passages, what was left out and the next command; what was there stays as it was, id and text."""
+    docs, out = tmp_path / "docs", tmp_path / "corpus.jsonl"
+    docs.mkdir()
+    (docs / "b.md").write_text("# Tea\nBoil the water.")
+    (docs / "c.pdf").write_text("")
+    code, said, error = outcome(capsys, data.main, "corpus", out, docs)
+    assert code == 0 and "left out: 1 .pdf files; to read them, convert them first: pdftotext" in error
+    assert said == f"wrote {out}: 1 passages\nnext: python llm.py generate {out} queries.jsonl --llm URL\n"
+    first = files.read_passages(out)
+    (docs / "a.txt").write_text("Added later.")
+    assert outcome(capsys, data.main, "corpus", out, docs)[0] == 0
+    assert [p["_id"] for p in files.read_passages(out)] == ["a.txt#1", "b.md#1"]
+    assert files.read_passages(out)[1:] == first == [{"_id": "b.md#1", "title": "Tea", "text": "Boil the water."}]
+    before = out.read_bytes()
+    (docs / "a.txt").unlink()
+    (docs / "b.md").unlink()
+    code, said, error = outcome(capsys, data.main, "corpus", out, docs)
+    assert code == 2 and error.count("\n") == 1 and out.read_bytes() == before
+    assert "it is an input too" in outcome(capsys, data.main, "corpus", out, out)[2]
 
 
 @pytest.mark.parametrize("words, message", [
