@@ -1,8 +1,7 @@
 """A folder of .txt, .md and .rst files -> passages, and what of them trains an encoder without labels.
 
-A document is cut at its headings, then between paragraphs, list items or lines, and within a paragraph only
-where it is too long for an encoder. A passage is {"_id", "title", "text"}: the id `guide/install.md#3` names
-file and place, so that it stays while the file does; the title is "document: section".
+engine/markup.py cuts one document. The id of a passage, `guide/install.md#3`, names file and place, so that it
+stays while the file does. Whatever is left out is named or counted, with what would mend it.
 """
 
 from __future__ import annotations
@@ -19,22 +18,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.corpus import UNSPACED, Passage, sentences, terms
+from engine.corpus import Passage, sentences, terms
 from engine.files import InputError, beir_file, read_passages
-from engine.markup import blocks, visible
+from engine.markup import MARKDOWN, MAX_WORDS, passages_of
 
-# The most words of a passage, as `size` counts them: with its title, 99 of 100 are then within the 256 tokens
-# at which all-MiniLM-L6-v2 and `tiny` cut a text.
-MAX_WORDS = 160
-FEW_WORDS = 20               # a smaller piece joins a neighbour
 MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in two to three times as much
 
-ENDINGS = (".md", ".markdown", ".rst", ".txt")
+ENDINGS = (*MARKDOWN, ".rst", ".txt")
 CONVERTERS = {".pdf": "pdftotext", ".html": "pandoc -t plain", ".htm": "pandoc -t plain", ".docx": "pandoc",
               ".odt": "pandoc", ".epub": "pandoc", ".tex": "pandoc", ".doc": "libreoffice --convert-to txt",
               ".ipynb": "jupyter nbconvert --to markdown", ".gz": "gunzip"}
 PASSED_OVER = {"node_modules", "__pycache__", "venv"}                # and hidden folders, such as .git
-FOR_PROGRAMS = re.compile(r"(CMakeLists|(.*-)?requirements.*|vocab|robots|top_level|entry_points)\.txt")
+FOR_PROGRAMS = re.compile(r"(CMakeLists|requirements([-_]\w+)?|vocab|robots|top_level|entry_points)\.txt")
 
 # --------------------------------------------------------------------------------------------------
 # A folder -> passages
@@ -42,8 +37,10 @@ FOR_PROGRAMS = re.compile(r"(CMakeLists|(.*-)?requirements.*|vocab|robots|top_le
 
 def read_corpus(path: str | Path) -> list[Passage]:
     """A folder of documents, a BEIR folder or a corpus.jsonl; what was left out is said, to stderr."""
-    corpus = beir_file(path, "corpus.jsonl") if Path(path).is_dir() else Path(path)
-    if corpus.is_file() and corpus.name.endswith((".jsonl", ".jsonl.gz")):
+    corpus = Path(path)
+    if beir_file(path, "queries.jsonl").is_file():
+        corpus = beir_file(path, "corpus.jsonl")
+    if corpus.is_file() and ".jsonl" in corpus.suffixes:
         return [row for row in read_passages(corpus) if row["title"] or row["text"]]
     passages, notes = read_documents(path)
     for note in notes:
@@ -58,7 +55,8 @@ def read_documents(folder: str | Path, max_words: int = MAX_WORDS) -> tuple[list
     passages: dict[str, Passage] = {}                                # by their words
     unreadable, empty, found = [], [], 0
     for path in tqdm(paths, desc="documents", unit="file", delay=2):
-        name = path.name if path == root else path.relative_to(root).as_posix()
+        name = path.relative_to(path.parent if path == root else root).as_posix()
+        name = name.encode(errors="replace").decode()                # no file can hold what is not UTF-8
         text = decoded(path)
         if text is None:
             unreadable.append(name)
@@ -118,7 +116,10 @@ def documents_below(root: Path) -> tuple[list[Path], list[str]]:
 
 def files_below(root: Path, others: Counter[str]) -> Iterator[Path]:
     """In the order of their names. A link to a folder is not followed: it may lead back up."""
-    for folder, inner, names in os.walk(root):
+    def count_unreadable(error: OSError) -> None:
+        others["folders that cannot be opened"] += 1
+
+    for folder, inner, names in os.walk(root, onerror=count_unreadable):
         kept = [name for name in inner if not name.startswith(".") and name not in PASSED_OVER
                 and not os.path.islink(os.path.join(folder, name))]
         if len(kept) < len(inner):
@@ -130,109 +131,15 @@ def files_below(root: Path, others: Counter[str]) -> Iterator[Path]:
                 yield path
 
 
-MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
-
-
 def decoded(path: Path) -> str | None:
     """The text of a file in UTF-8, or in UTF-16 where its first bytes say so; None if it is none."""
     try:
         content = path.read_bytes()
-        for mark, encoding in MARKS.items():
-            if content.startswith(mark):
-                return content.decode(encoding)
-        text = content.decode("utf-8")
+        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if marked else "utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return None
     return None if "\0" in text else text
-
-
-# --------------------------------------------------------------------------------------------------
-# A document -> passages
-
-
-def passages_of(name: str, text: str, max_words: int = MAX_WORDS) -> list[Passage]:
-    """The passages of one document, numbered in their order.
-
-    >>> passages_of("tea.md", "Boil water.")
-    [{'_id': 'tea.md#1', 'title': 'tea', 'text': 'Boil water.'}]
-    """
-    markdown = Path(name).suffix.lower() in (".md", ".markdown")
-    parts = list(blocks(visible(text, markdown), markdown))
-    headings = [part for kind, part in parts[:3] if kind == "heading"]
-    title = headings[0] if headings else re.sub("[-_]+", " ", Path(name).stem)
-    heading, section = "", list[str]()
-    pieces = []                                                      # (heading, text)
-    for kind, part in [*parts, ("heading", "")]:
-        if kind == "heading":
-            pieces += [(heading, piece) for piece in packed(section, "\n\n", max_words)]
-            heading, section = part, []
-        else:
-            section += cut(part, CUTS[kind], max_words)
-    rows = list[Passage]()
-    for heading, piece in joined(pieces, max_words):
-        if len(WORD.findall(piece)) < size(piece) / 10:              # a table of numbers, no text
-            continue
-        full_title = title if heading in ("", title) else f"{title}: {heading}"
-        rows.append({"_id": f"{name}#{len(rows) + 1}", "title": full_title, "text": piece})
-    return rows
-
-
-# What an encoder will read as a token, nearly: a word of common length, a character, a punctuation mark
-TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,12}}|[^\w\s]|_")
-WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_]{{2,}}")
-
-
-def size(text: str) -> int:
-    return len(TOKEN.findall(text))
-
-
-# Where to cut what is too long, the best place first: (pattern, what joins the pieces again)
-CUTS = {
-    "text": [(r"\n(?= *(?:[-*+•]|\d+[.)]) )", "\n"), (r"(?<=[.!?])\s+|(?<=[。！？])", " "),
-             (r"\n", "\n"), (r"\s+", " ")],
-    "lines": [(r"\n\n+", "\n\n"), (r"\n", "\n"), (r"\s+", " ")],
-}
-
-
-def cut(text: str, cuts: Sequence[tuple[str, str]], max_words: int) -> list[str]:
-    """A text in pieces of at most max_words, each as long as the coarsest cuts allow."""
-    if size(text) <= max_words:
-        return [text]
-    if not cuts:                                                     # one endless word
-        return [text[i:i + max_words] for i in range(0, len(text), max_words)]
-    pattern, joint = cuts[0]
-    parts = []
-    for part in re.split(pattern, text):
-        parts += cut(part, cuts[1:], max_words)
-    return packed(parts, joint, max_words)
-
-
-def packed(parts: Sequence[str], joint: str, max_words: int) -> list[str]:
-    """Neighbours joined, to as few pieces of about equal size as max_words allows."""
-    sizes = [size(part) for part in parts]
-    aim = sum(sizes) / max(1, math.ceil(sum(sizes) / max_words))
-    pieces, total = list[list[str]](), 0
-    for part, words in zip(parts, sizes, strict=True):
-        if not pieces or total >= aim or total + words > max_words:
-            pieces.append([])
-            total = 0
-        pieces[-1].append(part)
-        total += words
-    return [joint.join(piece) for piece in pieces]
-
-
-def joined(pieces: Sequence[tuple[str, str]], max_words: int) -> list[tuple[str, str]]:
-    """A piece of few words goes to the one below it, the last one to the one above, under its heading."""
-    found = list[tuple[str, str]]()
-    for i, (heading, text) in enumerate(pieces):
-        above_heading, above = found[-1] if found else ("", "")
-        small = size(text) < FEW_WORDS and (heading == above_heading or i == len(pieces) - 1)
-        inner = text if heading == above_heading else f"{heading}\n{text}"
-        if found and (small or size(above) < FEW_WORDS) and size(above) + size(inner) <= max_words:
-            found[-1] = above_heading or heading, f"{above}\n\n{inner}"
-        else:
-            found.append((heading, text))
-    return found
 
 
 # --------------------------------------------------------------------------------------------------

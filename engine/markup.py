@@ -1,14 +1,117 @@
-"""The text of .md, .rst and .txt files: headings, paragraphs, and what must keep its lines.
+"""One document -> passages: a .md, .rst or .txt file is cut where its makers cut it.
 
-No parser of either language: it finds what a reader would read, and loses no word of it where a file breaks
-the rules. What is not read: front matter, comments, directives without text, images, badges, addresses.
+That is at headings, then between paragraphs, list items or lines; within a paragraph only where an encoder
+could not read it whole. No parser of either language: a file that breaks the rules loses no word. What is not
+read: front matter, comments, directives without text, images, badges, addresses, lists of links.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from engine.corpus import UNSPACED, Passage
+
+# The most words of a passage, as `size` counts them: with its title, 99 of 100 are then within the 256 tokens
+# at which all-MiniLM-L6-v2 and `tiny` cut a text.
+MAX_WORDS = 160
+FEW_WORDS = 20               # a smaller piece joins a neighbour
+MARKDOWN = (".md", ".markdown")
+
+# --------------------------------------------------------------------------------------------------
+# A document -> passages
+
+
+def passages_of(name: str, text: str, max_words: int = MAX_WORDS) -> list[Passage]:
+    """The passages of one document, numbered in their order.
+
+    >>> passages_of("tea.md", "Boil water.")
+    [{'_id': 'tea.md#1', 'title': 'tea', 'text': 'Boil water.'}]
+    """
+    markdown = Path(name).suffix.lower() in MARKDOWN
+    parts = list(blocks(visible(text, markdown), markdown))
+    headings = [part for kind, part in parts[:3] if kind == "heading"]
+    title = headings[0] if headings else re.sub("[-_]+", " ", Path(name).stem)
+    heading, section = "", list[str]()
+    pieces = []                                                      # (heading, text)
+    for kind, part in [*parts, ("heading", "")]:
+        if kind == "heading":
+            pieces += [(heading, piece) for piece in packed(section, "\n\n", max_words)]
+            heading, section = part, []
+        else:
+            section += cut(part, CUTS[kind], max_words)
+    rows = list[Passage]()
+    for heading, piece in joined(pieces, max_words):
+        if len(WORD.findall(piece)) < size(piece) / 10:              # a table of numbers, no text
+            continue
+        full_title = title if heading in ("", title) else f"{title}: {heading}"
+        rows.append({"_id": f"{name}#{len(rows) + 1}", "title": full_title, "text": piece})
+    return rows
+
+
+# What an encoder will read as a token, nearly: a word of common length, a character, a punctuation mark
+TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,12}}|[^\w\s]|_")
+WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_]{{2,}}")
+
+
+def size(text: str) -> int:
+    return len(TOKEN.findall(text))
+
+
+# Where to cut what is too long, the best place first: (pattern, what joins the pieces again)
+CUTS = {
+    "text": [(r"\n(?= *(?:[-*+•]|\d+[.)]) )", "\n"), (r"(?<=[.!?])\s+|(?<=[。！？])", " "),
+             (r"\n", "\n"), (r"\s+", " ")],
+    "lines": [(r"\n\n+", "\n\n"), (r"\n", "\n"), (r"\s+", " ")],
+}
+
+
+def cut(text: str, cuts: Sequence[tuple[str, str]], max_words: int) -> list[str]:
+    """A text in pieces of at most max_words, each as long as the coarsest cuts allow."""
+    if size(text) <= max_words:
+        return [text]
+    if not cuts:                                                     # one endless word
+        return [text[i:i + max_words] for i in range(0, len(text), max_words)]
+    pattern, joint = cuts[0]
+    parts = []
+    for part in re.split(pattern, text):
+        parts += cut(part, cuts[1:], max_words)
+    return packed(parts, joint, max_words)
+
+
+def packed(parts: Sequence[str], joint: str, max_words: int) -> list[str]:
+    """Neighbours joined, to as few pieces of about equal size as max_words allows."""
+    sizes = [size(part) for part in parts]
+    aim = sum(sizes) / max(1, math.ceil(sum(sizes) / max_words))
+    pieces, total = list[list[str]](), 0
+    for part, words in zip(parts, sizes, strict=True):
+        if not pieces or total >= aim or total + words > max_words:
+            pieces.append([])
+            total = 0
+        pieces[-1].append(part)
+        total += words
+    return [joint.join(piece) for piece in pieces]
+
+
+def joined(pieces: Sequence[tuple[str, str]], max_words: int) -> list[tuple[str, str]]:
+    """A piece of few words goes to the one below it, the last one to the one above, under its heading."""
+    found = list[tuple[str, str]]()
+    for i, (heading, text) in enumerate(pieces):
+        above_heading, above = found[-1] if found else ("", "")
+        small = size(text) < FEW_WORDS and (heading == above_heading or i == len(pieces) - 1)
+        inner = text if heading == above_heading else f"{heading}\n{text}"
+        if found and (small or size(above) < FEW_WORDS) and size(above) + size(inner) <= max_words:
+            found[-1] = above_heading or heading, f"{above}\n\n{inner}"
+        else:
+            found.append((heading, text))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# A text -> its headings and blocks
 
 FRONT_MATTER = re.compile(r"(---|\+\+\+)\n(.*?)\n\1\n", re.DOTALL)
 FENCE_OR_COMMENT = re.compile(r"^ *(```|~~~).*?^ *\1|<!--(?:(?!<!--).)*?-->", re.DOTALL | re.MULTILINE)
@@ -60,7 +163,7 @@ def raw_blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, list
     block, fence = list[str](), ""
     for line, below in itertools.pairwise([*lines, ""]):
         opening = FENCE.match(line) if markdown else None
-        heading = re.match(r" {0,3}#{1,6} +(.*?)[ #]*$", line) if markdown else None
+        heading = re.match(r" {0,3}#{1,6} +(.{,150}?)[ #]*$", line) if markdown else None
         if fence:
             if line.strip().startswith(fence):
                 yield "code", block

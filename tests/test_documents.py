@@ -13,8 +13,9 @@ import time
 import pytest
 
 from engine import documents
-from engine.documents import heading_pairs, near_equal, passages_of, read_corpus, read_documents, size
+from engine.documents import heading_pairs, near_equal, read_corpus, read_documents
 from engine.files import InputError
+from engine.markup import passages_of, size
 
 LONG = "The kettle boils the water in a minute. Then it switches itself off and waits for the next cup of tea."
 
@@ -189,6 +190,7 @@ def test_what_is_left_out_is_said(folder):
         write(folder, name, "text")
     for name in (".git", "node_modules", "__pycache__"):
         write(folder, f"{name}/readme.md", "Nobody wrote this here.")
+    write(folder, "utf32.md", "words".encode("utf-32"))
     write(folder, "utf16.txt", "Grüße aus Köln, sechzehn.".encode("utf-16"))
     write(folder, "bom.md", b"\xef\xbb\xbf# Heading\nText of it with a mark.")
     write(folder, "twice.md", f"# Other title\n{LONG} b")
@@ -200,7 +202,7 @@ def test_what_is_left_out_is_said(folder):
         "left out: 2 .pdf files; to read them, convert them first: pdftotext",
         "left out: 1 .docx files; to read them, convert them first: pandoc",
         "left out: 3 folders (hidden, of programs, or links), 1 nameless files, 1 .py files and 1 more",
-        "left out: binary.md, latin.txt: not UTF-8 or UTF-16, or not readable; to convert a text: "
+        "left out: binary.md, latin.txt, utf32.md: not UTF-8 or UTF-16, or not readable; to convert a text: "
         "iconv -f LATIN1 -t UTF-8",
         "left out: empty.md: no words in it",
         "1 of 7 passages repeat another's text and are left out"]
@@ -213,8 +215,9 @@ def test_links_and_pipes_do_not_hang(folder):
     os.mkfifo(folder / "pipe.md")
     os.symlink("/dev/zero", folder / "zero.txt")
     os.symlink(folder / "b.txt", folder / "c.txt")
+    os.symlink(folder / "b.txt", os.fsencode(folder) + b"/\xff.txt")  # no UTF-8
     rows, notes = read_documents(folder)
-    assert len(rows) == 4 and notes[-1] == "1 of 5 passages repeat another's text and are left out"
+    assert len(rows) == 4 and notes[-1] == "2 of 6 passages repeat another's text and are left out"
 
 
 @pytest.mark.parametrize("make, message", [
@@ -242,9 +245,12 @@ def test_read_corpus_takes_documents_beir_and_jsonl(folder, tmp_path, capsys):
     assert ids(read_corpus(folder)) == ids(read_documents(folder)[0])
     assert capsys.readouterr().err.startswith(f"{folder}: left out: 1 .pdf files; to read them, ")
     rows = [{"_id": "1", "title": "T", "text": "x"}, {"_id": "2", "title": "", "text": ""}]
+    write(tmp_path, "beir/queries.jsonl", "")
     write(tmp_path, "beir/corpus.jsonl", "\n".join(map(json.dumps, rows)))
     for path in (tmp_path / "beir", tmp_path / "beir/corpus.jsonl"):
         assert read_corpus(path) == rows[:1]
+    write(folder, "corpus.jsonl", json.dumps(rows[0]))               # its own, written there before
+    assert ids(read_corpus(folder)) == ids(read_documents(folder)[0])
     with pytest.raises(InputError, match="no such folder or file"):
         read_corpus(tmp_path / "none.jsonl")
 
