@@ -47,46 +47,46 @@ class Strings(Protocol):
 class Cached:
     """The same strings, with the answers kept in a JSONL of {"key", "value"}.
 
-    Memory holds where an answer stands, not the answer. A torn line (kill -9) is passed over.
+    A torn line (kill -9) is passed over.
     """
 
     def __init__(self, strings: Strings, path: str | Path) -> None:
-        self.strings, self.name, self.path = strings, strings.name, path
+        self.strings, self.name, self.path = strings, strings.name, Path(path)
         self.can, self.describe = strings.can, strings.describe
         self.keep: Callable[[str, Any, Any], None] = self.put
         strings.keep = self.put                                      # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
         self.lock = threading.Lock()
-        self.offsets: dict[str, int] = {}                            # a key -> where its line begins
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.answers: dict[str, Any] = {}                            # by key
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "ab", buffering=0)                    # one write a line
-        offset, line = 0, b"\n"
+        line = b"\n"
         with open(path, "rb") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, LookupError, TypeError):
-                    self.offsets[json.loads(line)["key"]] = offset
-                offset += len(line)
+                    row = json.loads(line)
+                    self.answers[row["key"]] = row["value"]
         if not line.endswith(b"\n"):
             self.file.write(b"\n")
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
-        return self.answers("complete", list(zip(prompts, seeds, strict=True)))
+        return self.ask("complete", list(zip(prompts, seeds, strict=True)))
 
     def log_likelihood(self, pairs: Pairs) -> list[float | None]:
-        return self.answers("log_likelihood", pairs)
+        return self.ask("log_likelihood", pairs)
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        return self.answers("top_tokens", prompts)
+        return self.ask("top_tokens", prompts)
 
-    def answers(self, call: str, items: Sequence[Any]) -> list[Any]:
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
         """The answers to items: each item is asked for once, and only if the file does not hold it."""
-        answers = {item: self.get(self.key(call, item)) for item in items}
+        answers = {item: self.answers.get(self.key(call, item)) for item in items}
         # sorted: prompts that share their beginning follow each other, which a prefix cache makes cheap
         new = sorted(item for item, answer in answers.items() if answer is None)
         self.found += len(answers) - len(new)
         if new:
-            ask = getattr(self.strings, call)
-            got = ask(*zip(*new, strict=True)) if call == "complete" else ask(new)
+            arguments = zip(*new, strict=True) if call == "complete" else [new]
+            got = getattr(self.strings, call)(*arguments)
             for item, answer in zip(new, got, strict=True):
                 answers[item] = answer
                 if answer is not None:
@@ -97,25 +97,16 @@ class Cached:
         decides = json.dumps([self.name, self.describe(call), call, item])
         return hashlib.sha256(decides.encode()).hexdigest()
 
-    def get(self, key: str) -> Any:
-        """The answer, or None."""
-        if key not in self.offsets:
-            return None
-        with open(self.path, "rb") as lines:
-            lines.seek(self.offsets[key])
-            return json.loads(lines.readline())["value"]
-
     def put(self, call: str, item: Any, value: Any) -> None:
         """Append one answer, unless it stands there."""
         key = self.key(call, item)
         line = (json.dumps({"key": key, "value": value}) + "\n").encode()
         with self.lock:
-            if key in self.offsets:
+            if key in self.answers:
                 return
             if self.file.write(line) != len(line):
                 raise OSError("the cache could not be written: is the disk full?")
-            # right also where another process appends: the place after this file's own last write
-            self.offsets[key] = self.file.tell() - len(line)
+            self.answers[key] = value
 
     def report(self) -> str:
         return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
@@ -141,12 +132,13 @@ class DryRun:
         return self.count(sorted(prompts))
 
     def log_likelihood(self, pairs: Pairs) -> list[float | None]:
-        return self.count(sorted(prefix + text for prefix, text in set(pairs)), len(pairs))
+        self.count(sorted(prefix + text for prefix, text in set(pairs)))
+        return [None] * len(pairs)
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
         return self.count(prompts)
 
-    def count(self, prompts: Sequence[str], answers: int = 0) -> list[Any]:
+    def count(self, prompts: Sequence[str]) -> list[Any]:
         for prompt in prompts:
             data = prompt.encode()
             self.calls += 1
@@ -154,7 +146,7 @@ class DryRun:
             self.longest = max(self.longest, len(data))
             self.shared += len(os.path.commonprefix([self.previous, data]))
             self.previous = data
-        return [None] * (answers or len(prompts))
+        return [None] * len(prompts)
 
     def report(self) -> str:
         return (f"{self.calls:,} calls, about {self.size // 4:,} prompt tokens (4 bytes each); a prefix cache "

@@ -184,33 +184,32 @@ class Endpoint:
     # What the server can do, with numbers
 
     def can(self, call: str) -> bool:
-        """Does the server do it? Asked once."""
-        if call not in self.capabilities:
-            self.probe(call)
-        return self.capabilities[call][0] is not None
+        return self.capability(call)[0] is not None
 
     def require(self, call: str) -> ScoringMode:
         """The mode of a call; LLMError, with the evidence, where the server cannot do it."""
-        if call not in self.capabilities:
-            self.probe(call)
-            say(**{call: self.capabilities[call][1]})
-        mode, evidence = self.capabilities[call]
+        known = call in self.capabilities
+        mode, evidence = self.capability(call)
         if mode is None:
             raise LLMError(f"{self.name} (model {self.model}) cannot do {call}: {evidence}. {NEEDS[call]}")
+        if not known:
+            say(**{call: evidence})
         return mode
 
     def describe(self, call: str) -> str:
         mode = self.require(call)                                    # which finds the model's name too
         return f"{self.model}: {spelled(mode)}"
 
-    def probe(self, call: str) -> None:
-        """Try the modes of a call, one after another, until one works; the evidence is what came back."""
-        with self.server.impatient():
-            self.try_modes(call)
+    def capability(self, call: str) -> tuple[ScoringMode | None, str]:
+        """The first mode of a call that works, found once, and the evidence: what came back."""
+        if call not in self.capabilities:
+            with self.server.impatient():
+                if not self.capabilities:
+                    self.find_model()
+                self.capabilities[call] = self.first_that_works(call)
+        return self.capabilities[call]
 
-    def try_modes(self, call: str) -> None:
-        if not self.capabilities:
-            self.find_model()
+    def first_that_works(self, call: str) -> tuple[ScoringMode | None, str]:
         attempt = getattr(self, f"try_{call}")
         failures: dict[str, str] = {}                                # evidence -> the first mode that gave it
         for mode in MODES[call]:
@@ -221,14 +220,13 @@ class Endpoint:
                     raise                                            # a key, a limit: no mode will do
                 works, evidence = False, str(error)
             if works:
-                self.capabilities[call] = mode, f"{spelled(mode)}: {evidence}"
-                return
+                return mode, f"{spelled(mode)}: {evidence}"
             failures.setdefault(evidence, spelled(mode))
         reasons = "; ".join(f"{mode}: {evidence}" for evidence, mode in failures.items())
-        self.capabilities[call] = None, reasons
         if call == "complete" and self.answered:
             # a model too small to follow the form still answers; what cannot be used is counted
-            self.capabilities[call] = self.answered, f"it answers, but no answer could be used ({reasons})"
+            return self.answered, f"it answers, but no answer could be used ({reasons})"
+        return None, reasons
 
     def find_model(self) -> None:
         """The model's name, where none was given: the first that the server lists."""
@@ -260,7 +258,7 @@ class Endpoint:
 
     def try_top_tokens(self, mode: ScoringMode) -> tuple[bool, str]:
         """A label must be among the first tokens of two answers, and not with the same probabilities."""
-        found: list[list[float]] = []
+        found: list[list[float]] = []                                # log p of the listed labels, of each answer
         first = []
         for prompt in self.trials.questions:
             top = self.top(mode, prompt)
@@ -269,8 +267,8 @@ class Endpoint:
             first.append(max(top, key=lambda item: item[1])[0])
         if [] in found:
             return False, f"no label among the top {len(top)}, first {first}: does the model think first?"
-        numbers = [f"{value:.3f}" for value in found[0] + found[1]]
-        return found[0] != found[1], f"log p of labels {', '.join(numbers)}; first {first}, of {len(top)} listed"
+        numbers = ", ".join(f"{value:.3f}" for value in found[0] + found[1])
+        return found[0] != found[1], f"log p of labels {numbers}; first {first}, of {len(top)} listed"
 
 
 def spelled(mode: ScoringMode) -> str:
