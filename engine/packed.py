@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from engine.files import InputError, one_line
-from engine.search import ONEDNN, has_bfloat16
+from engine.search import ONEDNN, has_bfloat16, keep_memory
 
 # Shapes: B texts, N tokens of all texts, n tokens of each text of a run, d the model's dimension,
 #         H heads. A run is what stands together and has one length; attention goes run by run.
@@ -160,14 +160,27 @@ def attend(qkv: Tensor, runs: Sequence[tuple[int, int]], H: int) -> Tensor:
         stop = start + texts * n
         run = qkv[start:stop].view(texts, n, 3, H, d // H)           # (texts, n, 3, H, d/H)
         q, k, v = run.permute(2, 0, 3, 1, 4)                         # 3 of (texts, H, n, d/H)
-        out = F.scaled_dot_product_attention(q, k, v)                # (texts, H, n, d/H)
+        out = attention(q, k, v)                                     # (texts, H, n, d/H)
         a[start:stop].view(texts, n, H, d // H).copy_(out.transpose(1, 2))
         start = stop
     return a
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d/H)) v: 3 of (texts, H, n, d/H) -> (texts, H, n, d/H)."""
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    if q.dtype == torch.bfloat16 and not (amx and q.shape[2] >= 48):  # where torch's own is slower
+        # subtle: no maximum is taken off: bfloat16 has float32's range, and where that is not enough the sum shows it
+        e = (q / q.shape[-1] ** 0.5 @ k.transpose(2, 3)).exp_()      # (texts, H, n, n)
+        total = e.sum(-1, keepdim=True)                              # (texts, H, n, 1)
+        if bool(((total > 1e-30) & (total < 1e30)).all()):
+            return (e @ v).div_(total)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     """`embed` in `dtype` for this encoder of gecko.py: token ids of B texts -> (B, d) float32."""
+    keep_memory()
     c, e = encoder.config, encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:
