@@ -170,7 +170,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d/H)) v: 3 of (texts, H, n, d/H) -> (texts, H, n, d/H)."""
     amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     if q.dtype == torch.bfloat16 and not (amx and q.shape[2] >= 48):  # where torch's own is slower
-        # subtle: no maximum is taken off: bfloat16 has float32's range, and where that is not enough the sum shows it
+        # subtle: no maximum is taken off; where the range of bfloat16 is not enough for that, the sum shows it
         e = (q / q.shape[-1] ** 0.5 @ k.transpose(2, 3)).exp_()      # (texts, H, n, n)
         total = e.sum(-1, keepdim=True)                              # (texts, H, n, 1)
         if bool(((total > 1e-30) & (total < 1e30)).all()):
