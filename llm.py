@@ -29,8 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from data import Record, record, side
 from engine.cache import Cached, DryRun, Strings
 from engine.corpus import shown, terms
@@ -50,6 +48,7 @@ from engine.files import (
 from engine.kept import blocks_of_same, count_calls, write_kept
 from engine.local import Local
 from engine.offline import Offline, similarity
+from engine.recorded import Recorded
 from engine.replies import first_token_log_prob
 from engine.search import topk
 from engine.show import show
@@ -346,15 +345,14 @@ def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last", rn
 # Step 1: queries
 
 
-def generate(llm: LLM, corpus: Sequence[Passage], limit: int, seed: int = 0,
-             block: int = 512) -> Iterator[Record]:
-    """For p_seed drawn at random from C, LLM(P_QG, p_seed) -> (t, q).
+def generate(llm: LLM, corpus: Sequence[Passage], draws: Sequence[int], block: int = 512) -> Iterator[Record]:
+    """For p_seed drawn from C, LLM(P_QG, p_seed) -> (t, q).
 
-    Yields `limit` records whose positive is p_seed, which the initial retriever trains on, or {"_id",
-    "failed"} for an answer that is of no use. The LLM is given `block` passages at a time.
+    Yields for each of `draws`, places in the corpus, a record whose positive is p_seed, which the initial
+    retriever trains on, or {"_id", "failed"} for an answer that is of no use. The LLM is given `block`
+    passages at a time.
     """
-    draws = seed_draws(len(corpus), limit, seed)
-    for start in range(0, limit, block):
+    for start in range(0, len(draws), block):
         passages = [corpus[i] for i in draws[start:start + block]]
         for n, (p_seed, answer) in enumerate(zip(passages, llm.generate(passages), strict=True), start):
             row_id = f"q{n:07d}"
@@ -370,11 +368,15 @@ def generate(llm: LLM, corpus: Sequence[Passage], limit: int, seed: int = 0,
             yield record(task, query, side(p_seed), _id=row_id, kind=task_kind(task), seed_id=p_seed["_id"])
 
 
-def seed_draws(size: int, limit: int, seed: int) -> list[int]:
-    """Which passages are drawn as seeds: permutation after permutation of the corpus."""
+def seed_draws(corpus: Sequence[Passage], limit: int, seed: int) -> list[int]:
+    """Which passages are drawn as seeds: all of them in a random order, then in another.
+
+    A passage's turn depends on its id alone, so that one added later leaves the others' queries as they are.
+    """
     draws: list[int] = []
     while len(draws) < limit:
-        draws += np.random.default_rng([seed, len(draws)]).permutation(size).tolist()
+        turns = [random.Random(f"{seed} {len(draws)} {p['_id']}").random() for p in corpus]
+        draws += sorted(range(len(corpus)), key=turns.__getitem__)
     return draws[:limit]
 
 
@@ -536,7 +538,7 @@ class Options:
     dry_run: bool = flag(False, "count calls and prompt tokens, call nothing, write nothing")
 
     def __post_init__(self) -> None:
-        if self.llm != "offline" and not self.llm.startswith("hf:"):
+        if self.llm not in ("offline", "recorded") and not self.llm.startswith("hf:"):
             server_address(self.llm)                                 # before it is printed: it may hold a key
         at_least(1, threads=self.threads, chars=self.chars)
         at_least(0.001, timeout=self.timeout)
@@ -562,6 +564,8 @@ def open_llm(o: Options, output: str, corpus: Sequence[Passage], embedder: Gecko
     """The LLM that the flags describe; its answers are kept beside the output."""
     if o.dry_run:
         return LanguageModel(DryRun(), score, o.seed, o.chars)
+    if o.llm == "recorded":
+        return Recorded(corpus)
     if o.llm == "offline":
         return Offline(corpus, similarity(embedder) if embedder else None, list(FREQUENT_TASKS), o.seed)
     if o.llm.startswith("hf:"):
@@ -626,7 +630,7 @@ def generate_command(args: argparse.Namespace) -> None:
     at_least(1, limit=limit)
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
     llm = open_llm(o, args.queries, corpus)
-    rows = generate(llm, corpus, limit, o.seed)
+    rows = generate(llm, corpus, seed_draws(corpus, limit, o.seed))
     if o.dry_run:
         return count_calls(rows, "generate", llm)
     write_kept(args.queries, rows, limit, "generate", llm)

@@ -22,12 +22,10 @@ import argparse
 import copy
 import functools
 import itertools
-import json
 import math
 import os
 import sys
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -42,32 +40,36 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llm
-from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_records
+from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
 from engine.beir import Beir, read_beir
-from engine.evaluate import (
-    bm25_rankings,
-    encode_beir,
-    means,
-    paired_bootstrap,
-    rankings,
-    retrieval_scores,
-    short_names,
-    sts_terms,
-)
+from engine.cache import DryRun
+from engine.documents import heading_pairs, read_corpus
+from engine.evaluate import encode_beir, means, rankings, retrieval_scores
 from engine.files import (
     InputError,
     add_flags,
-    file_beside,
+    at_least,
     flag,
     from_flags,
-    read_jsonl,
     run,
     say,
+    write_json,
     write_jsonl,
 )
-from engine.mteb import ForMteb, mteb_scores, mteb_tasks, table_9
+from engine.mteb import ForMteb, mteb_scores, mteb_tasks, set_scores
 from engine.offline import Offline
-from engine.runs import Run, digest, save_into
+from engine.recorded import Recorded
+from engine.results import (
+    cost,
+    held_apart,
+    held_out_results,
+    hold_out,
+    mean_of,
+    measured,
+    results_table,
+    write_questions,
+)
+from engine.runs import Run, check_negatives, digest, save_into, tokenised
 from engine.scale import blockwise_loss, cached_backward, derive_seed, processes
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
 
@@ -250,16 +252,18 @@ def train(
     weights: Sequence[float] | None = None,  # of the sets; None: all alike
     title: str = "",                         # of the progress bar
     out: Path | None = None,                 # the folder for metrics.jsonl and checkpoints
+    anew: bool = False,                      # resume begins anew where another run's checkpoint stands
 ) -> list[float]:                            # the loss of each step
     """Train on batches of the mixture. A loss or gradient that is not finite is an InputError."""
     # the data: tokens, text ids, and which rows each step has
     d = model.encoder.config.hidden_size
     dims = read_dims(c.dims, d)
     S = 2 if stage == "prefinetune" else 3                           # sides of a row: eq. 2 has no hard negative
-    tokens, text_ids = tokenised(model, sets, c.max_length)          # text_ids: (rows, 3)
+    rows = ((formatted(row, model.formats), row["query"]) for row in itertools.chain(*sets))
+    tokens, text_ids = tokenised(model, rows, c.max_length)          # text_ids: (rows, 3)
     steps = c.steps or max(1, int(c.epochs * len(text_ids) / c.batch_size))
     plan = batches(sets, weights, c.mix, c.batch_size, steps, c.seed)  # row numbers of every step
-    check_negatives(stage, text_ids, plan)
+    check_negatives(functools.partial(batch_loss, stage, 1.0), S, text_ids, plan)
 
     # the optimiser, and the run's folder; `key` holds all that decides the result, so that nothing else resumes it
     max_lr = c.lr or (1e-2 if is_bag(model.encoder) else 3e-5)
@@ -272,7 +276,7 @@ def train(
     dev = read_beir(c.eval, "dev") if c.eval else None
     measure = (lambda: means(beir_scores(model, dev))) if dev else None
     this_run = Run(out, model.encoder, optimiser, steps, key, functools.partial(save, model), measure)
-    losses = this_run.resume(c.resume)                               # of the steps that are done already
+    losses = this_run.resume(c.resume, anew)                               # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
                total=steps, disable=processes()[0] > 0)
 
@@ -321,59 +325,6 @@ def read_dims(text: str, d: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-def tokenised(model: Gecko, sets: Sequence[Sequence[Record]], max_length: int,
-              ) -> tuple[list[array[int]], np.ndarray]:
-    """The tokens of every distinct text, and the ids of the texts of all sets' rows, (rows, 3).
-
-    A row of ids is input, positive, hard negative (-1: none). Equal texts have equal ids, their places
-    among the tokens, which is what the losses mask duplicates by. A hard negative that is its row's own
-    query, or a positive of the same query in any row, is left out here: eq. 3 never meets one.
-    """
-    ids: dict[str, int] = {}                                         # of formatted texts
-    queries: dict[str, int] = {}                                     # of queries alone, whatever their task
-    rows = []
-    for row in itertools.chain(*sets):
-        texts = [-1 if text is None else ids.setdefault(text, len(ids)) for text in formatted(row, model.formats)]
-        rows.append([*texts, queries.setdefault(row["query"], len(queries))])
-    q_id, p_id, n_id, query = np.array(rows).T                       # 4 of (rows)
-    pair = query * len(ids)                                          # pair + id: one number for query and text
-    answers = np.isin(pair + n_id, pair + p_id)                      # (rows) p_i- is a positive of q_i somewhere
-    hard = n_id >= 0                                                 # (rows) what `answers` says of -1 is void
-    left_out = hard & (answers | (n_id == q_id))                     # (rows)
-    if left_out.any():
-        say_first(f"{left_out.sum()} of {hard.sum()} hard negatives are left out: each answers its query or is it")
-    n_id = np.where(left_out, -1, n_id)                              # (rows)
-    tokens = model.tokens(list(ids), max_length)
-    if model.truncated:
-        say_first(f"{model.truncated} of {len(tokens)} texts are cut at {max_length} tokens")
-    return tokens, np.stack([q_id, p_id, n_id], axis=1)
-
-
-def say_first(line: str) -> None:
-    """To stderr, once for all processes."""
-    if processes()[0] == 0:
-        tqdm.write(line, file=sys.stderr)
-
-
-def check_negatives(stage: str, text_ids: np.ndarray, plan: Sequence[np.ndarray]) -> None:
-    """Where no row of a batch has a negative, its loss is 0: an InputError if no batch has one, else a warning.
-
-    With all vectors equal, a row's loss is log(1 + its negatives), and so 0 exactly where it has none.
-    """
-    idle = 0
-    for rows in plan:
-        loss = batch_loss(stage, 1.0, torch.from_numpy(text_ids[rows]).T)
-        ones = [torch.ones(len(rows), 1)] * (2 if stage == "prefinetune" else 3)   # each (B, 1)
-        starts = range(0, len(rows), 64)                             # the first rows decide, as a rule
-        idle += all(loss(*ones, rows=slice(start, start + 64)) == 0 for start in starts)
-    what = (f"in {idle} of {len(plan)} steps no row has a negative, so nothing is learned: give rows of other "
-            "queries and positives, a larger --batch-size, or --mix mixed")
-    if idle == len(plan):
-        raise InputError(what)
-    if idle:
-        say_first(what)
-
-
 def beir_scores(model: Gecko, beir: Beir, dim: int | None = None) -> dict[str, list[float]]:
     q, P = encode_beir(model, beir, "question answering", dim)       # (Q, dim) and (P, dim)
     return retrieval_scores(rankings(beir, q, P), beir)
@@ -383,67 +334,120 @@ def beir_scores(model: Gecko, beir: Beir, dim: int | None = None) -> dict[str, l
 # The recipe: the paper's section 3, top to bottom
 
 
-SMALL = TrainConfig(batch_size=512, tau=0.1, dims="384,128")         # chosen on the dev questions
+@dataclass
+class Recipe(llm.Options):
+    """The recipe's parts; a field is a flag of `python train.py`."""
+
+    llm: str = flag("recorded", "recorded (a real model's answers for the built-in corpus), offline, hf:FOLDER or "
+                    "an endpoint's URL")
+    corpus: str = flag("", "your documents: a folder of .txt, .md and .rst files, a BEIR folder or a corpus.jsonl")
+    init: str = flag("tiny", "the encoder: tiny, or a model folder or hub id, which is pre-finetuned already")
+    unified: bool = flag(False, "appendix B's formats also for an --init that has its makers'")
+    queries: int = flag(0, "to generate; 0: all that are recorded, else one a passage")
+    rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc")
+    held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
+    eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
+    keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")
+
+    def __post_init__(self) -> None:
+        if self.corpus and self.llm == "recorded":
+            raise InputError("--corpus: name --llm too (a URL, hf:FOLDER or offline); answers are recorded for the "
+                             "built-in corpus alone")
+        if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
+            raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
+        self.rank = llm.rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
+        at_least(0, queries=self.queries)
+        super().__post_init__()
 
 
 @dataclass
 class Sizes:
-    """How much of everything the recipe does; the defaults take minutes on two cores."""
+    """How much of everything the recipe does for `tiny`; chosen on the dev questions."""
 
-    pairs: int = 600_000        # title-body pairs
-    pre_steps: int = 1000       # of pre-finetuning
-    queries: int = 8            # generated queries a passage (the paper: 6.6M in all)
-    steps: int = 800            # of each training on generated queries
-    lr: float = 2e-3            # of the same
-    pair_weight: float = 0.5    # title-body pairs in the mixture for each generated query (section 3.3)
+    pairs: int = 600_000        # title-body pairs of the built-in corpus
+    templates: int = 8          # templated queries for each of its passages
+    pre_steps: int = 1500       # of pre-finetuning, at most
+    steps: int = 100            # of each training on generated queries, at most
 
 
-def recipe(out: Path, seed: int = 0, sizes: Sizes | None = None,
+BAG = TrainConfig(batch_size=512, tau=0.1, dims="384,128", mix="mixed")              # for `tiny`
+LAYERS = TrainConfig(batch_size=64, tau=0.05, lr=5e-5, epochs=3)                     # for a pre-trained encoder
+
+
+def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
            corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
-    """Pre-finetune, generate, mine, fine-tune, evaluate, on the built-in corpus if none is given."""
+    """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus or on your documents.
+
+    What an earlier run of the same flags and data trained is read again, and no LLM is asked twice.
+    """
     sizes = sizes or Sizes()
-    c = replace(SMALL, seed=seed, mix="mixed")
-    corpus = corpus or builtin_corpus()
+    corpus = corpus or (read_corpus(o.corpus) if o.corpus else builtin_corpus())
+    author = llm.open_llm(o, str(out / "llm.jsonl"), corpus)
+    draws = seeds_of_queries(o, author, corpus)
+    say_plan(o, corpus, draws)
+    if o.dry_run:
+        return {}
     write_jsonl(out / "corpus.jsonl", corpus)
 
-    print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
-    pairs = builtin_pairs(corpus, sizes.pairs, seed)
-    start = untrained(corpus, pairs, seed)
-    pre = copy.deepcopy(start)
-    train(pre, "prefinetune", [pairs], replace(c, steps=sizes.pre_steps), title="pre-finetune")
-    save(pre, out / "pre")
+    if o.init == "tiny":
+        print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
+        c, pairs = replace(BAG, seed=o.seed), title_body_pairs(o, corpus, sizes)
+        start = untrained(corpus, list(itertools.chain(*pairs)), o.seed)
+        pre_steps = min(sizes.pre_steps, 50 + 20 * len(pairs[0]) // c.batch_size)
+        pre = trained(start, "prefinetune", pairs, PAIR_WEIGHTS, replace(c, steps=pre_steps), out / "pre")
+        c = replace(c, steps=min(sizes.steps, 20 + 20 * len(draws) // c.batch_size), lr=2e-3)
+    else:
+        print(f"3.1  Pre-finetuning is left out: {o.init} has its makers'")
+        c, pairs = replace(LAYERS, seed=o.seed), []
+        start = pre = load(o.init)
+        pre.formats = dict(FORMATS) if o.unified else pre.formats
 
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
-    author = Offline(corpus, None, list(llm.FREQUENT_TASKS), seed)
-    count = sizes.queries * len(corpus)
-    drawn = llm.generate(author, corpus, count, seed)
-    llm.write_kept(out / "queries.jsonl", drawn, count, "generate")
+    llm.write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
     queries = llm.read_queries(out / "queries.jsonl", corpus)
+    queries, held = hold_out(queries, o.held_out if o.corpus else 0.0, o.seed)
 
     print("3.2  The initial retriever, trained on (q, p_seed)")
-    c = replace(c, steps=sizes.steps, lr=sizes.lr)
-    mixture = [1.0, sizes.pair_weight]                               # generated queries, pairs
-    retriever = copy.deepcopy(pre)
-    train(retriever, "prefinetune", [queries, pairs], c, mixture, "initial retriever")
-    save(retriever, out / "retriever")
+    retriever = trained(pre, "prefinetune", [queries, *pairs], WEIGHTS, c, out / "retriever")
 
-    print("3.2  FRet, step 2: the retriever's top 20, ranked twice by the same LLM, fused, relabelled")
-    # the author again, with the retriever's cosine to rank by
-    ranker = Offline(corpus, llm.similarity(retriever), list(llm.FREQUENT_TASKS), seed)
-    mined = llm.mine(ranker, retriever, corpus, queries, seed=seed)
-    llm.write_kept(out / "fret.jsonl", mined, len(queries), "mine")
-    rows = [row for _, row in read_jsonl(out / "fret.jsonl")]
+    print("3.2  FRet, step 2: the retriever's top 20, ranked by the same LLM, the ranks fused, relabelled")
+    if isinstance(author, Offline):
+        author.similarity = llm.similarity(retriever)                # its second ranking
+    known = author.candidates if isinstance(author, Recorded) else None
+    mined = llm.mine(author, retriever, corpus, [*queries, *held], min(20, len(corpus)), rank=o.rank, choose=known)
+    llm.write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
+    rows, asked = held_apart(out / "fret.jsonl", held)
 
     print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
-    gecko = copy.deepcopy(pre)                                       # not the retriever: both start from pre
-    train(gecko, "finetune", [rows, pairs], c, mixture, "fine-tune")
-    save(gecko, out / "gecko")
+    gecko = trained(pre, "finetune", [rows, *pairs], WEIGHTS, c, out / "gecko")  # from pre, as the retriever
+    return results(o, out, corpus, asked, {
+        "as it came" if start is pre else "untrained": start, "BM25": None, "pre-finetuned": pre,
+        "+ (q, p_seed)": retriever, "+ FRet (p_1, p_20)": gecko})
 
-    moved = np.mean([row["positive_id"] != row["seed_id"] for row in rows])
-    print(f"p+ differs from p_seed in {moved:.1%} of {len(rows)} records (paper: about 15%)")
-    stages = {"untrained": start, "BM25": None, "pre-finetuned": pre, "+ (q, p_seed)": retriever,
-              "+ FRet (p_1, p_20)": gecko}
-    return results_table(out, stages, read_beir(questions_beir(out, corpus)))
+
+def seeds_of_queries(o: Recipe, author: Any, corpus: Sequence[dict[str, str]]) -> list[int]:
+    """The places in the corpus of the passages that queries are written for."""
+    if isinstance(author, Recorded):
+        return author.draws()[:o.queries or None]
+    return llm.seed_draws(corpus, o.queries or len(corpus), o.seed)
+
+
+# Weights of the mixture (section 3.3), chosen on the dev questions: of pairs and templated queries, and the same
+# beside the LLM's. A set that is not there has none.
+PAIR_WEIGHTS = [2.0, 1.0]
+WEIGHTS = [1.0, 0.5, 1.0]
+
+
+def title_body_pairs(o: Recipe, corpus: Sequence[dict[str, str]], sizes: Sizes) -> list[list[Record]]:
+    """Sets to pre-finetune `tiny` on: headings and paragraphs of your documents, or for the built-in corpus the
+    interpreter's documentation and sources, and queries by template. The paper has the web, and academic sets.
+    """
+    if o.corpus:
+        return [[record("search result", query, {"title": title, "text": text})
+                 for query, title, text in heading_pairs(corpus)]]
+    stand_in = Offline(corpus, None, list(llm.FREQUENT_TASKS), o.seed)
+    draws = llm.seed_draws(corpus, sizes.templates * len(corpus), o.seed)
+    return [builtin_pairs(corpus, sizes.pairs, o.seed), list(llm.generate(stand_in, corpus, draws))]
 
 
 def untrained(corpus: Sequence[dict[str, str]], pairs: Sequence[Record], seed: int = 0) -> Gecko:
@@ -452,56 +456,44 @@ def untrained(corpus: Sequence[dict[str, str]], pairs: Sequence[Record], seed: i
                 + [f"{r['query']} {r['positive']['text']}" for r in pairs], seed)
 
 
-# --------------------------------------------------------------------------------------------------
-# What the recipe prints
+def trained(start: Gecko, stage: str, sets: Sequence[Sequence[Record]], weights: Sequence[float],
+            c: TrainConfig, out: Path) -> Gecko:
+    """A copy of `start` after a stage, written to its folder, where an earlier run of the same stage goes on."""
+    model = copy.deepcopy(start)
+    c = replace(c, resume=True, save_every=100)
+    train(model, stage, sets, c, weights[:len(sets)], out.name, out, anew=True)
+    save_into(functools.partial(save, model), out)
+    return model
 
 
-def questions_beir(out: Path, corpus: Sequence[dict[str, str]]) -> Path:
-    """The hand-written test questions as a BEIR folder beside the models; nothing trains on it."""
-    folder, names = out / "questions", {p["_id"] for p in corpus}
-    queries = []
-    qrels = {split: ["query-id\tcorpus-id\tscore"] for split in ("dev", "test")}
-    for n, (_, row) in enumerate(read_jsonl(Path(__file__).parent / "engine/questions.jsonl")):
-        answers = [name for name in row["answers"] if name in names]
-        if answers:
-            queries.append({"_id": str(n), "text": row["query"]})
-            qrels[row["split"]] += [f"{n}\t{name}\t1" for name in answers]
-    write_jsonl(folder / "corpus.jsonl", corpus)
-    write_jsonl(folder / "queries.jsonl", queries)
-    for split, lines in qrels.items():
-        with file_beside(folder / f"qrels/{split}.tsv") as new:
-            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
+def say_plan(o: Recipe, corpus: Sequence[dict[str, str]], draws: Sequence[int]) -> None:
+    """Before anything is spent: how much is asked of whom."""
+    print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
+    if o.llm not in ("recorded", "offline"):
+        counter = DryRun()
+        dry = llm.LanguageModel(counter, chars=o.chars)
+        print(f"asked of {o.llm}: {cost(dry, counter, corpus, draws, o.rank.split(','))}")
 
 
-def results_table(out: Path, models: dict[str, Gecko | None], test: Beir) -> dict[str, dict[str, Any]]:
-    """Each stage on the test questions, printed and in results.json; None stands for BM25."""
-    dims = SMALL.dims.split(",")
-    print(f"\nTest questions ({len(test.queries)}), nDCG@10 and recall@100 at d = {' and d = '.join(dims)}; "
-          "[95 % interval of the gain over the stage above, paired bootstrap]")
-    table: dict[str, dict[str, Any]] = {}
-    above: list[float] = []
-    for stage, model in models.items():
-        if model:
-            scores = {dim: beir_scores(model, test, int(dim)) for dim in dims}
-        else:
-            scores = {dims[0]: retrieval_scores(bm25_rankings(test), test)}
-        ndcg = scores[dims[0]]["ndcg@10"]
-        low, high = paired_bootstrap(above or ndcg, ndcg)
-        table[stage] = {dim: means(values) for dim, values in scores.items()}
-        table[stage]["gain"] = [round(low, 4), round(high, 4)]
-        columns = [f"{np.mean(x['ndcg@10']):.3f} {np.mean(x['recall@100']):.3f}" for x in scores.values()]
-        if model is None:
-            columns.append("-")                                      # BM25 has no dimensions
-        print(f"  {stage:20} {'   '.join(columns):26}   " + (f"[{low:+.3f}, {high:+.3f}]" if above else ""))
-        above = ndcg
-    write_json(out / "results.json", table)
-    return table
-
-
-def write_json(path: Path, content: Any) -> None:
-    with file_beside(path) as new:
-        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+def results(o: Recipe, out: Path, corpus: Sequence[dict[str, str]], asked: Sequence[Record],
+            stages: dict[str, Any]) -> dict[str, Any]:
+    """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko."""
+    gecko = list(stages.values())[-1]
+    if o.init != "tiny":
+        start = stages.pop("pre-finetuned")
+        if o.keep:
+            stages[f"{o.keep:g} of its start"] = mean_of(start, gecko, o.keep)
+    if asked:
+        folder, _, split = o.eval.partition(":")
+        labelled = read_beir(folder, split or "test") if folder else None
+        table, best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
+        save_into(functools.partial(save, stages[best]), out / "gecko")
+        return table
+    write_questions(out / "questions", corpus)
+    test = read_beir(out / "questions")
+    columns = {name: measured(model, test, gecko.dims, {"": test.qrels}) for name, model in stages.items()}
+    return results_table(out / "results.json", f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at "
+                         + " and ".join(f"d = {dim}" for dim in gecko.dims), columns)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -572,23 +564,13 @@ def train_command(args: argparse.Namespace) -> None:
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    """Figures of retrieval, similarity and MTEB; each set's task by the paper's Table 9."""
     if not args.beir and not args.sts and not args.mteb:
         raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
-    tasks = mteb_tasks(args.mteb) if args.mteb else []
+    tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
     model = load(args.model)
     say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
         task=args.task or "by Table 9")
-    results: dict[str, dict[str, float]] = {}
-    for name, folder in zip(short_names(args.beir), args.beir, strict=True):
-        task, symmetric = table_9(Path(folder).resolve().name)
-        beir = read_beir(folder, args.split)
-        q, P = encode_beir(model, beir, args.task or task, args.dim, symmetric, progress="passages")
-        scores = retrieval_scores(rankings(beir, q, P), beir)
-        results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
-    for name, path in zip(short_names(args.sts), args.sts, strict=True):
-        task, _ = table_9(Path(path).stem, "STS")
-        results[name] = {"spearman": float(sts_terms(model, path, args.dim, args.task or task).mean())}
+    results = set_scores(model, args.beir, args.sts, args.split, args.dim, args.task)
     if tasks:
         adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)
         results |= mteb_scores(adapter, tasks, args.out)
@@ -603,8 +585,8 @@ def evaluate_command(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0],
                                      epilog="Without a command: the whole recipe in small.")
-    parser.add_argument("--seed", type=int, default=0, help="of the recipe (%(default)s)")
     parser.add_argument("--out", default="runs/demo", help="the recipe's folder (%(default)s)")
+    add_flags(parser, Recipe)
     commands = parser.add_subparsers(dest="command")
     for stage, what in (("prefinetune", "pairs, in-batch negatives (eq. 2)"),
                         ("finetune", "records with hard negatives (eq. 3)")):
@@ -627,7 +609,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.command is None:
         began, out = time.time(), Path(args.out)
-        recipe(out, args.seed)
+        if not recipe(from_flags(Recipe, args), out):                # a dry run
+            return
         seconds = time.time() - began
         print(f"{seconds:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
         print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko')

@@ -146,6 +146,11 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     return n
 
 
+def write_json(path: Path, content: Any) -> None:
+    with file_beside(path) as new:
+        new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def flag(default: Any, meaning: str) -> Any:
     """A dataclass field that is also a command-line flag."""
     return field(default=default, metadata={"help": meaning})

@@ -8,11 +8,14 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from engine.beir import read_beir
+from engine.evaluate import encode_beir, rankings, retrieval_scores, short_names, sts_terms
 from engine.files import InputError, first_line
 
 # --------------------------------------------------------------------------------------------------
@@ -164,3 +167,23 @@ def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None,
                              f"({first_line(error)}); run it where there is a network") from error
         scores[name] = {task.metadata.main_score: float(result.task_results[0].get_score())}
     return scores
+
+
+# --------------------------------------------------------------------------------------------------
+# A user's own sets
+
+
+def set_scores(model: Any, beir: Sequence[str], sts: Sequence[str], split: str, dim: int | None,
+               task: str | None) -> dict[str, dict[str, float]]:
+    """Figures of retrieval and similarity by the set's name; each set's task by Table 9, if none is given."""
+    results: dict[str, dict[str, float]] = {}
+    for name, folder in zip(short_names(beir), beir, strict=True):
+        by_name, symmetric = table_9(Path(folder).resolve().name)
+        known = read_beir(folder, split)
+        q, P = encode_beir(model, known, task or by_name, dim, symmetric, progress="passages")
+        scores = retrieval_scores(rankings(known, q, P), known)
+        results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
+    for name, path in zip(short_names(sts), sts, strict=True):
+        by_name, _ = table_9(Path(path).stem, "STS")
+        results[name] = {"spearman": float(sts_terms(model, path, dim, task or by_name).mean())}
+    return results

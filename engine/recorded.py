@@ -50,20 +50,31 @@ class Recorded:
         for row in self.rows:
             self.of_seed.setdefault(row["seed_id"], []).append(row)
         self.drawn: Counter[str] = Counter()
+        self.places = {p["_id"]: place for place, p in enumerate(corpus)}
+        self.asked = self.common = 0                                 # candidates; those found here too
 
     def report(self) -> str:
         """Whose answers these are, and what of them is of no use here."""
         about = self.header
+        overlap = f"; {self.common / self.asked:.0%} of their candidates are found here too" if self.asked else ""
         return (f"{len(self.rows):,} queries written and ranked by {about['model']} ({about['licence']}), recorded "
-                f"{about['date']} with Python {about['python']}; {self.missing:,} of its passages are not in this "
-                f"corpus or read otherwise, and are left out with {self.lost:,} queries")
+                f"{about['date']} with Python {about['python']} and prompts of its own (in the file's header); "
+                f"{self.missing:,} of its passages are not in this corpus or read otherwise, and are left out with "
+                f"{self.lost:,} queries{overlap}")
 
-    def candidates(self, seed_id: str, query: str) -> list[str]:
-        """Ids of a recorded query's candidates, as the recipe's retriever had them, nearest first."""
-        for row in self.of_seed.get(seed_id, []):
-            if row["query"] == query:
-                return [key for key, _ in row["ql"]]
-        return []
+    def draws(self) -> list[int]:
+        """Where the seeds of the recorded queries stand in the corpus."""
+        return [self.places[row["seed_id"]] for row in self.rows]
+
+    def candidates(self, query: dict[str, Any], found: list[str]) -> list[str]:
+        """A recorded query's candidates, nearest first, for those found now; what both hold is counted."""
+        for row in self.of_seed.get(query["seed_id"], []):
+            if row["query"] == query["query"]:
+                ids = [key for key, _ in row["ql"]]
+                self.asked += len(ids)
+                self.common += len(set(ids) & set(found))
+                return ids
+        return found
 
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
         answers: list[str | None] = []

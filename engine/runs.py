@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,22 @@ class Run:
         """The last checkpoint. A folder has its name only once it is whole."""
         return max(self.out.glob("checkpoint-*"), default=None) if self.out else None
 
-    def resume(self, wanted: bool) -> list[float]:
-        """The losses of the steps that are done already: none, or if wanted the last checkpoint's."""
+    def resume(self, wanted: bool, anew: bool = False) -> list[float]:
+        """The losses of the steps that are done already: none, or if wanted the last checkpoint's.
+
+        Another run's checkpoint is refused, or with `anew` removed.
+        """
         last = self.last()
         losses: list[float] = []
         if last:
             state = read_json(last / "state.json", dict)
+            wanted = wanted and not (anew and state["key"] != self.key)
             if wanted and state["key"] != self.key:
                 raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
             if wanted:
                 read_checkpoint(last, self.encoder, self.optimiser)
                 losses, self.best = state["losses"], state["best"]
-            elif len(state["losses"]) < state["steps"]:
+            elif len(state["losses"]) < state["steps"] and not anew:
                 raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
         barrier()                                             # all have read what the first process now removes
         if self.out and processes()[0] == 0:
@@ -96,11 +100,74 @@ class Run:
             state = {"losses": losses, "steps": self.steps, "best": self.best, "key": self.key}
             with folder_beside(self.out / f"checkpoint-{len(losses):08d}") as new:
                 self.save(new)
-                save_file(moments(self.optimiser), str(new / "optimiser.safetensors"))
+                if len(losses) < self.steps:
+                    save_file(moments(self.optimiser), str(new / "optimiser.safetensors"))
                 (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             for path in sorted(self.out.glob("checkpoint-*"))[:-1]:
                 remove(path)
         barrier()
+
+
+# --------------------------------------------------------------------------------------------------
+# The data of a run: tokens, and integer ids of texts, which the losses mask duplicates by
+
+
+def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_length: int,
+              ) -> tuple[list[array[int]], np.ndarray]:
+    """The tokens of every distinct text, and the ids of the texts of all rows, (rows, 3).
+
+    A row is its input, positive and hard negative (or None) as the encoder sees them, and its query alone. Equal
+    texts have equal ids, their places among the tokens; -1: none. A hard negative that is its row's own query, or
+    a positive of the same query in any row, is left out here: eq. 3 never meets one.
+    """
+    ids: dict[str, int] = {}                                         # of formatted texts
+    queries: dict[str, int] = {}                                     # of queries alone, whatever their task
+    table = []
+    for texts, query in rows:
+        row = [-1 if text is None else ids.setdefault(text, len(ids)) for text in texts]
+        table.append([*row, queries.setdefault(query, len(queries))])
+    q_id, p_id, n_id, query_id = np.array(table).T                   # 4 of (rows)
+    pair = query_id * len(ids)                                       # pair + id: one number for query and text
+    answers = np.isin(pair + n_id, pair + p_id)                      # (rows) p_i- is a positive of q_i somewhere
+    hard = n_id >= 0                                                 # (rows) what `answers` says of -1 is void
+    left_out = hard & (answers | (n_id == q_id))                     # (rows)
+    if left_out.any():
+        say_first(f"{left_out.sum()} of {hard.sum()} hard negatives are left out: each answers its query or is it")
+    n_id = np.where(left_out, -1, n_id)                              # (rows)
+    tokens = model.tokens(list(ids), max_length)
+    if model.truncated:
+        say_first(f"{model.truncated} of {len(tokens)} texts are cut at {max_length} tokens")
+    return tokens, np.stack([q_id, p_id, n_id], axis=1)
+
+
+def say_first(line: str) -> None:
+    """To stderr, once for all processes."""
+    if processes()[0] == 0:
+        tqdm.write(line, file=sys.stderr)
+
+
+def check_negatives(loss_of: Callable[[Tensor], Callable[..., Tensor]], sides: int, text_ids: np.ndarray,
+                    plan: Sequence[np.ndarray]) -> None:
+    """Where no row of a batch has a negative, its loss is 0: an InputError if no batch has one, else a warning.
+
+    With all vectors equal, a row's loss is log(1 + its negatives), and so 0 exactly where it has none.
+    """
+    idle = 0
+    for rows in plan:
+        loss = loss_of(torch.from_numpy(text_ids[rows]).T)
+        ones = [torch.ones(len(rows), 1)] * sides                    # each (B, 1)
+        starts = range(0, len(rows), 64)                             # the first rows decide, as a rule
+        idle += all(loss(*ones, rows=slice(start, start + 64)) == 0 for start in starts)
+    what = (f"in {idle} of {len(plan)} steps no row has a negative, so nothing is learned: give rows of other "
+            "queries and positives, a larger --batch-size, or --mix mixed")
+    if idle == len(plan):
+        raise InputError(what)
+    if idle:
+        say_first(what)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -114,9 +181,10 @@ def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """What `Run.checkpoint` wrote, into the encoder and the optimiser."""
+    moments_file = folder / "optimiser.safetensors"                 # none where the run is finished
     try:
         encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
-        named = load_file(str(folder / "optimiser.safetensors"))
+        named = load_file(str(moments_file)) if moments_file.exists() else {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder}: not a readable checkpoint ({error}); remove it or change --out") from error
     state: dict[int, dict[str, Tensor]] = {}

@@ -148,13 +148,21 @@ def test_relabel_samples_from_the_others_seeded():
 
 def test_generate_counts_what_cannot_be_parsed_and_draws_every_passage():
     fake = Fake(broken=["m.floor"])
-    rows = list(llm.generate(fake, CORPUS, 12, seed=1, block=5))
+    rows = list(llm.generate(fake, CORPUS, llm.seed_draws(CORPUS, 12, 1), block=5))
     assert Counter(fake.seen) == Counter({p["_id"]: 2 for p in CORPUS})
     failed = [r for r in rows if "failed" in r]
     assert len(failed) == 4 and sum("call failed" in r["failed"] for r in failed) == 2
     good = next(r for r in rows if r.get("seed_id") == "m.ceil")
     assert good["query"] == "find m.ceil" and good["task"] == "t" and good["kind"] == "other"
     assert [r["_id"] for r in rows] == [f"q{n:07d}" for n in range(12)]
+
+
+def test_every_passage_is_drawn_once_a_turn_and_a_new_one_moves_no_other():
+    draws = llm.seed_draws(CORPUS, 15, 3)
+    assert sorted(draws[:6]) == sorted(draws[6:12]) == list(range(6)) and draws[:6] != draws[6:12]
+    assert draws != llm.seed_draws(CORPUS, 15, 4)
+    more = [*CORPUS, {"_id": "new", "title": "", "text": "t"}]
+    assert [i for i in llm.seed_draws(more, 7, 3) if i < 6] == draws[:6]
 
 
 @pytest.mark.parametrize("answer", ["", "Query: q", "Task: t", "Task:\nQuery: q", "Task: t\nQuery:", "{}",
@@ -354,7 +362,7 @@ def test_labelled_gives_the_rows_of_table_3(embedder):
 
 
 def test_write_kept_says_how_many_and_refuses_equal_scores(tmp_path, capsys, embedder):
-    rows = list(llm.generate(Fake(), CORPUS, 6, 0))
+    rows = list(llm.generate(Fake(), CORPUS, llm.seed_draws(CORPUS, 6, 0)))
     llm.write_kept(tmp_path / "q.jsonl", iter(rows), 6, "generate")
     assert "kept 5 of 6; a failure" in capsys.readouterr().out
     flat = [{**r, "candidates": [{**c, "ql": -1.0} for c in r["candidates"]]}
@@ -473,7 +481,7 @@ def test_an_order_in_a_passage_changes_its_own_record_alone(order):
         got = []
         for passages in (corpus, spoiled):
             model = language_model(server)
-            got.append((list(llm.generate(model, passages, 12)),
+            got.append((list(llm.generate(model, passages, range(12))),
                         model.query_likelihood([("tea", p) for p in passages]),
                         model.relevance([("tea {passage}", p) for p in passages])))
     for a, b in zip(*got, strict=True):

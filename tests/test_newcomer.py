@@ -40,7 +40,8 @@ def project(tmp_path_factory):
     model = gecko.tiny([p["text"] for p in corpus], hidden_size=64)
     gecko.save(model, folder / "retriever")
     ranker = llm.Offline(corpus, llm.similarity(model), list(llm.FREQUENT_TASKS))
-    llm.write_kept(folder / "queries.jsonl", llm.generate(ranker, corpus, 300), 300, "generate")
+    written = llm.generate(ranker, corpus, llm.seed_draws(corpus, 300, 0))
+    llm.write_kept(folder / "queries.jsonl", written, 300, "generate")
     queries = llm.read_queries(folder / "queries.jsonl", corpus)
     llm.write_kept(folder / "fret.jsonl", llm.mine(ranker, model, corpus, queries), 300, "mine")
     (folder / "beir/qrels").mkdir(parents=True)
@@ -140,7 +141,7 @@ def interrupt(monkeypatch, module, name, after):
 
 
 RECIPE = {"pre-finetuning": ("learning_rate", 1), "generate": ("templated_query", 50),
-          "save": ("small_files", 0), "mine": ("relabel", 20), "results": ("questions_beir", 0)}
+          "save": ("small_files", 0), "mine": ("relabel", 20), "results": ("write_questions", 0)}
 
 
 @pytest.mark.parametrize("stage", RECIPE)
@@ -151,11 +152,11 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
     monkeypatch.setattr(train, "builtin_corpus", lambda: corpus)
     monkeypatch.setattr(train, "builtin_pairs", lambda *a: [
         data.record("search result", p["title"], {"title": "", "text": p["text"]}) for p in corpus])
-    small = train.Sizes(pairs=100, pre_steps=3, queries=2, steps=3)
+    small = train.Sizes(pairs=100, pre_steps=3, templates=2, steps=3)
     monkeypatch.setattr(train, "Sizes", lambda: small)
     name, after = RECIPE[stage]
     interrupt(monkeypatch, next(m for m in (train, llm, gecko, offline, folder) if hasattr(m, name)), name, after)
-    command = "train.py --out OUT/demo"
+    command = "train.py --llm offline --out OUT/demo"
     assert run(command, project, tmp_path, monkeypatch, capsys) == (1, "interrupted; run the same command again")
     assert not half_written(tmp_path)
 

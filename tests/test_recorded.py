@@ -34,7 +34,11 @@ def test_the_three_calls_answer_from_the_file(record):
     assert llm.generate([a, a, c]) == ["Task: find it\nQuery: and a", None, None]
     assert llm.query_likelihood([("what is a", a), ("what is a", d), ("who", a)]) == [-1.0, None, None]
     assert llm.relevance([("what is a", a)]) == [None]
-    assert llm.candidates("a", "what is a") == ["b", "a", "c"] and llm.candidates("b", "what is a") == []
+    assert llm.draws() == [0, 0, 1]
+    row = {"seed_id": "a", "query": "what is a"}
+    assert llm.candidates(row, ["a", "d", "c"]) == ["b", "a", "c"]
+    assert "67% of their candidates are found here too" in llm.report()
+    assert llm.candidates(row | {"seed_id": "b"}, ["d"]) == ["d"]    # another query
 
 
 @pytest.mark.parametrize("other", ["reads otherwise", "is missing"])
@@ -44,7 +48,7 @@ def test_a_passage_of_another_python_is_left_out_and_counted(record, other):
     changed = [] if other == "is missing" else [{**b, "text": "Other words."}]
     llm = Recorded([a, c, d, *changed], record)
     assert [row["query"] for row in llm.rows] == ["what is a", "and a"]
-    assert llm.candidates("a", "what is a") == ["a", "c"]
+    assert llm.candidates({"seed_id": "a", "query": "what is a"}, []) == ["a", "c"]
     assert llm.query_likelihood([("what is a", b)]) == [None]
     assert llm.report().startswith("2 queries")
     assert "1 of its passages" in llm.report() and "left out with 1 queries" in llm.report()

@@ -95,10 +95,23 @@ def test_a_checkpoint_of_other_flags_data_or_init_is_refused(tmp_path):
             train.train(init, "finetune", [records(40)], replace(c, resume=True), out=tmp_path)
 
 
+def test_begun_anew_where_another_runs_checkpoint_stands(tmp_path):
+    """`anew`, as the recipe resumes: the same run goes on, another one takes its place."""
+    c = replace(LOOP, steps=4, save_every=2, resume=True)
+    other = replace(c, lr=1e-3)
+    train.train(small_model(), "finetune", [records(40)], c, out=tmp_path, anew=True)
+    again = train.train(small_model(), "finetune", [records(40)], other, out=tmp_path, anew=True)
+    assert again == train.train(small_model(), "finetune", [records(40)], replace(other, resume=False))
+    before = (tmp_path / "checkpoint-00000004").stat().st_mtime_ns
+    assert train.train(small_model(), "finetune", [records(40)], other, out=tmp_path, anew=True) == again
+    assert (tmp_path / "checkpoint-00000004").stat().st_mtime_ns == before       # nothing was trained twice
+
+
 def test_a_broken_checkpoint_is_named(tmp_path):
     c = replace(LOOP, steps=4, save_every=2)
     train.train(small_model(), "finetune", [records(40)], c, out=tmp_path)
-    path = tmp_path / "checkpoint-00000004/optimiser.safetensors"
+    path = tmp_path / "checkpoint-00000004/model.safetensors"
+    assert {p.name for p in path.parent.glob("*.safetensors")} == {path.name}    # finished: no moments are kept
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="00000004: not a readable checkpoint .*remove it or change --out"):
         train.train(small_model(), "finetune", [records(40)], replace(c, resume=True), out=tmp_path)

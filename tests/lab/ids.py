@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train  # noqa: E402
-from data import classification_triples  # noqa: E402
+from data import classification_triples, formatted  # noqa: E402
 from engine.table import read_table  # noqa: E402
 from gecko import Gecko, load, truncate_dim  # noqa: E402
 from train import TrainConfig  # noqa: E402
@@ -60,7 +60,8 @@ def pushes(model: Gecko, rows: list, label: dict[str, str], c: TrainConfig) -> s
     The gradient of a negative's score is its softmax, so this is what the batch teaches; 8 batches, no dropout.
     """
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:8 * c.batch_size]]
-    tokens, sides = train.tokenised(model, [rows], c.max_length)
+    texts = [(formatted(row, model.formats), row["query"]) for row in rows]
+    tokens, sides = train.tokenised(model, texts, c.max_length)
     names = [label[re.sub(r" \[\d+\]$", "", row["query"])] for row in rows]
     shares = np.zeros(4)                                             # x-, same label, other labels, x+
     for a in range(0, len(rows) - c.batch_size + 1, c.batch_size):

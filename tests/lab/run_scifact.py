@@ -197,7 +197,8 @@ def main() -> None:
     stage("encode the abstracts")
     ranker = Offline(corpus, llm.similarity(first), list(llm.FREQUENT_TASKS))
     if not (out / "queries.jsonl").is_file():
-        llm.write_kept(out / "queries.jsonl", llm.generate(ranker, corpus, QUERIES), QUERIES, "generate")
+        written = llm.generate(ranker, corpus, llm.seed_draws(corpus, QUERIES, 0))
+        llm.write_kept(out / "queries.jsonl", written, QUERIES, "generate")
     stage("generate")
     if not (out / "mined.jsonl").is_file():
         queries = [row for _, row in read_jsonl(out / "queries.jsonl")]

@@ -405,7 +405,7 @@ def fret_of(out: Path, corpus: Path, init: str | Path, ranker: Callable[..., llm
     write_jsonl(out / "corpus.jsonl", passages)
     count = count or train.Sizes().queries * len(passages)
     if not (out / "queries.jsonl").is_file():
-        queries = llm.generate(ranker(passages), passages, count, c.seed)
+        queries = llm.generate(ranker(passages), passages, llm.seed_draws(passages, count, c.seed))
         llm.write_kept(out / "queries.jsonl", queries, count, "generate")
     queries = llm.read_queries(out / "queries.jsonl", passages)
     if not (out / "retriever").is_dir():

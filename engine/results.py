@@ -1,0 +1,191 @@
+"""Questions that nothing trains on, and what the recipe prints: each stage's figures on them.
+
+Where nobody labelled anything, the queries generated for some of the passages are held out. Their truth leans:
+where the passage that a query was written for, p_seed, is taken for right, an encoder that learned p_1 is marked
+wrong for finding it; where p_1 is, the other way. Both figures stand side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.beir import Beir
+from engine.documents import near_equal
+from engine.evaluate import Scores, bm25_rankings, encode_beir, means, paired_bootstrap, rankings, retrieval_scores
+from engine.files import InputError, file_beside, read_jsonl, write_json, write_jsonl
+
+Row = dict[str, Any]
+Columns = dict[str, Scores]  # a column of the table -> its scores
+
+
+def write_questions(folder: Path, corpus: Sequence[Row]) -> None:
+    """The hand-written questions that the corpus answers, as a BEIR folder; nothing trains on them."""
+    names = {p["_id"] for p in corpus}
+    queries = []
+    qrels = {split: ["query-id\tcorpus-id\tscore"] for split in ("dev", "test")}
+    for n, (_, row) in enumerate(read_jsonl(Path(__file__).with_name("questions.jsonl"))):
+        answers = [name for name in row["answers"] if name in names]
+        if answers:
+            queries.append({"_id": str(n), "text": row["query"]})
+            qrels[row["split"]] += [f"{n}\t{name}\t1" for name in answers]
+    write_jsonl(folder / "corpus.jsonl", corpus)
+    write_jsonl(folder / "queries.jsonl", queries)
+    for split, lines in qrels.items():
+        with file_beside(folder / f"qrels/{split}.tsv") as new:
+            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def cost(llm: Any, counter: Any, corpus: Sequence[Row], draws: Sequence[int], rank: Sequence[str]) -> str:
+    """What a recipe will ask of an LLM: `llm` asks `counter`, which asks nobody and counts."""
+    llm.generate([corpus[i] for i in draws])
+    # which passages will be found is not known yet; their number and mean length are
+    query, N = "such as a person types who looks for it", min(20, len(corpus))
+    pairs = [(query, corpus[(i + n) % len(corpus)]) for i in draws for n in range(N)]
+    if "ql" in rank:
+        llm.query_likelihood(pairs)
+    if "rc" in rank:
+        llm.relevance(pairs)
+    return f"{counter.report()}; {counter.size / 240_000:,.0f} minutes at 1,000 tokens a second"
+
+
+def mean_of(a: Any, b: Any, share: float) -> Any:
+    """Weights share * a + (1 - share) * b (Wortsman et al. 2022): less of what `a` knew is forgotten."""
+    mixed = copy.deepcopy(b)
+    weights = dict(a.encoder.named_parameters())
+    with torch.no_grad():
+        for name, p in mixed.encoder.named_parameters():
+            p.lerp_(weights[name], share)
+    return mixed
+
+
+# --------------------------------------------------------------------------------------------------
+# Held-out queries
+
+
+def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Queries to train on, and those of a share of the passages, which are asked and never trained on.
+
+    Near-equal queries are left out: of two in training one, of training and held out the former. A passage
+    that is added later moves hardly any other from one side to the other.
+    """
+    if not share:
+        return list(rows), []
+    seeds = {row["seed_id"] for row in rows}
+    order = sorted(seeds, key=lambda name: random.Random(f"held out {seed} {name}").random())
+    names = set(order[:round(share * len(order))])
+    held = [row for row in rows if row["seed_id"] in names]
+    train = [row for row in rows if row["seed_id"] not in names]
+    if len(held) < 2 or len(train) < 2:
+        raise InputError(f"{len(rows)} queries, {len(held)} of them held out: two are needed on each side; raise "
+                         "--queries, or change --held-out")
+    asked, known = [row["query"] for row in held], [row["query"] for row in train]
+    of_held = near_equal(known, asked)
+    twice = near_equal(known, known, once=True)
+    kept = [row for row, near, again in zip(train, of_held, twice, strict=True) if not near and not again]
+    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(of_held)} that "
+          f"nearly equal a held-out one and {len(train) - len(kept) - sum(of_held)} that stand twice")
+    return kept, held
+
+
+def held_apart(path: Path, held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The mined rows of a FRet file: those to train on, which then alone stand in it, and the held-out ones."""
+    names = {row["_id"] for row in held}
+    rows = [row for _, row in read_jsonl(path)]
+    asked = [row for row in rows if row["_id"] in names]
+    if held:
+        rows = [row for row in rows if row["_id"] not in names]
+        write_jsonl(path, rows)
+        write_jsonl(path.with_name("held_out.jsonl"), asked)
+    return rows, asked
+
+
+def as_beir(corpus: Sequence[dict[str, str]], rows: Sequence[Row], right: str) -> Beir:
+    """Rows as a retrieval set, in which the passage of `right` is right: "seed_id", or "positive_id" for p_1."""
+    by_id = sorted(corpus, key=lambda p: p["_id"], reverse=True)     # as read_beir has it
+    return Beir(by_id, {row["_id"]: row["query"] for row in rows}, {row["_id"]: {row[right]: 1} for row in rows})
+
+
+def held_out_results(path: Path, corpus: Sequence[dict[str, str]], asked: Sequence[Row],
+                     stages: Mapping[str, Any], labelled: Beir | None) -> tuple[dict[str, Row], str]:
+    """The table of held-out queries, and the stage that the other half of them chooses, BM25 (None) apart."""
+    order = sorted(asked, key=lambda row: random.Random(row["seed_id"]).random())
+    half = len(order) // 2                                           # the first half chooses
+    beir = as_beir(corpus, order, "seed_id")
+    truths = {"p_seed": beir.qrels, "p_1": as_beir(corpus, order, "positive_id").qrels}
+    chosen: dict[str, float] = {}
+    reported: dict[str, Columns] = {}
+    for stage, model in stages.items():
+        reported[stage] = {}
+        choosing = []
+        for name, scores in measured(model, beir, [None], truths).items():
+            choosing += scores["ndcg@10"][:half]
+            reported[stage][name] = {measure: values[half:] for measure, values in scores.items()}
+        if model is not None:
+            chosen[stage] = float(np.mean(choosing))
+        if labelled:
+            reported[stage] |= measured(model, labelled, [None], {"labels": labelled.qrels})
+    columns = "where p_seed is taken for right (which favours + (q, p_seed)), and where p_1 is (+ FRet)"
+    if labelled:
+        columns += f"; of {len(labelled.queries)} labelled questions"
+    title = f"Generated questions, held out ({len(order) - half}): nDCG@10 and recall@100 {columns}"
+    table = results_table(path, title, reported)
+    best = max(chosen, key=lambda stage: chosen[stage])
+    first = next(iter(chosen))
+    print(f"kept: {best}, best on the other {half} held-out questions (nDCG@10 {chosen[best]:.3f}; {first} "
+          f"{chosen[first]:.3f})" + ("; no training made it better" if best == first else ""))
+    return table, best
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+
+
+def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping[str, Any]) -> Columns:
+    """A model's scores, or BM25's (None), at each dimension, against each of the truths: {name: qrels}."""
+    if model is None:
+        ranked = {dims[0]: bm25_rankings(beir)}
+    else:
+        q, P = encode_beir(model, beir, "question answering")        # (Q, d) and (P, d)
+        ranked = {dim: rankings(beir, cut(q, dim), cut(P, dim)) for dim in dims}
+    columns = {}
+    for dim, lists in ranked.items():
+        for name, qrels in truths.items():
+            columns[name or str(dim)] = retrieval_scores(lists, Beir(beir.corpus, beir.queries, qrels))
+    return columns
+
+
+def cut(x: np.ndarray, dim: int | None) -> np.ndarray:
+    """The first dimensions of (n, d), (n, dim), with length 1 again."""
+    x = x[:, :dim]
+    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
+
+
+def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict[str, Row]:
+    """Print each stage's nDCG@10 and recall@100 in every column, and write them; a stage may lack columns.
+
+    Beside them the 95 % interval of the gain in the first column over the stage above.
+    """
+    print(f"\n{title}; [95 % interval of the gain over the stage above, paired bootstrap]")
+    columns = list(next(iter(stages.values())))
+    table: dict[str, Row] = {}
+    above: list[float] = []
+    for stage, scores in stages.items():
+        table[stage] = {column: means(values) for column, values in scores.items()}
+        printed = []
+        for column in columns:
+            row = table[stage].get(column)
+            printed.append(f"{row['ndcg@10']:.3f} {row['recall@100']:.3f}" if row else "-")
+        ndcg = scores[columns[0]]["ndcg@10"]
+        low, high = paired_bootstrap(above or ndcg, ndcg)
+        table[stage]["gain"] = [round(low, 4), round(high, 4)]
+        print(f"  {stage:20} {'   '.join(printed):26}   " + (f"[{low:+.3f}, {high:+.3f}]" if above else ""))
+        above = ndcg
+    write_json(path, table)
+    return table
