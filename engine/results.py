@@ -46,8 +46,8 @@ def cost(llm: Any, counter: Any, corpus: Sequence[Row], draws: Sequence[int], ra
     """What a recipe will ask of an LLM: `llm` asks `counter`, which asks nobody and counts."""
     llm.generate([corpus[i] for i in draws])
     # which passages will be found is not known yet; their number and mean length are
-    query, N = "such as a person types who looks for it", min(20, len(corpus))
-    pairs = [(query, corpus[(i + n) % len(corpus)]) for i in draws for n in range(N)]
+    query, N = "such as a person types who looks for", min(20, len(corpus))
+    pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in draws for n in range(N)]
     if "ql" in rank:
         llm.query_likelihood(pairs)
     if "rc" in rank:
@@ -87,7 +87,7 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
                          "--queries, or change --held-out")
     asked, known = [row["query"] for row in held], [row["query"] for row in train]
     of_held = near_equal(known, asked)
-    twice = near_equal(known, known, once=True)
+    twice = near_equal(known, [], once=True)
     kept = [row for row, near, again in zip(train, of_held, twice, strict=True) if not near and not again]
     print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(of_held)} that "
           f"nearly equal a held-out one and {len(train) - len(kept) - sum(of_held)} that stand twice")

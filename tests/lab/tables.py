@@ -403,7 +403,7 @@ def fret_of(out: Path, corpus: Path, init: str | Path, ranker: Callable[..., llm
     """The recipe's steps 3.2 on a user's own corpus: queries, retriever/ and fret.jsonl in `out`, each once."""
     passages = read_passages(corpus)
     write_jsonl(out / "corpus.jsonl", passages)
-    count = count or train.Sizes().queries * len(passages)
+    count = count or 8 * len(passages)
     if not (out / "queries.jsonl").is_file():
         queries = llm.generate(ranker(passages), passages, llm.seed_draws(passages, count, c.seed))
         llm.write_kept(out / "queries.jsonl", queries, count, "generate")
@@ -468,7 +468,7 @@ def table_command(args: argparse.Namespace) -> None:
         evaluate.read_sts(path)
     labelled(list(itertools.chain(*args.classes)))
     if not args.corpus and not (home / "gecko").is_dir():    # the last that the recipe trains
-        train.recipe(home)
+        train.recipe(train.Recipe(), home)
     if not args.init and not (home / "pre").is_dir():
         raise InputError(f"{home}/pre: not there; --corpus needs --init, the model that each row starts from")
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
@@ -476,7 +476,7 @@ def table_command(args: argparse.Namespace) -> None:
             for name, folder in zip(short_names(folders), folders, strict=True)}
     init, o = fetch(args.init or home / "pre"), llm.Options(llm=args.llm, model=args.model, seed=c.seed)
     model, mined = load(init), home
-    c = replace(c, lr=c.lr or (train.Sizes().lr if is_bag(model.encoder) else 0.0))
+    c = replace(c, lr=c.lr or (2e-3 if is_bag(model.encoder) else 0.0))
 
     def ranker(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> llm.LLM:
         return llm.open_llm(o, str(out / "llm.jsonl"), corpus, embedder)
@@ -561,7 +561,7 @@ def main() -> None:
         command.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
         command.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
         add_flags(command, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
-        small = vars(replace(train.SMALL, steps=train.Sizes().steps // 8))
+        small = vars(replace(train.BAG, steps=train.Sizes().steps))
         command.set_defaults(**small)
     args = parser.parse_args()
     if args.table == "plot":

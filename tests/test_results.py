@@ -1,0 +1,186 @@
+"""engine/results.py: held-out queries, their two truths, the recipe's table.   pytest tests/test_results.py
+
+Invariants: a held-out passage's queries train nothing, nor does one that nearly equals a held-out one; a passage
+added later moves no other; the figures are those of the truth that the column names; a run never keeps what
+another stage beats on the half that chooses.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toys import small_model
+
+from engine.beir import Beir, read_beir
+from engine.cache import DryRun
+from engine.evaluate import ndcg
+from engine.files import InputError, read_jsonl, write_jsonl
+from engine.results import (
+    as_beir,
+    cost,
+    held_apart,
+    held_out_results,
+    hold_out,
+    mean_of,
+    measured,
+    results_table,
+    write_questions,
+)
+from llm import LanguageModel
+
+ROOT = Path(__file__).parent.parent
+WORDS = "red green blue pink grey gold teal navy plum rust sand lime mint rose coal snow".split()
+CORPUS = [{"_id": f"p{n}", "title": word, "text": f"all about {word}"} for n, word in enumerate(WORDS)]
+
+
+def rows(count=16, of=2):
+    return [{"_id": f"q{n}-{k}", "query": f"where is {WORDS[n]} {'abcd'[k] * 3}", "seed_id": f"p{n}"}
+            for n in range(count) for k in range(of)]
+
+
+def test_each_passage_is_on_one_side_and_one_added_later_moves_no_other(capsys):
+    train, held = hold_out(rows(), 0.25, 0)
+    assert len({row["seed_id"] for row in held}) == 4 and len(train) + len(held) == 32
+    assert not {row["seed_id"] for row in train} & {row["seed_id"] for row in held}
+    assert "8 queries of 4 passages are held out; 24 train" in capsys.readouterr().out
+    fewer_train, fewer_held = hold_out(rows(15), 0.25, 0)            # round(0.25 * 15) is 4 too
+    moved = {row["seed_id"] for row in held} ^ {row["seed_id"] for row in fewer_held}
+    assert moved <= {"p15"} or len(moved) == 2
+    assert [row["_id"] for row in hold_out(rows(), 0.25, 0)[1]] == [row["_id"] for row in held]
+    assert hold_out(rows(), 0.25, 1)[1] != held and hold_out(rows(), 0.0, 0) == (rows(), [])
+
+
+def test_near_equal_queries_train_nothing(capsys):
+    """One that a held-out query nearly equals, and one that stands in training already."""
+    all_rows = rows()
+    _, held = hold_out(all_rows, 0.25, 0)
+    known = {row["seed_id"] for row in held}
+    training = [row for row in all_rows if row["seed_id"] not in known]
+    training[0]["query"] = held[0]["query"].upper() + "?"
+    training[1]["query"] = training[2]["query"] + "!"
+    capsys.readouterr()
+    train, again = hold_out(all_rows, 0.25, 0)
+    assert again == held and "22 train, less 1 that nearly equal a held-out one and 1 that stand twice" in (
+        capsys.readouterr().out)
+    assert training[0] not in train and training[1] in train and training[2] not in train
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_a_share_that_leaves_nothing_is_refused(share):
+    with pytest.raises(InputError, match="two are needed on each side; raise --queries, or change --held-out"):
+        hold_out(rows(8, 1), share, 0)
+
+
+def test_the_fret_file_keeps_what_trains(tmp_path):
+    write_jsonl(tmp_path / "fret.jsonl", rows())
+    train, asked = held_apart(tmp_path / "fret.jsonl", rows()[:3])
+    assert [row for _, row in read_jsonl(tmp_path / "fret.jsonl")] == train == rows()[3:]
+    assert [row for _, row in read_jsonl(tmp_path / "held_out.jsonl")] == asked == rows()[:3]
+
+
+class Pointing:
+    """A model whose every query finds the passage that `finds` names for it, then the others in order."""
+
+    def __init__(self, finds):
+        self.finds = finds
+
+    def lost(self):
+        return ""
+
+    def encode_passages(self, texts, titles, **how):
+        self.titles = titles
+        return np.eye(len(titles), dtype=np.float32)
+
+    def encode_queries(self, texts, task="", **how):
+        x = np.zeros((len(texts), len(self.titles)), np.float32)
+        for row, text in zip(x, texts, strict=True):
+            row[self.titles.index(self.finds(text))] = 1
+        return x
+
+
+def asked_rows():
+    """16 held-out rows; p_1 is the next passage."""
+    return [{"_id": f"q{n}", "query": f"{word}", "seed_id": f"p{n}", "positive_id": f"p{(n + 1) % 16}"}
+            for n, word in enumerate(WORDS)]
+
+
+def test_each_column_has_its_own_truth_and_the_best_of_one_half_is_kept(tmp_path, capsys):
+    of_seed = Pointing(lambda text: text)
+    of_p1 = Pointing(lambda text: WORDS[(WORDS.index(text) + 1) % 16])
+    lost = Pointing(lambda text: WORDS[WORDS.index(text) - 1])
+    table, best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(),
+                                   {"start": lost, "BM25": None, "seed": of_seed, "p_1": of_p1}, None)
+    assert table["seed"]["p_seed"]["ndcg@10"] == 1 > table["seed"]["p_1"]["ndcg@10"]
+    assert table["p_1"]["p_1"]["ndcg@10"] == 1 > table["p_1"]["p_seed"]["ndcg@10"]
+    assert table["BM25"]["p_seed"]["ndcg@10"] == 1 and best in ("seed", "p_1")
+    out = capsys.readouterr().out
+    assert "held out (8)" in out and f"kept: {best}, best on the other 8 held-out questions" in out
+    assert json.loads((tmp_path / "r.json").read_text()) == table
+    _, best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": of_seed, "worse": lost}, None)
+    assert best == "start" and "no training made it better" in capsys.readouterr().out
+
+
+def test_labels_stand_beside(tmp_path, capsys):
+    labelled = Beir(CORPUS, {"a": "red"}, {"a": {"p1": 1}})
+    table, _ = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(),
+                                {"start": Pointing(lambda text: text), "BM25": None}, labelled)
+    assert set(table["start"]) == {"p_seed", "p_1", "labels", "gain"} and table["start"]["labels"]["mrr@10"] < 1
+    assert "of 1 labelled questions" in capsys.readouterr().out
+
+
+def test_measured_is_each_dimension_against_each_truth():
+    model = small_model()
+    beir = as_beir(CORPUS, asked_rows(), "seed_id")
+    other = as_beir(CORPUS, asked_rows(), "positive_id").qrels
+    columns = measured(model, beir, [4], {"seed": beir.qrels, "p_1": other})
+    q = model.encode_queries(list(beir.queries.values()), "question answering", dim=4)
+    P = model.encode_passages([p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus], dim=4)
+    for name, qrels in (("seed", beir.qrels), ("p_1", other)):
+        for n, query in enumerate(beir.queries):
+            order = np.argsort(-(P @ q[n]), kind="stable")
+            ranked = [beir.corpus[i]["_id"] for i in order]
+            assert columns[name]["ndcg@10"][n] == pytest.approx(ndcg(ranked, qrels[query]))
+
+
+def test_table_prints_what_it_writes(tmp_path, capsys):
+    """The gain is over the stage above, in the first column; BM25 has no second one."""
+    def scores(*ndcg_values):
+        return {"ndcg@10": list(ndcg_values), "recall@100": [1.0] * 4, "mrr@10": [0.5] * 4}
+
+    table = results_table(tmp_path / "r.json", "T", {
+        "a": {"384": scores(0, 0, 0, 0), "128": scores(1, 1, 1, 1)}, "BM25": {"384": scores(0.5, 0.5, 0.5, 0.5)}})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("T; [95 % interval of the gain over the stage above")
+    assert lines[2].split() == ["a", "0.000", "1.000", "1.000", "1.000"]
+    assert lines[3].split() == ["BM25", "0.500", "1.000", "-", "[+0.500,", "+0.500]"]
+    assert table["BM25"]["gain"] == [0.5, 0.5] and json.loads((tmp_path / "r.json").read_text()) == table
+
+
+def test_written_questions_are_a_beir_folder(tmp_path):
+    questions = [row for _, row in read_jsonl(ROOT / "engine/questions.jsonl")]
+    names = {row["split"]: row["answers"][0] for row in questions}   # the last of each split
+    corpus = [{"_id": name, "title": name, "text": "About it."} for name in set(names.values())]
+    write_questions(tmp_path / "questions", corpus)
+    for split, name in names.items():
+        beir = read_beir(tmp_path / "questions", split)
+        want = {row["query"]: {a: 1 for a in row["answers"] if a in names.values()} for row in questions
+                if row["split"] == split and set(row["answers"]) & set(names.values())}
+        assert {beir.queries[q]: relevant for q, relevant in beir.qrels.items()} == want and name in str(want)
+
+
+def test_cost_counts_what_the_recipe_asks_and_asks_nobody():
+    counter = DryRun()
+    said = cost(LanguageModel(counter, chars=50), counter, CORPUS, list(range(16)), ["ql", "rc"])
+    assert counter.calls == 16 + 2 * 16 * 16 and said.startswith("528 calls, about ")
+    only_ql = DryRun()
+    cost(LanguageModel(only_ql), only_ql, CORPUS, [0, 1], ["ql", "retriever"])
+    assert only_ql.calls == 2 + 2 * 16
+
+
+def test_mean_of_two_models_is_the_mean_of_their_weights():
+    a, b = small_model(seed=0), small_model(seed=1)
+    for share in (0.0, 0.25, 1.0):
+        mixed = dict(mean_of(a, b, share).encoder.named_parameters())
+        for (name, x), (_, y) in zip(a.encoder.named_parameters(), b.encoder.named_parameters(), strict=True):
+            np.testing.assert_allclose(mixed[name].detach(), (share * x + (1 - share) * y).detach(), atol=1e-6)
