@@ -371,7 +371,7 @@ class Sizes:
 
 
 BAG = TrainConfig(batch_size=512, tau=0.1, dims="384,128", mix="mixed")              # for `tiny`
-LAYERS = TrainConfig(batch_size=64, tau=0.05, lr=5e-5, epochs=3)                     # for a pre-trained encoder
+LAYERS = TrainConfig(batch_size=64, tau=0.05, lr=5e-5, epochs=3, max_length=128)     # for a pre-trained encoder
 
 
 def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
@@ -391,7 +391,8 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
 
     if o.init == "tiny":
         print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
-        c, pairs = replace(BAG, seed=o.seed), title_body_pairs(o, corpus, sizes)
+        c = replace(BAG, seed=o.seed, max_length=256 if o.corpus else 64)    # documents are longer than docstrings
+        pairs = title_body_pairs(o, corpus, sizes)
         start = untrained(corpus, list(itertools.chain(*pairs)), o.seed)
         pre_steps = min(sizes.pre_steps, 50 + 20 * len(pairs[0]) // c.batch_size)
         pre = trained(start, "prefinetune", pairs, PAIR_WEIGHTS, replace(c, steps=pre_steps), out / "pre")
@@ -613,7 +614,8 @@ def main() -> None:
             return
         seconds = time.time() - began
         print(f"{seconds:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
-        print(f'next: python gecko.py search "how do I round a number up" --model {out}/gecko')
+        question = "your question" if args.corpus else "how do I round a number up"
+        print(f'next: python gecko.py search "{question}" --model {out}/gecko')
         print(f"      python llm.py show {out}/fret.jsonl --changed")
     elif sys.argv[1] != args.command:                                # argparse would drop it without a word
         raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")

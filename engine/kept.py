@@ -36,7 +36,7 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
     """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
     The counts of rows: kept, failed, relabelled (p+ is not p_seed), no negative. LLMError, and nothing
-    written, when none is kept, or all scores are equal: that endpoint does not score.
+    written, when nine in ten failed, or all scores are equal: that endpoint does not score.
     """
     count: Counter[str] = Counter()
     seed_first: Counter[str] = Counter()                             # rows, by ranking
@@ -61,8 +61,10 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
                 seed_first.update(puts_seed_first(row))
                 chances.append(1 / len(row["candidates"]))
             yield row
-        if not count["kept"]:
-            raise LLMError(f"{what}: none of the first {len(failures)} rows succeeded; one: {failures[0]}")
+        if len(failures) > 9 * count["kept"]:
+            seen_rows = len(failures) + count["kept"]
+            raise LLMError(f"{what}: {count['kept']} of the first {seen_rows} rows succeeded, too few to go on with; "
+                           f"failures: {'; '.join(failures[:3])}")
         for name, seen in values.items():
             if len(seen) == 1 and None not in seen:
                 raise LLMError(f"all {name} scores equal {seen.pop()}: the endpoint does not score; "

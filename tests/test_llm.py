@@ -382,9 +382,14 @@ def test_write_kept_holds_no_rows_and_gives_up_early(tmp_path):
     assert count["kept"] == 2000 and peak < 4e6 < 2e7 < (tmp_path / "q.jsonl").stat().st_size + 1e6
     asked = []
     hopeless = ({"_id": str(i), "failed": f"reason {i}"} for i in range(5000) if asked.append(i) is None)
-    with pytest.raises(LLMError, match="none of the first 200 rows succeeded; one: reason 0"):
+    with pytest.raises(LLMError, match="0 of the first 200 rows .*; failures: reason 0; reason 1; reason 2$"):
         llm.write_kept(tmp_path / "f.jsonl", hopeless, 5000, "mine")
     assert len(asked) == 200 and not (tmp_path / "f.jsonl").exists()
+    few = [{"_id": str(i), "failed": f"answer {i}"} for i in range(50)]
+    few[30] = {"_id": "30", "seed_id": "s"}
+    with pytest.raises(LLMError, match="1 of the first 50 rows succeeded.*: answer 0; answer 1; answer 2$"):
+        llm.write_kept(tmp_path / "f.jsonl", iter(few), 50, "generate")
+    assert not (tmp_path / "f.jsonl").exists()
 
 
 def test_queries_must_belong_to_the_corpus(tmp_path):
