@@ -63,7 +63,7 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
             yield row
         if len(failures) > 9 * count["kept"]:
             seen_rows = len(failures) + count["kept"]
-            raise LLMError(f"{what}: {count['kept']} of the first {seen_rows} rows succeeded, too few to go on with; "
+            raise LLMError(f"{what}: {count['kept']} of the first {seen_rows} rows succeeded, too few to go on; "
                            f"failures: {'; '.join(failures[:3])}")
         for name, seen in values.items():
             if len(seen) == 1 and None not in seen:

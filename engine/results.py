@@ -139,7 +139,7 @@ def held_out_results(path: Path, corpus: Sequence[dict[str, str]], asked: Sequen
     few = len(order) - half
     if few < 200:
         # nDCG@10 of one question is 0 to 1, with a standard deviation of about 0.4 between stages
-        print(f"{few} questions are few: they tell differences of {80 / few ** 0.5:.0f} points of nDCG@10 and more; "
+        print(f"{few} questions are few: they tell gains of {80 / few ** 0.5:.0f} points of nDCG@10 and more; "
               "for smaller ones raise --queries or give more documents")
     best = max(chosen, key=lambda stage: chosen[stage])
     first = next(iter(chosen))
