@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import numbers
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 
+def graded_seed(n: int) -> int:
+    """The seed of a grading test's inputs: n, or where GRADE_SEED is set, what only the instructor can know."""
+    secret = os.environ.get("GRADE_SEED", "")
+    return int(hashlib.sha256(f"{secret} {n}".encode()).hexdigest()[:8], 16) if secret else n
+
+
 def close(a: Any, b: Any) -> bool:
-    """Equal up to rounding: tensors, numbers, or lists of them."""
+    """Equal up to rounding: tensors, numbers, or lists of them; a list may be an array."""
+    if isinstance(b, (list, tuple)) and isinstance(a, (Tensor, np.ndarray)):
+        a = a.tolist()
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-7)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(close, a, b))
-    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+    if isinstance(a, numbers.Real) and isinstance(b, numbers.Real):
         return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-7)
     return type(a) is type(b) and a == b
 
 
-def check(yours: Any, spec: Any, mistakes: dict[str, Any], what: str = "") -> None:
-    """yours is the spec's value; and no mistake's is, or the test could not tell them apart."""
+def check(yours: Any, spec: Any, mistakes: dict[str, Any], what: str = "", drawn: bool = False) -> None:
+    """yours is the spec's value; and no mistake's is, or the test could not tell them apart.
+
+    Where inputs are drawn, a mistake may make no difference; it is then not named.
+    """
     same = [why for why, value in mistakes.items() if close(spec, value)]
-    assert not same, f"this test cannot tell: {same}"
+    assert drawn or not same, f"this test cannot tell: {same}"
     if close(yours, spec):
         return
     why = [why for why, value in mistakes.items() if close(yours, value)] or [likeness(yours, spec)]
     row, caller = "", sys._getframe(1)
+    if caller.f_code is check_gradients.__code__:
+        caller = sys._getframe(2)
     if isinstance(yours, Tensor) and isinstance(spec, Tensor) and yours.shape == spec.shape and spec.dim():
         i = next(i for i in range(len(spec)) if not close(yours[i], spec[i]))
         row, yours, spec = f" (row {i})", yours[i].tolist(), spec[i].tolist()
@@ -75,9 +92,9 @@ def check_gradients(
     check(yours, spec, {})
     detached = "no gradient reaches it: something is detached, or computed without torch"
     for name, x in inputs.items():
-        want, = torch.autograd.grad(spec, x, retain_graph=True)
+        want, = torch.autograd.grad(spec, x, retain_graph=True, allow_unused=True, materialize_grads=True)
         have = None
         if yours.requires_grad:
             have, = torch.autograd.grad(yours, x, retain_graph=True, allow_unused=True)
         check(torch.zeros_like(x) if have is None else have, want, {detached: torch.zeros_like(x)},
-              f"the value is right, but not its gradient on {name}:")
+              f"the value is right, but not its gradient on {name}:", drawn=True)

@@ -92,17 +92,17 @@ def test_classification_compares_texts_and_not_their_places(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_classification_draws_an_x_plus_that_leaves_an_x_minus(seed):
     """x- can only be "b": x+ of "a" is then "d", and that of "d" is "a"; for the "b" in front nothing is left."""
-    rows = data.classification_triples(["a", "b", "d", "b"], [1, 1, 1, 2], seed)
-    assert [three(r) for r in rows] == [("a [0]", "d [0]", "b [0]"), ("d [1]", "a [1]", "b [1]")]
+    rows = data.classification_triples(["a", "b", "d", "b"], [1, 1, 1, 2], seed, unique_ids=False)
+    assert [three(r) for r in rows] == [("a", "d", "b"), ("d", "a", "b")]
 
 
 @pytest.mark.ex3
 def test_classification_leaves_out_a_row_that_no_triple_can_be_made_of():
     """x alone with its label, and no endless search for an x-."""
     texts = ["a", "b", *["a"] * 1100, "c"]                           # all but two alone with their label
-    for seed in range(20):                                           # chance finds "c" for some, a search for all
-        rows = data.classification_triples(texts, [1, 1, *range(2, 1103)], seed)
-        assert [three(r) for r in rows] == [("a [0]", "b [0]", "c [0]"), ("b [1]", "a [1]", "c [1]")]
+    for seed in range(4):                                            # chance finds "c" for some, a search for all
+        rows = data.classification_triples(texts, [1, 1, *range(2, 1103)], seed, unique_ids=False)
+        assert [three(r) for r in rows] == [("a", "b", "c"), ("b", "a", "c")]
 
 
 @pytest.mark.ex3

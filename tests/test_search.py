@@ -7,7 +7,7 @@ the first product and the vectors; a certificate is given only where the first s
 import numpy as np
 import pytest
 import torch
-from teach import check
+from teach import check, graded_seed
 
 import gecko
 from engine import files, search
@@ -61,7 +61,7 @@ def test_topk_is_nearest_bit_for_bit(name, dtype):
 @pytest.mark.ex10
 def test_search_by_its_steps(monkeypatch):
     """A first search that is blind to odd passages, but says truly what they reach: proven, or searched again."""
-    rng, k = np.random.default_rng(2), 3
+    rng, k = np.random.default_rng(graded_seed(2)), 3
     q, p = (torch.from_numpy(rng.integers(-2, 3, (n, 4)).astype(np.float32)) for n in (1100, 60))
 
     def half_blind(x, passages, m, dtype, budget):
@@ -91,7 +91,7 @@ def test_search_by_its_steps(monkeypatch):
 @pytest.mark.parametrize("P", [1, 3, 20])
 def test_search_of_few_passages(P):
     """As many neighbours as there are passages, and fewer passages than candidates are asked for."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(graded_seed(3))
     q, p = unit(gaussian(rng, 4, 8)), unit(gaussian(rng, P, 8))
     for k in {1, P}:
         want = gecko.nearest(torch.from_numpy(q), torch.from_numpy(p), k)
@@ -101,7 +101,7 @@ def test_search_of_few_passages(P):
 @pytest.mark.ex10
 def test_search_hands_on_what_it_is_given(monkeypatch):
     """Precision and budget to the first search; the budget, and the unproven queries alone, to the second."""
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(graded_seed(4))
     q, p = unit(gaussian(rng, 6, 8)), unit(gaussian(rng, 40, 8))
     q[2:] = 0                                                        # all scores are equal: never proven
     first, second, asked = search.candidates, search.search_again, []
@@ -120,7 +120,8 @@ def test_search_hands_on_what_it_is_given(monkeypatch):
         asked.clear()
         proven = search.certified_topk(q, p, 3, 4321, dtype)[2]
         assert proven.tolist() == [True, True, False, False, False, False]
-        assert asked == [("first", 6, dtype, 4321), ("second", 4, 4321)], \
+        assert asked[0] == ("first", 6, dtype, 4321) and sum(n for _, n, *_ in asked[1:]) == 4 \
+            and {budget for *_, budget in asked} == {4321}, \
             "hand on dtype and budget as they are given, and search again for the unproven queries alone"
 
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import Command
-from teach import check
+from teach import check, graded_seed
 from toys import bytes_of, command, mistake, records, small_model, weights_of
 
 import data
@@ -84,7 +84,7 @@ def mrl_spec(spec, dims, *vectors):
 
 
 def vectors(count, B, d, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(graded_seed(seed))
     return [torch.randn(B, d, generator=generator, dtype=torch.float64).requires_grad_()
             for _ in range(count)]
 

@@ -1,0 +1,65 @@
+"""The longer check of the grader, by hand: every wrong answer is caught, every right one has all points.
+
+    python tests/course/self_check.py           all exercises, in some minutes
+    python tests/course/self_check.py 3 9       these alone; GRADE_SEED draws the inputs, as for grade.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import make_course  # noqa: E402
+from grade import Grade, expected_tests, grade_exercise, transplanted  # noqa: E402
+from more_answers import MORE_WRONG, RIGHT, Answer  # noqa: E402
+from running import Grader  # noqa: E402
+from wrong_answers import WRONG, with_mistake  # noqa: E402
+
+
+def text_of(n: int, answer: Answer) -> tuple[str, str]:
+    """The module of exercise n, and its text with this answer."""
+    module = make_course.exercises()[n][0]
+    solved = (make_course.ROOT / module).read_text(encoding="utf-8")
+    if isinstance(answer, str):
+        return module, transplanted(solved, n, textwrap.indent(answer.strip("\n") + "\n", "    "))
+    return module, with_mistake(solved, n, answer)
+
+
+def report(n: int, name: str, grade: Grade, right: bool) -> bool:
+    """One line for an answer; true where it was graded as it should be."""
+    good = right == (grade.passed == grade.tests)
+    reasons = [line for line in grade.reason.splitlines() if line.startswith("why: ")]
+    mute = reasons and all("known here" in line for line in reasons)
+    if right and not good or not right and (not good or grade.flagged or mute):
+        words = " | ".join(grade.reason.splitlines())[:400]
+        state = "" if good else "  <<<<<< " + ("REFUSED" if right else "ACCEPTED")
+        print(f"{n:3} {name}: {grade.passed} of {grade.tests}{state}\n      {words}", flush=True)
+    return good
+
+
+def main() -> None:
+    numbers = [int(arg) for arg in sys.argv[1:]] or list(make_course.exercises())
+    count, bad = 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "course"
+        make_course.make(folder, set())
+        grader = Grader(folder, os.environ.get("GRADE_SEED", ""))
+        for n in numbers:
+            expected = expected_tests(grader, n, 100)
+            wrong: dict[str, Answer] = {mistake: changes for mistake, (changes, _) in WRONG[n].items()}
+            for answers, right in ((wrong | MORE_WRONG.get(n, {}), False), (RIGHT.get(n, {}), True)):
+                for what, answer in answers.items():
+                    module, text = text_of(n, answer)
+                    count += 1
+                    bad += not report(n, what, grade_exercise(grader, n, {module: text}, expected, 60), right)
+        grader.close()
+    print(f"{count} answers, {bad} graded wrongly")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()
