@@ -171,7 +171,6 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "p+ where there is no other": [('    if negative == "none"', '    others = others or [p_pos]\n    if negative == "none"')],
         "no p- for p_seed": [("not others:", "not others or positive is not None:")],
         "the smallest index of the worst": [("others[-1]", "min(i for i in others if R[i] == R[others[-1]])")],
-        "answers are compared lower-cased": [("texts[i] not in answers", "not any(texts[i] == a[::-1] for a in answers)")],
         "p+ must not be an answer": [("order[0] if positive is None else positive",
                                       "next((i for i in order if texts[i] not in answers), order[0])"
                                       " if positive is None else positive")],
