@@ -7,6 +7,7 @@ stays while the file does. Whatever is left out is named or counted, with what w
 from __future__ import annotations
 
 import codecs
+import hashlib
 import itertools
 import math
 import os
@@ -22,7 +23,7 @@ from engine.corpus import Passage, sentences, terms
 from engine.files import InputError, beir_file, read_passages
 from engine.markup import MARKDOWN, MAX_WORDS, passages_of
 
-MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in two to three times as much
+MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in about twice as much
 
 ENDINGS = (*MARKDOWN, ".rst", ".txt")
 CONVERTERS = {".pdf": "pdftotext", ".html": "pandoc -t plain", ".htm": "pandoc -t plain", ".docx": "pandoc",
@@ -52,7 +53,7 @@ def read_documents(folder: str | Path, max_words: int = MAX_WORDS) -> tuple[list
     """The passages of all documents below a folder, or of one file; and what was left out, a line each."""
     root = Path(folder)
     paths, notes = documents_below(root)
-    passages: dict[str, Passage] = {}                                # by their words
+    passages: dict[bytes, Passage] = {}                              # by a digest of their words
     unreadable, empty, found = [], [], 0
     for path in tqdm(paths, desc="documents", unit="file", delay=2):
         name = path.relative_to(path.parent if path == root else root).as_posix()
@@ -66,7 +67,8 @@ def read_documents(folder: str | Path, max_words: int = MAX_WORDS) -> tuple[list
             empty.append(name)
         found += len(rows)
         for row in rows:
-            passages.setdefault(" ".join(row["text"].split()), row)
+            words = " ".join(row["text"].split()).encode()
+            passages.setdefault(hashlib.blake2b(words).digest(), row)
     if unreadable:
         notes.append(f"left out: {first(unreadable)}: not UTF-8 or UTF-16, or not readable; to convert a text: "
                      "iconv -f LATIN1 -t UTF-8")

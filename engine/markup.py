@@ -7,6 +7,7 @@ read: front matter, comments, directives without text, images, badges, addresses
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -57,6 +58,7 @@ TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,12}}|[^\w\s]|_")
 WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_]{{2,}}")
 
 
+@functools.lru_cache                                                 # cutting asks for the same texts again
 def size(text: str) -> int:
     return len(TOKEN.findall(text))
 
