@@ -115,11 +115,11 @@ def joined(pieces: Sequence[tuple[str, str]], max_words: int) -> list[tuple[str,
 # --------------------------------------------------------------------------------------------------
 # A text -> its headings and blocks
 
-FRONT_MATTER = re.compile(r"(---|\+\+\+)\n(.*?)\n\1\n", re.DOTALL)
+FRONT_MATTER = re.compile(r"(---|\+\+\+)\n(\w[\w -]*[:=].*?)\n\1\n", re.DOTALL)
 FENCE_OR_COMMENT = re.compile(r"^ *(```|~~~).*?^ *\1|<!--(?:(?!<!--).)*?-->", re.DOTALL | re.MULTILINE)
 HTML_HEADING = re.compile(r"<h[1-6][^>]*>(.*?)</h[1-6]>", re.DOTALL)
 # Directives of reStructuredText that hold no text, with comments and targets; then all others
-EMPTY = "image|figure|toctree|contents|include|raw|index|highlight|meta|currentmodule|automodule|autoclass"
+EMPTY = "image|figure|toctree|contents|include|literalinclude|raw|index|highlight|meta|currentmodule|auto\\w+"
 UNSEEN = re.compile(rf"^( *)\.\.(?: (?:(?:{EMPTY})::|(?![\w:+-]+::|\[)).*)?\n(?:(?:\1 +\S.*| *)\n)*", re.MULTILINE)
 DIRECTIVE = re.compile(r"^( *)\.\. ([\w:+-]+)::(.*)(?:\n\1 +:[\w-]+:.*)*", re.MULTILINE)
 
@@ -141,6 +141,7 @@ def visible(text: str, markdown: bool) -> list[str]:
 
 
 RULE = re.compile(r"([=\-~^\"'`#*+.:_])\1{2,}")
+TITLE = re.compile(r"[\w`\"'(*:.<\[].{,99}")
 FENCE = re.compile(r" *(`{3,}|~{3,})")
 
 
@@ -192,12 +193,13 @@ def raw_blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, list
 
 def underlined(block: Sequence[str], line: str, markdown: bool) -> bool:
     """Whether the line below a block makes it a heading; it may have a line above it too."""
-    if not block or len(block) > 2 or (len(block) == 2 and not RULE.fullmatch(block[0])):
+    overlined = len(block) == 2 and RULE.fullmatch(block[0])
+    if len(block) != 1 and not overlined:
         return False
     title = block[-1].strip()
-    length = 3 if markdown else 0.6 * len(title)
-    return line[0] in ("=-" if markdown else line) and len(line) >= length and len(title) <= 100 and (
-        re.match(r"[^\W_]|[`\"'(*:.<\[]", title) is not None)
+    if not TITLE.fullmatch(title):                                   # a list or a table above a line
+        return False
+    return line[0] in "=-" if markdown else len(line) >= 0.6 * len(title)
 
 
 LETTER = re.compile(r"[^\W_]")
@@ -208,8 +210,8 @@ MARKUP = [
     (r"(?<![\w\])])\[([^\[\]]*)\](?:\([^()\s]*(?: \"[^\"]*\")?\)|\[[^\[\]]*\])", r"\1"),  # [text](address)
     (r"`([^`<]+?)\s*(?:<[^`>]+>)?`__?", r"\1"),                       # `text <address>`_
     (r":[\w:+-]+:`[~!]?([^`<]*?)\s*(?:<[^`>]*>)?`", r"\1"),          # :role:`text`
-    (r"</?(?:a|p|div|img|br|hr|span|center|picture|source|table|t[hdr]|[bi]|em|su[bp]|summary)\b[^<>]*>", ""),
-    (r"(?m)^ *\[[^\]]+\]: \S+.*\n?", ""),                            # [name]: address
+    (r"(?<!`)</?(?:a|p|div|img|br|hr|span|center|picture|source|table|t[hdr]|[bi]|em|su[bp]|summary)\b[^<>]*>", ""),
+    (r"(?m)^ *\[[^\]^]+\]: *\S+(?: +[\"'(].*)?(?:\n|$)", ""),          # [name]: address
     (r"(?m)^(?:[^\w\n(){}\[\]]|_){4,}(?:\n|$)", ""),                 # a line that is drawn
     (r"(?m)::$", ":"),
     (r"\\(?=[_*#<>`\[\]])", ""),                                     # \_

@@ -78,6 +78,9 @@ def test_headings_without_text_and_code_that_looks_like_one():
     ("a.md", "Words first.\n\n- [One](#one)\n- [Two](#two)\n\nhttps://example.org/a\n", "Words first."),
     ("a.md", "Words and\n[a link](x)\nin the middle.", "Words and\na link\nin the middle."),
     ("a.md", "| a | b |\n|---|---|\n| one | two |\n", "| a | b |\n| one | two |"),
+    ("a.md", "---\nAll that\nstands here\n---\nis text.", "---\nAll that\nstands here\n---\nis text."),
+    ("a.md", "A note[^1], `<table>` and [x][1].\n\n[1]: http://x \"t\"\n[^1]: Its text.",
+     "A note[^1], `<table>` and x.\n\n[^1]: Its text."),
     ("a.md", "Call <file> or List<T>, a < b.", "Call <file> or List<T>, a < b."),
     ("a.md", "- one\n    - nested\n\n      below\n- two", "- one\n    - nested\n\n      below\n- two")])
 def test_what_a_reader_sees_is_the_text(name, text, seen):
