@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.cache import Pairs, Tops
 from engine.files import say
 from engine.replies import (
     answer_text,
@@ -23,10 +24,9 @@ from engine.replies import (
     listed_tokens,
     scored_tokens,
 )
-from engine.transport import CallFailed, LLMError, Server, Usage
+from engine.transport import CallFailed, Json, LLMError, Server, Usage
 
-Pairs = Sequence[tuple[str, str]]         # (prefix, text)
-ScoringMode = tuple[str, dict[str, Any]]  # chat, completions, echo or forced; further fields of the body
+ScoringMode = tuple[str, Json]  # chat, completions, echo or forced; further fields of the body
 
 # A model that thinks first does not begin its answer with the answer: thinking off, as servers spell it.
 # The last is OpenAI's for its reasoning models, which refuse max_tokens and other temperatures.
@@ -83,7 +83,7 @@ class Endpoint:
         score = self.scorer(self.require("log_likelihood"))
         return self.each("log_likelihood", pairs, lambda pair: score(*pair)[0])
 
-    def top_tokens(self, prompts: Sequence[str]) -> list[list[tuple[str, float]] | None]:
+    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
         mode = self.require("top_tokens")
         return self.each("top_tokens", prompts, functools.partial(self.top, mode))
 
@@ -107,11 +107,11 @@ class Endpoint:
     # ----------------------------------------------------------------------------------------------
     # Requests
 
-    def post(self, route: str, body: dict[str, Any], read: Callable[[dict[str, Any]], Any]) -> Any:
+    def post(self, route: str, body: Json, read: Callable[[Json], Any]) -> Any:
         body = {"model": self.model} | {name: value for name, value in body.items() if value is not None}
         prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
 
-        def checked(answer: dict[str, Any]) -> Any:
+        def checked(answer: Json) -> Any:
             check_not_cut(answer, prompt)
             return read(answer)
 
@@ -124,9 +124,9 @@ class Endpoint:
             return self.post("/chat/completions", body | {"messages": as_user(prompt)}, answer_text)
         return self.post("/completions", body | {"prompt": prompt, "stop": ["\n\n"]}, answer_text)
 
-    def top(self, mode: ScoringMode, prompt: str) -> list[tuple[str, float]]:
+    def top(self, mode: ScoringMode, prompt: str) -> Tops:
         """The likeliest first tokens of the answer."""
-        body: dict[str, Any] = {"max_tokens": 1, "temperature": 0}
+        body: Json = {"max_tokens": 1, "temperature": 0}
         read = functools.partial(listed_tokens, labels=self.trials.labels)
         if mode[0] == "chat":
             body |= {"messages": as_user(prompt), "logprobs": True, "top_logprobs": 20}
@@ -279,7 +279,7 @@ def as_user(prompt: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}]
 
 
-def echo_body(prompt: str) -> dict[str, Any]:
+def echo_body(prompt: str) -> Json:
     # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the
     # prompt's part
     return {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}

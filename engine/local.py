@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.cache import Pairs, Tops
 from engine.files import InputError, first_line
 
 Tokens = list[int]
@@ -41,7 +43,8 @@ class Local:
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
         self.name, self.read_tokens = f"hf:{folder}", 0
-        self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
+        self.temperature, self.max_tokens, self.stop = temperature, max_tokens, tuple(stop)
+        self.rows = rows
         self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
         end = self.model.generation_config.eos_token_id
         self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
@@ -68,7 +71,7 @@ class Local:
     # The three calls
 
     @torch.inference_mode()
-    def log_likelihood(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
         """Sum of log p of the text's tokens after its prefix."""
         texts: dict[str, list[str]] = {}
         for prefix, text in dict.fromkeys(pairs):
@@ -88,7 +91,7 @@ class Local:
                     self.keep("log_likelihood", pair, value)         # a stopped run goes on from here
         return [scores[pair] for pair in pairs]
 
-    def continuations(self, ids: Tensor, cache: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    def continuations(self, ids: Tensor, cache: Any, pairs: Pairs) -> list[float]:
         """log p of each text after its prefix, of which ids (B, K) are the tokens."""
         texts = []
         for prefix, text in pairs:
@@ -99,13 +102,14 @@ class Local:
         # the prompt's last token predicts the text's first
         logits = self.forward(torch.cat([ids, target[:, :-1]], dim=1), cache, L)  # (B, L, V)
         log_p = logits.log_softmax(dim=-1)
-        log_p = log_p.gather(2, target.clamp(min=0)[:, :, None])[:, :, 0]  # (B, L)
+        token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
+        log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
     @torch.inference_mode()
-    def top_tokens(self, prompts: Sequence[str], k: int = 20) -> list[list[tuple[str, float]] | None]:
+    def top_tokens(self, prompts: Sequence[str], k: int = 20) -> list[Tops | None]:
         """The likeliest first tokens of the answer, each with its log p."""
-        answers: list[list[tuple[str, float]] | None] = [None] * len(prompts)
+        answers: list[Tops | None] = [None] * len(prompts)
         for numbers, ids, cache in self.batches(prompts, PREFIXES):
             log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
             values, tokens = log_p.topk(k)                           # (B, k) twice
@@ -144,11 +148,11 @@ class Local:
 
     def until_stop(self, tokens: Tokens) -> tuple[str, bool]:
         """The text before the first end or stop, and whether there is one."""
-        ends = [place for place, token in enumerate(tokens) if token in self.ends]
-        text = whole = self.tokenizer.decode(tokens[:min(ends, default=None)], skip_special_tokens=True)
+        written = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
+        whole = text = self.tokenizer.decode(written, skip_special_tokens=True)
         for stop in self.stop:
             text = text.partition(stop)[0]
-        return text, bool(ends) or text != whole
+        return text, len(written) < len(tokens) or text != whole
 
     # ----------------------------------------------------------------------------------------------
     # Prompts, and the keys and values of their tokens
@@ -169,7 +173,8 @@ class Local:
             longest = len(tokens[numbers[-1]])
             rows = []
             for n in numbers:                                        # padded so that all end together
-                rows.append(head + [-1] * (longest - len(tokens[n])) + tokens[n][len(head):])
+                padding = [-1] * (longest - len(tokens[n]))
+                rows.append(head + padding + tokens[n][len(head):])
             ids, cache = self.tensor(rows), of_rows(head_cache, [0] * len(rows))
             if longest > len(head) + 1:
                 self.forward(ids[:, :-1], cache)

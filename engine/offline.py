@@ -27,8 +27,8 @@ from engine.corpus import Passage, sentences, terms
 from engine.files import InputError
 from engine.search import exact_dot
 
-# (queries, passages) -> one number for each query and the passage beside it
-Similarity = Callable[[Sequence[str], Sequence[Passage]], list[float]]
+Pairs = Sequence[tuple[str, Passage]]                                # of a query and a passage
+Similarity = Callable[[Pairs], list[float]]                          # one number a pair
 
 STOP = set("a an the of to is in it if and or for this that with be are by on as at from not which "
            "when can will has its one into than".split())
@@ -65,38 +65,38 @@ class Offline:
             answers.append(f"Task: {task}\nQuery: {query}")
         return answers
 
-    def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def query_likelihood(self, pairs: Pairs) -> list[float | None]:
         return [self.log_likelihood(terms(q), self.counts[p["_id"]]) for q, p in pairs]
 
     def log_likelihood(self, query: Sequence[str], counts: Counter[str]) -> float:
         """sum over the query's words of log p(w | passage)."""
         length, total = sum(counts.values()), 0.0
         for w in query:
-            tf = counts[w] + self.lam * sum(counts[u] for u in self.paraphrased.get(w, ()))
+            paraphrased = sum(counts[u] for u in self.paraphrased.get(w, ()))
+            tf = counts[w] + self.lam * paraphrased
             p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
             total += math.log((tf + self.mu * p_collection) / (length + self.mu))
         return total
 
-    def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def relevance(self, pairs: Pairs) -> list[float | None]:
         if self.similarity is None:
             raise InputError("offline relevance needs the initial retriever; give --model-dir")
-        return [*self.similarity([q for q, _ in pairs], [p for _, p in pairs])]
+        return list(self.similarity(pairs))
 
 
 def similarity(embedder: Any, known: dict[str, np.ndarray] | None = None) -> Similarity:
-    """The cosine of each query with the passage beside it, by an embedder. known: passages' vectors by id."""
+    """The cosine of a query and its passage, by an embedder. known: passages' vectors by id."""
     return functools.partial(cosines, embedder, {} if known is None else known)
 
 
-def cosines(embedder: Any, known: dict[str, np.ndarray], queries: Sequence[str],
-            passages: Sequence[Passage]) -> list[float]:
-    new = {p["_id"]: p for p in passages if p["_id"] not in known}   # a passage is encoded once
-    titles = [p["title"] for p in new.values()]
-    known.update(zip(new, embedder.encode_passages([p["text"] for p in new.values()], titles), strict=True))
-    texts = list(dict.fromkeys(queries))
-    vectors = dict(zip(texts, embedder.encode_queries(texts), strict=True))
-    q = torch.from_numpy(np.stack([vectors[text] for text in queries]))      # (pairs, d)
-    p = torch.from_numpy(np.stack([known[p["_id"]] for p in passages]))      # (pairs, d)
+def cosines(embedder: Any, known: dict[str, np.ndarray], pairs: Pairs) -> list[float]:
+    new = {p["_id"]: p for _, p in pairs if p["_id"] not in known}   # a passage is encoded once
+    texts, titles = [p["text"] for p in new.values()], [p["title"] for p in new.values()]
+    known.update(zip(new, embedder.encode_passages(texts, titles), strict=True))
+    queries = list(dict.fromkeys(q for q, _ in pairs))
+    vectors = dict(zip(queries, embedder.encode_queries(queries), strict=True))
+    q = torch.from_numpy(np.stack([vectors[q] for q, _ in pairs]))           # (pairs, d)
+    p = torch.from_numpy(np.stack([known[p["_id"]] for _, p in pairs]))      # (pairs, d)
     return exact_dot(q, p).tolist()
 
 
@@ -147,20 +147,23 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
     said = re.split(r"-+>", said)[-1]                                # "f(x) -> what it returns"
     said = re.sub(r"\([^()]*\)|[`*'\"]", " ", said).lower()
     words = said.strip(" .:").split() or terms(p["title"])
+    text, exchanged = " ".join(words), 0.6
     task = rng.choice(tasks)
     if task == "question answering":
-        text = re.sub(r"^returns? (true|false)( if| iff| when)", "check whether", " ".join(words))
-        text = everyday(re.sub(r"^returns? ", "get ", text), rng, 0.6)
-        query = rng.choice(ASKED).format(" ".join(text.split()[:14]))
+        text = re.sub("^returns? (true|false)( if| iff| when)", "check whether", text)
+        text = re.sub("^returns? ", "get ", text)
     elif task == "search result":
         content = [w for w in words if w not in STOP] or words
         n = rng.randint(2, 5)
         start = rng.randrange(max(1, len(content) - n + 1))
-        query = everyday(" ".join(content[start:start + n]), rng, 0.6)
+        text = " ".join(content[start:start + n])
     elif task == "fact checking":
-        query = everyday(" ".join(words), rng, 0.3)
+        exchanged = 0.3
     else:                                                            # sentence similarity
-        query = everyday(" ".join(w for w in words if rng.random() > 0.25), rng, 0.6)
+        text = " ".join(w for w in words if rng.random() > 0.25)
+    query = everyday(text, rng, exchanged)
+    if task == "question answering":
+        query = rng.choice(ASKED).format(" ".join(query.split()[:14]))
     return task, query.strip() or " ".join(words)
 
 

@@ -135,20 +135,16 @@ class Linear:
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "none")
-        return F.linear(x, self.weight, self.bias)                   # (N, out)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
-        return F.gelu(F.linear(x, self.weight, self.bias))           # (N, out)
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        if self.onednn:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        return F.linear(x, self.weight, self.bias) + residual        # (N, out)
+    def __call__(self, x: Tensor, then: str = "none", residual: Tensor | None = None) -> Tensor:
+        if not self.onednn:
+            y = F.linear(x, self.weight, self.bias)                  # (N, out)
+            if then == "gelu":
+                y = F.gelu(y)
+            return y if residual is None else y + residual
+        linear = torch.ops.mkldnn._linear_pointwise
+        if residual is not None:
+            return linear.binary(x, residual, self.weight, self.bias, "add")
+        return linear(x, self.weight, self.bias, then, [], "none")   # (N, out)
 
 
 def attend(qkv: Tensor, runs: Sequence[tuple[int, int]], H: int) -> Tensor:
@@ -186,10 +182,9 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     for layer in encoder.encoder["layer"]:
         parts = [layer.attention["self"][name] for name in ("query", "key", "value")]
         qkv = Linear(torch.cat([x.weight for x in parts]), torch.cat([x.bias for x in parts]), dtype)
-        out, up, down = (Linear(x["dense"].weight, x["dense"].bias, dtype)
-                         for x in (layer.attention["output"], layer.intermediate, layer.output))
-        norm_1, norm_2 = (copy.deepcopy(x["LayerNorm"]).to(dtype)
-                          for x in (layer.attention["output"], layer.output))
+        blocks = layer.attention["output"], layer.intermediate, layer.output
+        out, up, down = (Linear(block["dense"].weight, block["dense"].bias, dtype) for block in blocks)
+        norm_1, norm_2 = (copy.deepcopy(block["LayerNorm"]).to(dtype) for block in blocks[::2])
         layers.append((qkv, out, up, down, norm_1, norm_2))
 
     def embed_packed(tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -201,8 +196,9 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
         for qkv, out, up, down, norm_1, norm_2 in layers:
             a = attend(qkv(x), runs, c.num_attention_heads)          # (N, d)
-            x = norm_1(out.plus(a, x))                               # (N, d)
-            x = norm_2(down.plus(up.gelu(x), x))                     # (N, d)
+            x = norm_1(out(a, residual=x))                              # (N, d)
+            h = up(x, "gelu")                                        # (N, intermediate_size)
+            x = norm_2(down(h, residual=x))                          # (N, d)
         return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
 
     return embed_packed

@@ -41,8 +41,8 @@ def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int, tasks: Seque
     source = source_texts(sources)
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for name, text in source["docstring"]]
-    own_pieces = list(itertools.chain.from_iterable(map(chunks, corpus)))
-    library_pieces = list(itertools.chain.from_iterable(map(chunks, libraries)))
+    own_pieces = [piece for row in corpus for piece in chunks(row)]
+    library_pieces = [piece for row in libraries for piece in chunks(row)]
     callees = Callees(corpus)
     calling = [callees.of_all(source["comment"]), callees.of_all(source["function"])]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
@@ -58,10 +58,10 @@ def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int, tasks: Seque
         else:
             query, called = pick(pick(calling, rng), rng)
             rareness = np.array([times_called[i] ** -0.7 for i in called])  # prefer a rare call to len()
-            row = corpus[called[rng.choice(len(called), p=rareness / rareness.sum())]]
-            text = " ".join(row["text"].split()[:120])
+            callee = corpus[rng.choice(called, p=rareness / rareness.sum())]
+            text = " ".join(callee["text"].split()[:120])
             if rng.random() < 0.7:
-                title = row["title"]
+                title = callee["title"]
         yield pick(tasks, rng), query, title, text
 
 
@@ -71,12 +71,14 @@ def pick(items: Sequence[Any], rng: np.random.Generator) -> Any:
 
 def chunks(row: Passage) -> list[Passage]:
     """A long passage in pieces of whole paragraphs that a small encoder can read, under its title."""
-    groups: list[list[str]] = [[]]
+    pieces = [""]
     for paragraph in filter(str.strip, paragraphs(row["text"])):
-        if groups[-1] and len(" ".join([*groups[-1], paragraph]).split()) > 60:  # words
-            groups.append([])
-        groups[-1].append(paragraph)
-    return [passage(row["title"], "\n\n".join(group)) for group in groups]
+        longer = f"{pieces[-1]}\n\n{paragraph}"
+        if pieces[-1] and len(longer.split()) > 60:                  # words
+            pieces.append(paragraph)
+        else:
+            pieces[-1] = longer
+    return [passage(row["title"], piece) for piece in pieces]
 
 
 def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -86,14 +88,17 @@ def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, s
     if kind >= 0.7 and len(words) > 3:
         n = int(rng.integers(3, min(11, len(words))))
         start = int(rng.integers(len(words) - n + 1))
-        span, rest = words[start:start + n], words[:start] + words[start + n:]
-        return " ".join(span), title, " ".join(rest) if rng.random() < 0.5 else text
+        stop = start + n
+        if rng.random() < 0.5:
+            text = " ".join(words[:start] + words[stop:])
+        return " ".join(words[start:stop]), title, text
     if kind >= 0.4 and len(found) > 1:
         i = 0 if rng.random() < 0.5 else int(rng.integers(len(found)))
         rest = found[:i] + found[i + 1:]
         return found[i], title if rng.random() < 0.7 else "", " ".join(rest)
-    name = spoken(title)
-    query = name if rng.random() < 0.5 else " ".join(name.split()[-2:])
+    query = spoken(title)
+    if rng.random() >= 0.5:
+        query = " ".join(query.split()[-2:])
     return query, title if rng.random() < 0.3 else "", text
 
 
@@ -213,8 +218,8 @@ class Callees:
         if not dot or first in self.modules:
             return []
         method = call.rpartition(".")[2]                             # of an object of unknown type
-        for name in (f"{kind}.{method}" for kind in self.TYPES):
-            if name in self.by_name:
-                return [self.by_name[name]]
+        for kind in self.TYPES:
+            if f"{kind}.{method}" in self.by_name:
+                return [self.by_name[f"{kind}.{method}"]]
         same = self.by_last_part.get(method, [])
         return same if len(same) <= 2 else []

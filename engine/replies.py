@@ -10,12 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.transport import CallFailed
+from engine.cache import Tops
+from engine.transport import CallFailed, Json
 
-Reply = dict[str, Any]
 
-
-def answer_text(answer: Reply) -> str:
+def answer_text(answer: Json) -> str:
     """The text of an answer, without a last line that was cut off."""
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
@@ -38,7 +37,7 @@ def log_prob(value: Any) -> float:
     return float(value)
 
 
-def listed_tokens(answer: Reply, labels: Sequence[str]) -> list[tuple[str, float]]:
+def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
     """The likeliest first tokens of an answer, from either of the two shapes that servers use.
 
     Some servers list null or -Infinity beside tokens: they are left out, but a label must have a number.
@@ -78,7 +77,7 @@ def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values)), True
 
 
-def check_not_cut(answer: Reply, prompt: str) -> None:
+def check_not_cut(answer: Json, prompt: str) -> None:
     """CallFailed where `usage` counts so few tokens that the server cannot have read the whole prompt."""
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
@@ -87,9 +86,9 @@ def check_not_cut(answer: Reply, prompt: str) -> None:
                          "it cuts prompts in silence; give the model a longer context there")
 
 
-def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[Any]]:
+def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
     """Tokens of an echoed prompt and what stands for their log-probabilities; CallFailed if it was not scored."""
-    usage: Reply = answer.get("usage") or {}
+    usage: Json = answer.get("usage") or {}
     choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
     if answer.get("prompt"):                                         # Together: apart from the answer
         choice, generated = answer["prompt"][0], 0
@@ -109,7 +108,7 @@ def scored_tokens(answer: Reply, prompt: str) -> tuple[list[str], list[Any]]:
     return tokens[:n], values[:n]
 
 
-def continuation_log_prob(answer: Reply, prefix: str, text: str,
+def continuation_log_prob(answer: Json, prefix: str, text: str,
                           head: Callable[[str], Sequence[str]]) -> tuple[float, int]:
     """(sum of log p, number) of the tokens that spell `text` at the end of prefix + text.
 
@@ -133,7 +132,7 @@ def continuation_log_prob(answer: Reply, prefix: str, text: str,
     # END EXERCISE
 
 
-def forced_log_prob(answer: Reply, forced: int, wanted: int) -> float | None:
+def forced_log_prob(answer: Json, forced: int, wanted: int) -> float | None:
     """The raw log-probability of a token where one was forced; None where it is not listed."""
     if answer.get("truncated"):
         raise CallFailed("the prompt was cut off: is the model's context too short?")

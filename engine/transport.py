@@ -26,6 +26,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from engine.files import InputError, one_line
 
+Json = dict[str, Any]         # a request's body, or a reply
+
 MAX_TRIES = 6                 # of one request
 MAX_FAILED_IN_A_ROW = 20      # calls; then the run stops
 MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
@@ -70,7 +72,7 @@ class Usage:
                                "cache; the same command with a larger limit goes on from there")
             self.requests += 1
 
-    def charge(self, answer: dict[str, Any]) -> None:
+    def charge(self, answer: Json) -> None:
         usage = answer.get("usage") or {"prompt_tokens": answer.get("tokens_evaluated"),
                                         "completion_tokens": answer.get("tokens_predicted")}
         with self.lock:
@@ -149,7 +151,7 @@ class Server:
         for future in futures:
             future.result()
 
-    def call(self, path: str, body: dict[str, Any] | None, read: Callable[[dict[str, Any]], Any]) -> Any:
+    def call(self, path: str, body: Json | None, read: Callable[[Json], Any]) -> Any:
         """read(reply), tried again while that may help; then CallFailed, or LLMError to stop the run."""
         for attempt in range(MAX_TRIES):
             pause = min(self.backoff * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
@@ -191,7 +193,7 @@ class Server:
             self.patient = True
             note.cancel()
 
-    def exchange(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def exchange(self, path: str, body: Json | None) -> Json:
         """One request: the decoded reply, or an exception that says what its status means."""
         while time.monotonic() < self.resume_at and not self.stopped.is_set():
             self.stopped.wait(self.resume_at - time.monotonic())

@@ -117,13 +117,13 @@ def test_a_title_alone_is_asked_for():
 def test_relevance_is_the_similarity_that_it_is_given():
     asked = []
 
-    def similarity(queries, passages):
-        asked.append((queries, [p["_id"] for p in passages]))
-        return [0.5 + i for i in range(len(queries))]
+    def similarity(pairs):
+        asked.extend((q, p["_id"]) for q, p in pairs)
+        return [0.5 + i for i in range(len(pairs))]
 
     pairs = [("q", CORPUS[0]), ("r", CORPUS[2])]
     assert Offline(CORPUS, similarity, TASKS).relevance(pairs) == [0.5, 1.5]
-    assert asked == [(["q", "r"], ["m.ceil", "o.remove"])]
+    assert asked == [("q", "m.ceil"), ("r", "o.remove")]
     with pytest.raises(InputError, match="--model-dir"):
         Offline(CORPUS, None, TASKS).relevance(pairs)
 
