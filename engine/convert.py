@@ -6,6 +6,7 @@ no row was made of.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -49,10 +50,9 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
             left_out["pairs of a text with itself or with nothing"] += 1
             continue
         hard = [p for p in row.wrong if content(p) and content(p) not in right[row.query]]
-        negative = None
-        if hard:
-            negative = hard[int(rng.integers(len(hard)))] if row.draw else hard[0]
-        yield row.query, row.positive, negative, row.symmetric
+        if row.draw and hard:
+            hard = [hard[int(rng.integers(len(hard)))]]
+        yield row.query, row.positive, hard[0] if hard else None, row.symmetric
 
 
 def without_title(text: str) -> Passage:
@@ -163,7 +163,8 @@ def beir(folders: Iterable[str], split: str, model: Any, task: str, depth: int) 
 
 def nearest_passages(beir: Beir, model: Any, task: str, depth: int) -> dict[str, list[Passage]]:
     """The `depth` passages nearest to each query, by its id."""
-    texts, titles = [p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus]
+    texts = [p["text"] for p in beir.corpus]
+    titles = [p["title"] for p in beir.corpus]
     P = model.encode_passages(texts, titles, progress="passages")    # (P, d)
     q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
     _, ids = topk(q, P, min(depth, len(P)))                          # (Q, depth)
@@ -223,13 +224,10 @@ def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:
             return label in SAME
         raise InputError(f"{where}: {name} {json.dumps(value)} says neither yes nor no; if it is a "
                          "score, give --positive-from X: rows with at least X are pairs")
-    try:
-        score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise InputError(f"{where}: {name} {json.dumps(value)} is no number, as --positive-from needs")
-    return score >= positive_from
+    with contextlib.suppress(TypeError, ValueError):
+        if not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value) >= positive_from
+    raise InputError(f"{where}: {name} {json.dumps(value)} is no number, as --positive-from needs")
 
 
 def sides(where: str, value: Any) -> list[Passage]:

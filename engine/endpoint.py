@@ -272,7 +272,8 @@ class Endpoint:
 
 
 def spelled(mode: ScoringMode) -> str:
-    return " ".join([mode[0], *(f"{field}={value}" for field, value in mode[1].items())])
+    name, fields = mode
+    return " ".join([name, *(f"{field}={value}" for field, value in fields.items())])
 
 
 def as_user(prompt: str) -> list[dict[str, str]]:

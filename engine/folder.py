@@ -21,10 +21,12 @@ from torch import Tensor
 
 from engine.files import InputError, first_line, folder_beside, read_json
 
+Json = dict[str, Any]
+
 
 @dataclass
 class Folder:
-    config: dict[str, Any]            # the fields of config.json that shape the encoder
+    config: Json            # the fields of config.json that shape the encoder
     weights: dict[str, Tensor]        # under Hugging Face's names, without the prefix of a model with a head
     tokenizer: Tokenizer
     max_length: int                   # tokens
@@ -85,7 +87,7 @@ def readable(path: Path) -> Iterator[None]:
                          "write or copy it again") from error
 
 
-def read_optional(path: Path) -> dict[str, Any]:
+def read_optional(path: Path) -> Json:
     """A JSON object; an empty one where there is no file."""
     return read_json(path, dict) if path.is_file() else {}
 
@@ -108,7 +110,7 @@ def read_folder(path: Path) -> Folder:
     return folder
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> Json:
     """The fields that shape the encoder, and none that would need another one."""
     raw = read_json(path, dict)
     for key, allowed in SUPPORTED.items():
@@ -116,12 +118,13 @@ def read_config(path: Path) -> dict[str, Any]:
         if value not in allowed:
             raise InputError(f"{path}: {key} {value!r} is not supported; give a folder of an encoder with "
                              + " or ".join(repr(x) for x in allowed))
-    config: dict[str, Any] = {}
+    config: Json = {}
     for key in (*REQUIRED, *OPTIONAL):
         value = raw.get(key)
         if value is None and key in OPTIONAL:
             continue
-        if key not in ("model_type", "hidden_act") and (not isinstance(value, (int, float)) or value < 0):
+        number = isinstance(value, (int, float)) and value >= 0
+        if not number and key not in ("model_type", "hidden_act"):
             raise InputError(f"{path}: {key} is {value!r}, not a number from 0 on; save the model again")
         config[key] = value
     config.setdefault("pad_token_id", 0 if config["model_type"] == "bert" else 1)
@@ -147,8 +150,11 @@ def check_modules(path: Path, d: int) -> bool:
         poolings = [path / place / "config.json"]
     for pooling in poolings:
         raw = read_json(pooling, dict)
-        modes = raw.get("pooling_mode") or [k[13:] for k, on in raw.items() if k.startswith("pooling_mode_") and on]
-        if modes not in ("mean", ["mean"], ["mean_tokens"]) or not raw.get("include_prompt", True):
+        modes = raw.get("pooling_mode")                              # older versions have a flag for each mode:
+        if not modes:
+            modes = [key for key, on in raw.items() if key.startswith("pooling_mode_") and on]
+        mean = modes in ("mean", ["mean"], ["pooling_mode_mean_tokens"])
+        if not mean or not raw.get("include_prompt", True):
             raise InputError(f"{pooling}: pooling {modes!r} is not supported, nor a prompt left out of it; "
                              "only the mean over all tokens (eq. 1) is")
         if raw.get("embedding_dimension", raw.get("word_embedding_dimension", d)) != d:
@@ -216,9 +222,9 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 def read_settings(path: Path, folder: Folder, normalised: bool) -> None:
     """Prompts, formats, Matryoshka dims, longest text: gecko.json's, else sentence-transformers'."""
     ours, theirs = read_optional(path / "gecko.json"), read_optional(path / "config_sentence_transformers.json")
-    # named after BERT or, by older versions, after the encoder's family
-    files = [path / f"sentence_{kind}_config.json" for kind in ENCODERS]
-    encoder: dict[str, Any] = next((read_json(file, dict) for file in files if file.is_file()), {})
+    encoder: Json = {}
+    for kind in ENCODERS:                                            # bert or, by older versions, the encoder's own
+        encoder = encoder or read_optional(path / f"sentence_{kind}_config.json")
     similarity = theirs.get("similarity_fn_name") or "cosine"
     if similarity != "cosine" and not (similarity == "dot" and normalised):
         raise InputError(f"{path}/config_sentence_transformers.json: similarity_fn_name {similarity!r} without "
@@ -226,7 +232,8 @@ def read_settings(path: Path, folder: Folder, normalised: bool) -> None:
     if encoder.get("do_lower_case"):
         parts = [normalizers.Lowercase(), folder.tokenizer.normalizer]
         folder.tokenizer.normalizer = normalizers.Sequence([part for part in parts if part])
-    folder.prompts = {name: text for name, text in (theirs.get("prompts") or {}).items() if text}
+    prompts = theirs.get("prompts") or {}
+    folder.prompts = {name: text for name, text in prompts.items() if text}
     folder.default_prompt = folder.prompts.get(str(theirs.get("default_prompt_name")), "")
     if ours:
         folder.formats = {name: str(ours["formats"][name]) for name in ("query", "passage")}
@@ -237,8 +244,8 @@ def read_settings(path: Path, folder: Folder, normalised: bool) -> None:
     if not all(1 <= dim <= d for dim in folder.dims):
         raise InputError(f"{path}: dims {folder.dims} are not all from 1 to {d}; save the model again")
     tokens = read_optional(path / "tokenizer_config.json").get("model_max_length")
-    folder.max_length = int(min(ours.get("max_length") or encoder.get("max_seq_length") or tokens or math.inf,
-                                folder.config["max_position_embeddings"]))
+    wanted = ours.get("max_length") or encoder.get("max_seq_length") or tokens or math.inf
+    folder.max_length = int(min(wanted, folder.config["max_position_embeddings"]))
     if folder.max_length <= folder.tokenizer.num_special_tokens_to_add(False):
         raise InputError(f"{path}: a length of {folder.max_length} tokens leaves none for the text")
 
@@ -262,7 +269,7 @@ def write_folder(path: str | Path, folder: Folder) -> None:
             (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def small_files(folder: Folder) -> dict[str, Any]:
+def small_files(folder: Folder) -> Json:
     """The JSON files; all but gecko.json are for transformers and its family."""
     c, modules = folder.config, ("Transformer", "Pooling", "Normalize")
     special = {"pad_token": folder.tokenizer.id_to_token(c["pad_token_id"])}

@@ -159,13 +159,14 @@ def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None,
     cache = mteb.ResultCache(out) if out else None
     scores = {}
     for task in tqdm(tasks, desc="mteb", unit="task", disable=len(tasks) < 2):
-        name = task.metadata.name
+        about = task.metadata
         try:
-            result = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False)
+            results = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False)
         except OSError as error:        # what mteb's clients raise without a network
-            raise InputError(f"--mteb {name}: its data is not here, and the Hugging Face hub did not give it "
+            raise InputError(f"--mteb {about.name}: its data is not here, and the Hugging Face hub did not give it "
                              f"({first_line(error)}); run it where there is a network") from error
-        scores[name] = {task.metadata.main_score: float(result.task_results[0].get_score())}
+        score = results.task_results[0].get_score()
+        scores[about.name] = {about.main_score: float(score)}
     return scores
 
 

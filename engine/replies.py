@@ -27,7 +27,7 @@ def answer_text(answer: Json) -> str:
 
 
 def is_log_prob(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < 1e-3
+    return type(value) in (int, float) and -math.inf < value < 1e-3
 
 
 def log_prob(value: Any) -> float:

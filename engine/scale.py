@@ -113,7 +113,8 @@ def blockwise_loss(
                 continue
             for some in blocks(slice(0, B), 1024):
                 vectors = x[k, some].detach().requires_grad_()       # (1024, d)
-                g[k][some] += torch.autograd.grad(truncate(vectors, dim), vectors, unit.grad[some])[0]
+                through, = torch.autograd.grad(truncate(vectors, dim), vectors, unit.grad[some])
+                g[k][some] += through
     return value, torch.stack(g)
 
 
@@ -126,7 +127,9 @@ def blocks(rows: slice, size: int) -> Iterator[slice]:
 
 def processes() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def all_reduce_sum(x: Tensor) -> None:

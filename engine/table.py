@@ -17,10 +17,11 @@ from typing import Any
 
 from engine.files import InputError, first_line, open_text, read_jsonl
 
+Json = dict[str, Any]                       # a row, by the names of its columns
 Cells = Iterator[tuple[str, list[str]]]     # ("file:line", the cells of a row)
 
 
-def read_table(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_table(path: str) -> Iterator[tuple[str, Json]]:
     """("file:line", row) of .jsonl, or of .csv or .tsv with a header; plain or .gz."""
     ending = Path(path.removesuffix(".gz")).suffix.lower()
     if ending not in (".csv", ".tsv"):
@@ -95,7 +96,7 @@ def tsv(path: str, text: str) -> Cells:
 # The values of a row
 
 
-def column(where: str, row: dict[str, Any], *names: str) -> str:
+def column(where: str, row: Json, *names: str) -> str:
     """The first of these columns that the row has and that is not blank."""
     for name in names:
         if row.get(name) not in (None, "") and str(row[name]).strip():
@@ -111,7 +112,7 @@ def as_text(where: str, value: Any) -> str:
     raise InputError(f"{where}: {json.dumps(value)} is no text; give a string")
 
 
-def optional_text(where: str, row: dict[str, Any], name: str) -> str:
+def optional_text(where: str, row: Json, name: str) -> str:
     """The same, where a text may be missing."""
     return "" if row.get(name) is None else as_text(where, row[name])
 
@@ -125,11 +126,11 @@ def as_label(where: str, value: Any) -> str:
     raise InputError(f"{where}: {json.dumps(value)} is no label; give a string or a whole number")
 
 
-def text_in(where: str, row: dict[str, Any], *names: str) -> str:
+def text_in(where: str, row: Json, *names: str) -> str:
     return as_text(where, row[column(where, row, *names)])
 
 
-def label_in(where: str, row: dict[str, Any], *names: str) -> str:
+def label_in(where: str, row: Json, *names: str) -> str:
     return as_label(where, row[column(where, row, *names)])
 
 
@@ -137,7 +138,7 @@ def label_in(where: str, row: dict[str, Any], *names: str) -> str:
 # Records, see data.py
 
 
-def check_record(where: str, row: dict[str, Any]) -> None:
+def check_record(where: str, row: Json) -> None:
     """InputError for a record that training could not use, or would misread."""
     for key in ("task", "query"):
         if not isinstance(row.get(key), str) or not row[key].strip():
@@ -145,7 +146,7 @@ def check_record(where: str, row: dict[str, Any]) -> None:
     if row["symmetric"] not in (True, False) or not isinstance(row.get("kind"), str | None):
         raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; '
                          "mend or drop it")
-    sides: dict[str, Any] = {"positive": row.get("positive")}
+    sides: Json = {"positive": row.get("positive")}
     if row["negative"] is not None:
         sides["negative"] = row["negative"]
     for key, passage in sides.items():

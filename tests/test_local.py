@@ -4,6 +4,7 @@ Invariants: a score is what transformers, read plainly, gives: alone, among othe
 beside a text in a batch is not seen by it; a seed's answer does not depend on the other rows.
 """
 
+import functools
 import json
 
 import pytest
@@ -49,10 +50,15 @@ def model(folder):
     return Local(folder, rows=5, max_tokens=12)
 
 
+@functools.cache
+def opened(folder):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return plain, transformers.AutoTokenizer.from_pretrained(folder)
+
+
 def log_likelihood_spec(folder, prefix, text):
     """One prompt, one forward of transformers, a loop over the text's tokens."""
-    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    plain, tokenizer = opened(folder)
     before, ids = tokenizer(prefix)["input_ids"], tokenizer(prefix + text)["input_ids"]
     with torch.inference_mode():
         log_p = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
