@@ -582,7 +582,7 @@ def rankings(names: str) -> str:
     """What --rank may be: different ones of RANKINGS, and one of an LLM among them."""
     given = names.split(",")
     if not set(given) <= set(RANKINGS) or len(given) > len(set(given)) or given == ["retriever"]:
-        raise argparse.ArgumentTypeError(f"{names}: give ql,rc or ql or rc, and retriever if you like")
+        raise InputError(f"--rank {names}: give ql,rc or ql or rc, and retriever if you like")
     return names
 
 
@@ -640,17 +640,18 @@ def generate_command(args: argparse.Namespace) -> None:
 
 
 def mine_command(args: argparse.Namespace) -> None:
+    rank = rankings(args.rank)
     check_outputs([args.fret, args.cache], args.corpus, args.queries)
     o, corpus = from_flags(Options, args), [p for p in read_passages(args.corpus) if p["title"] or p["text"]]
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")
-    say(corpus=args.corpus, queries=len(queries), N=args.N, rank=args.rank, **vars(o))
+    say(corpus=args.corpus, queries=len(queries), N=args.N, rank=rank, **vars(o))
     embedder = load(args.model_dir)
     llm = open_llm(o, args.fret, corpus, embedder, args.score)
     # asked now, before the corpus is encoded: a server may not be able to score
-    source = {"scored_by": llm.scored_by(args.rank)} if isinstance(llm, LanguageModel) else {}
-    rows = mine(llm, embedder, corpus, queries, args.N, args.negative, args.rank, o.seed)
+    source = {"scored_by": llm.scored_by(rank)} if isinstance(llm, LanguageModel) else {}
+    rows = mine(llm, embedder, corpus, queries, args.N, args.negative, rank, o.seed)
     if o.dry_run:
         return count_calls(rows, "mine", llm)
     rows = (row if "failed" in row else row | source for row in rows)
@@ -687,7 +688,7 @@ def main() -> None:
     miner.add_argument("-N", type=int, default=20, help="candidates a query (%(default)s, the paper's)")
     miner.add_argument("--negative", choices=("last", "sampled", "none"), default="last",
                        help="p_N, one of P without p+, or none (%(default)s)")
-    miner.add_argument("--rank", type=rankings, default="ql,rc",
+    miner.add_argument("--rank", default="ql,rc",
                        help="the rankings that R sums over, of ql, rc and retriever, with commas between; "
                             "rc alone where prompts cannot be scored (%(default)s)")
     miner.add_argument("--score", choices=("label", "expected"), default="label",

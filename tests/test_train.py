@@ -10,6 +10,7 @@ falls and recall rises; the same seed writes the same bytes; a mistake is one li
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -735,3 +736,78 @@ def test_a_mistake_is_one_line_and_exit_2(parts, demo, tmp_path, monkeypatch, ca
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(errors) == 1 and len(errors[0]) > 20
     assert bytes_of(tmp_path) == before, "something half-written was left behind"
+
+
+# --------------------------------------------------------------------------------------------------
+# The recipe on one's own documents, and from a pre-trained encoder
+
+NOUNS = "kettle lantern anchor ladder violin compass basket hammer mirror saddle candle pillow".split()
+VERBS = "polish repair carry paint weigh borrow".split()
+
+
+@pytest.fixture
+def documents(tmp_path):
+    """Three documents of 24 sections each."""
+    for n in range(3):
+        parts = [f"# Book {n}"]
+        for noun in NOUNS:
+            for verb in VERBS[2 * n:2 * n + 2]:
+                parts.append(f"## How to {verb} a {noun}\n\nYou {verb} the {noun} slowly, on a table, with a soft "
+                             f"cloth. Every {noun} that you {verb} lasts for years, as those say who know it well.")
+        (tmp_path / "docs" / f"book{n}.md").parent.mkdir(exist_ok=True)
+        (tmp_path / "docs" / f"book{n}.md").write_text("\n\n".join(parts))
+    gecko.save(small_model(), tmp_path / "encoder")
+    return tmp_path
+
+
+def own(folder, *more):
+    return Command(train.main, "--corpus", folder / "docs", "--init", folder / "encoder", "--llm", "offline",
+                   "--out", folder / "out", "--held-out", "0.3", *more).result()
+
+
+def test_the_recipe_on_own_documents_from_a_pretrained_encoder(documents):
+    """Held-out queries train nothing; a second run trains nothing again; what is kept is what the line says."""
+    code, said, err = own(documents, "--keep", "0.5")
+    assert code == 0, err
+    assert "Pre-finetuning is left out" in said and "22 queries of 22 passages are held out" in said
+    out = documents / "out"
+    table = json.loads((out / "results.json").read_text())
+    assert list(table) == ["as it came", "BM25", "+ (q, p_seed)", "+ FRet (p_1, p_20)", "0.5 of its start"]
+    assert all(set(row) == {"p_seed", "p_1", "gain"} for row in table.values())
+    fret, held = (data.read_records(out / name) for name in ("fret.jsonl", "held_out.jsonl"))
+    assert len(held) == 22 and not {r["seed_id"] for r in held} & {r["seed_id"] for r in fret}
+    kept = re.search(r"kept: (.*), best on", said)[1]
+    same = {"as it came": documents / "encoder", "+ (q, p_seed)": out / "retriever"}.get(kept)
+    if same:
+        assert weights_of(gecko.load(out / "gecko")) == weights_of(gecko.load(same))
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoint-*")}
+    assert len(before) == 2 and own(documents, "--keep", "0.5")[1].splitlines()[:-3] == said.splitlines()[:-3]
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoint-*")}
+
+
+def test_tiny_learns_from_the_documents_own_headings(documents):
+    code, said, err = Command(train.main, "--corpus", documents / "docs", "--llm", "offline", "--out",
+                              documents / "out").result()
+    assert code == 0, err
+    table = json.loads((documents / "out/results.json").read_text())
+    assert list(table)[:3] == ["untrained", "BM25", "pre-finetuned"] and "questions are few" in said
+    first, *_, last = [row["loss"] for _, row in files.read_jsonl(documents / "out/pre/metrics.jsonl")]
+    assert last < 0.8 * first
+
+
+def test_a_dry_run_says_what_would_be_asked_and_writes_nothing(documents):
+    code, said, err = own(documents, "--llm", "http://127.0.0.1:9/v1", "--dry-run")
+    assert code == 0, err
+    assert "asked of http://127.0.0.1:9/v1: " in said and f"{72 + 72 * 40:,} calls" in said
+    assert not (documents / "out").exists()
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--corpus", "DOCS"], "--corpus: name --llm too"),
+    (["--corpus", "DOCS/none", "--llm", "offline"], "none"),
+    (["--keep", "1"], "give shares between 0 and 1"),
+    (["--corpus", "DOCS", "--llm", "offline", "--held-out", "0.01"], "two are needed on each side"),
+    (["--rank", "retriever"], "give ql,rc or ql or rc")])
+def test_what_the_recipe_cannot_do_is_one_line(words, message, documents, capsys):
+    words = [str(documents / "docs") if w == "DOCS" else w.replace("DOCS", str(documents / "docs")) for w in words]
+    assert message in mistake(capsys, train.main, "--out", documents / "out", *words)
