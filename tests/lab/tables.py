@@ -3,9 +3,10 @@
     python tests/lab/tables.py {labels,tasks,rerank,formats,mixture,dims} [--seeds 3]
     python tests/lab/tables.py plot runs/*                  loss and dev curves of training runs, as a PNG
 
-Rows start from the recipe's pre-finetuned encoder (`python train.py` writes it), train on its FRet file and
-are measured on its test questions. --corpus DIR --init MODEL --llm URL do the same on your own. Finished
-rows are kept in --out: a stopped table goes on, and a row of other data or settings is not used.
+Rows start from the recipe's pre-finetuned encoder, or --init, train on its FRet file (`python train.py` writes
+both) and are measured on its test questions. --llm offline|URL|hf:DIR makes a FRet file by another LLM, --corpus
+DIR on your own passages. Finished rows are kept in --out: a stopped table goes on, and a row of other data or
+settings is not used.
 """
 
 from __future__ import annotations
@@ -474,14 +475,15 @@ def table_command(args: argparse.Namespace) -> None:
     folders = args.beir or [home / "questions" if (home / "questions").is_dir() else home]
     beir = {name: read_beir(folder, args.split)
             for name, folder in zip(short_names(folders), folders, strict=True)}
-    init, o = fetch(args.init or home / "pre"), llm.Options(llm=args.llm, model=args.model, seed=c.seed)
+    init = fetch(args.init or home / "pre")
+    o = llm.Options(llm=args.llm or "offline", model=args.model, seed=c.seed)
     model, mined = load(init), home
     c = replace(c, lr=c.lr or (2e-3 if is_bag(model.encoder) else 0.0))
 
     def ranker(corpus: list[dict[str, str]], embedder: Gecko | None = None) -> llm.LLM:
         return llm.open_llm(o, str(out / "llm.jsonl"), corpus, embedder)
 
-    own = bool(args.init) or o.llm != "offline" or not (home / "fret.jsonl").is_file()
+    own = bool(args.llm) or not (home / "fret.jsonl").is_file()
     if own and not args.data and args.table != "rerank":
         train.read_dims(c.dims, model.encoder.config.hidden_size)
         mined = out / f"fret-{files_key([home / 'corpus.jsonl', init], o, c, args.queries)[:8]}"
@@ -495,7 +497,7 @@ def table_command(args: argparse.Namespace) -> None:
         retriever = model if args.init else load(home / "retriever")
         run_cases = rerank_cases(ranker, retriever, beir, args.task, c.precision)
     else:
-        by = f"generated and ranked by {o.model or o.llm}"
+        by = f"generated and ranked by {o.model or o.llm}" if own else f"FRet of {mined}"
         run_cases = training_cases(args, c, model, mined, own, beir)
     if args.data:
         by = f"records of {', '.join(Path(path).name for path in args.data)}"
@@ -551,7 +553,8 @@ def main() -> None:
         command.add_argument("--corpus", help="a BEIR folder of your own (default: the recipe's, runs/demo)")
         command.add_argument("--init", help="model folder that rows start from (default: the recipe's, "
                                             "pre-finetuned)")
-        command.add_argument("--llm", default="offline", help="offline, or an endpoint's URL (%(default)s)")
+        command.add_argument("--llm", default="", help="offline, hf:DIR or an endpoint's URL, which makes the "
+                                                       "FRet file (default: the recipe's, else offline)")
         command.add_argument("--model", default="", help="the LLM's name at the endpoint")
         command.add_argument("--queries", type=int, default=0, help="to generate; 0: as the recipe, by corpus size")
         command.add_argument("--classes", nargs=2, action="append", default=[], metavar=("TRAIN", "TEST"),
