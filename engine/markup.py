@@ -40,6 +40,7 @@ def passages_of(name: str, text: str, max_words: int = MAX_WORDS) -> list[Passag
     pieces = []                                                      # (heading, text)
     for kind, part in [*parts, ("heading", "")]:
         if kind == "heading":
+            section = introduced(section, max_words)
             pieces += [(heading, piece) for piece in packed(section, "\n\n", max_words)]
             heading, section = part, []
         else:
@@ -98,6 +99,17 @@ def packed(parts: Sequence[str], joint: str, max_words: int) -> list[str]:
     return [joint.join(piece) for piece in pieces]
 
 
+def introduced(parts: Sequence[str], max_words: int) -> list[str]:
+    """A part that ends with a colon stays with what it introduces."""
+    found = list[str]()
+    for part in parts:
+        if found and found[-1].endswith(":") and size(found[-1]) + size(part) <= max_words:
+            found[-1] += "\n\n" + part
+        else:
+            found.append(part)
+    return found
+
+
 def joined(pieces: Sequence[tuple[str, str]], max_words: int) -> list[tuple[str, str]]:
     """A piece of few words goes to the one below it, the last one to the one above, under its heading."""
     found = list[tuple[str, str]]()
@@ -115,7 +127,7 @@ def joined(pieces: Sequence[tuple[str, str]], max_words: int) -> list[tuple[str,
 # --------------------------------------------------------------------------------------------------
 # A text -> its headings and blocks
 
-FRONT_MATTER = re.compile(r"(---|\+\+\+)\n(\w[\w -]*[:=].*?)\n\1\n", re.DOTALL)
+FRONT_MATTER = re.compile(r"(---|\+\+\+)\n((?:#|\w[\w -]*[:=]).*?)\n\1\n", re.DOTALL)
 FENCE_OR_COMMENT = re.compile(r"^ *(```|~~~).*?^ *\1|<!--(?:(?!<!--).)*?-->", re.DOTALL | re.MULTILINE)
 HTML_HEADING = re.compile(r"<h[1-6][^>]*>(.*?)</h[1-6]>", re.DOTALL)
 # Directives of reStructuredText that hold no text, with comments and targets; then all others
@@ -204,13 +216,14 @@ def underlined(block: Sequence[str], line: str, markdown: bool) -> bool:
 
 LETTER = re.compile(r"[^\W_]")
 IMAGE = r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])"
+TAGS = "a|p|div|img|br|hr|span|center|code|d[ldt]|[ou]l|li|pre|kbd|table|t[hdr]|[bi]|em|strong|su[bp]|summary"
 # (pattern, what stays of it): of Markdown, of reStructuredText, of HTML in either
 MARKUP = [
     (IMAGE, ""),
     (r"(?<![\w\])])\[([^\[\]]*)\](?:\([^()\s]*(?: \"[^\"]*\")?\)|\[[^\[\]]*\])", r"\1"),  # [text](address)
     (r"`([^`<]+?)\s*(?:<[^`>]+>)?`__?", r"\1"),                       # `text <address>`_
     (r":[\w:+-]+:`[~!]?([^`<]*?)\s*(?:<[^`>]*>)?`", r"\1"),          # :role:`text`
-    (r"(?<!`)</?(?:a|p|div|img|br|hr|span|center|picture|source|table|t[hdr]|[bi]|em|su[bp]|summary)\b[^<>]*>", ""),
+    (rf"(?<!`)</?(?:{TAGS})\b[^<>]*>", ""),
     (r"(?m)^ *\[[^\]^]+\]: *\S+(?: +[\"'(].*)?(?:\n|$)", ""),          # [name]: address
     (r"(?m)^(?:[^\w\n(){}\[\]]|_){4,}(?:\n|$)", ""),                 # a line that is drawn
     (r"(?m)::$", ":"),

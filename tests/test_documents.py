@@ -37,7 +37,7 @@ def titles(name, text, **how):
 @pytest.mark.parametrize("name, text", [
     ("a.md", f"# Tea\n\n{LONG}\n\n## Milk ##\n{LONG}!\n"),
     ("a.md", f"Tea\n===\n{LONG}\n\nMilk\n---\n\n{LONG}!"),
-    ("a.md", f"---\ntitle: \"Tea\"\ndate: 2024\n---\n{LONG}\n# Milk\n{LONG}!"),
+    ("a.md", f"---\n# of the site\ntitle: \"Tea\"\ndate: 2024\n---\n{LONG}\n# Milk\n{LONG}!"),
     ("a.md", f"<h1 align='center'>\nTea</h1>\n\n{LONG}\n# **Milk**\n{LONG}!"),
     ("a.md", f"[![build](b.svg)](https://ci)\n\n# [Tea](https://tea)\n{LONG}\n# `Milk`\n{LONG}!"),
     ("a.rst", f"===\nTea\n===\n\n{LONG}\n\nMilk\n~~~~\n\n{LONG}!"),
@@ -121,6 +121,12 @@ def test_a_paragraph_is_cut_between_sentences_and_a_list_between_items():
     assert all(row["text"].endswith(".") for row in passages_of("a.txt", text, 80))
     items = "\n".join(f"* item {i}: {LONG}\n  and a second line" for i in range(9))
     assert all(row["text"].startswith("* item") for row in passages_of("a.txt", items, 80))
+
+
+def test_what_a_colon_announces_stays_with_it():
+    code = "\n".join(f"    call(number, {i})" for i in range(5))
+    rows = passages_of("a.rst", f"{LONG}\n\n{LONG}!\n\n{LONG} For example::\n\n{code}", 80)
+    assert len(rows) == 2 and rows[1]["text"] == f"{LONG} For example:\n\n{code}"
 
 
 def test_small_sections_join_and_keep_their_headings():
