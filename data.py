@@ -337,7 +337,7 @@ def corpus(output: str, documents: str) -> None:
     passages = read_corpus(documents) if documents else builtin_corpus()
     write_jsonl(output, passages)
     print(f"wrote {output}: {len(passages)} passages")
-    print(f"next: python llm.py generate {output} queries.jsonl --llm URL")
+    print(f"next: python train.py --corpus {output} --init MODEL --llm URL --out runs/mine")
 
 
 def check(path: str, model_dir: str | None, max_length: int | None) -> None:
