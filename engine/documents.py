@@ -17,11 +17,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-from engine.corpus import Passage, sentences, terms
+from engine.corpus import Passage, terms
 from engine.files import InputError, beir_file, read_passages
 from engine.markup import MARKDOWN, MAX_WORDS, passages_of
+from engine.pairs import chunks, title_body_pair
 
 MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in about twice as much
 
@@ -148,19 +150,19 @@ def decoded(path: Path) -> str | None:
 # What trains an encoder, and what it must not have seen
 
 
-def heading_pairs(passages: Sequence[Passage]) -> list[tuple[str, str, str]]:
-    """(query, title, text) for pre-finetuning: a heading, a full title, a first sentence, and the rest."""
+DRAWS = 8                    # of sentences, spans of words and names, from each piece that a small encoder reads
+
+
+def heading_pairs(passages: Sequence[Passage], seed: int = 0) -> list[tuple[str, str, str]]:
+    """(query, title, text) for pre-finetuning: headings and parts of a text, against the text or its rest."""
+    rng = np.random.default_rng(seed)
     pairs = []
-    for row in passages:
-        title, text = row["title"], row["text"]
+    for piece in itertools.chain.from_iterable(map(chunks, passages)):
+        title = piece["title"]
         heading = title.rpartition(": ")[2]
-        for query in dict.fromkeys([title, heading]):
-            if query.strip():
-                pairs.append((query, "", text))
-        found = sentences(text)
-        if len(found) > 1:
-            pairs.append((found[0], title, " ".join(found[1:])))
-    return pairs
+        pairs += [(query, "", piece["text"]) for query in dict.fromkeys([title, heading])]
+        pairs += [title_body_pair(piece, rng) for _ in range(DRAWS)]
+    return [pair for pair in dict.fromkeys(pairs) if pair[0].strip() and pair[2].strip()]
 
 
 NEAR = 0.8                   # the share of their words, taken together, that two near-equal queries have in common

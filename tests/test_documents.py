@@ -268,10 +268,16 @@ def test_read_corpus_takes_documents_beir_and_jsonl(folder, tmp_path, capsys):
 # Pairs, and queries that nearly equal others
 
 
-def test_heading_pairs_are_titles_and_sentences_of_the_passage_itself():
-    rows = passages_of("a.md", f"# Tea\n## Milk\n{LONG}\n")
-    first_sentence, rest = LONG[:39], LONG[40:]
-    assert heading_pairs(rows) == [("Tea: Milk", "", LONG), ("Milk", "", LONG), (first_sentence, "Tea: Milk", rest)]
+def test_heading_pairs_are_of_the_passage_itself():
+    """A heading, a title, a sentence or some words, against the text or what is left of it; seeded, none twice."""
+    rows = passages_of("a.md", f"# Tea\n## Milk\n{LONG}\n## Salt\n{LONG} Never salt it.\n")
+    pairs = heading_pairs(rows)
+    assert pairs == heading_pairs(rows) != heading_pairs(rows, seed=1) and len(set(pairs)) == len(pairs) > 12
+    assert pairs[:2] == [("Tea: Milk", "", LONG), ("Milk", "", LONG)]
+    for query, title, text in pairs:
+        assert any(set(words(text)) <= set(words(row["text"])) and title in ("", row["title"])
+                   and set(words(query)) <= set(words(row["title"] + " " + row["text"])) for row in rows)
+    assert {query in LONG for query, _, _ in pairs} == {text == LONG for _, _, text in pairs} == {True, False}
     assert heading_pairs([{"_id": "x", "title": "", "text": "One."}]) == []
 
 
