@@ -424,6 +424,22 @@ def test_span_drawn(draw):
     assert reply == kept, CHANGED
 
 
+@pytest.mark.ex6
+def test_span_of_a_token_that_crosses_the_end():
+    """": b" belongs to both; what `head` gives is not the beginning of the list, however long it is."""
+    from engine.replies import CallFailed, continuation_log_prob
+
+    tokens, values = ["<s>", "a", ": b", " c", "d", "!"], [None, -1.0, -2.0, -4.0, -8.0, -40.0]
+    reply = {"choices": [{"text": "a: b cd!", "logprobs": {"tokens": tokens, "token_logprobs": values}}],
+             "usage": {"prompt_tokens": 5, "completion_tokens": 1}}
+    for head in (["<s>", "a", ":"], ["<s>", "a"], ["<s>", "A", ": b"], []):
+        try:
+            score = continuation_log_prob(reply, "a:", " b cd", lambda _: list(head))
+        except CallFailed:
+            continue
+        assert head == ["<s>", "a"], f"the prefix's own tokens {head} do not begin {tokens}, and yet it has {score}"
+
+
 # --------------------------------------------------------------------------------------------------
 # Gradient caching
 

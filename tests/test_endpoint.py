@@ -110,7 +110,7 @@ def test_span_asks_for_the_prefix_where_tokens_do_not_spell_it():
 def test_span_refuses_what_it_cannot_be_sure_of():
     """Each broken reply is an error, not a number: the sound one beside it is a number."""
     tokens, values = ["<s>", "a", ":", " b", "!"], [None, -1.0, -2.0, -3.0, -0.5]
-    assert continuation_log_prob(echoed(tokens, values, "a: b"), "a:", " b", list) == (-3.0, 1)
+    assert tuple(continuation_log_prob(echoed(tokens, values, "a: b"), "a:", " b", list)) == (-3.0, 1)
     merged = echoed(["<s>", "a", ": b", "!"], [None, -1.0, -2.0, -0.5], "a: b")
     with pytest.raises(CallFailed, match="crosses"):
         continuation_log_prob(merged, "a:", " b", head=lambda _: ["<s>", "a", ":"])
@@ -131,9 +131,9 @@ def test_an_empty_token_before_the_span_is_not_passed_over():
     """Real vLLM names the first half of " 東" "": spelling alone would leave its log-prob out."""
     tokens, values = ["<s>", "a", ":", "", " 東", "!"], [None, -1.0, -2.0, -4.0, -3.0, -0.5]
     reply = echoed(tokens, values, "a: 東")
-    assert continuation_log_prob(reply, "a:", " 東", lambda _: ["<s>", "a", ":"]) == (-7.0, 2)
+    assert tuple(continuation_log_prob(reply, "a:", " 東", lambda _: ["<s>", "a", ":"])) == (-7.0, 2)
     tokens[3] = ","                                        # negative control: here it is the prefix's own
-    assert continuation_log_prob(echoed(tokens, values, "a:, 東"), "a:,", " 東", list) == (-3.0, 1)
+    assert tuple(continuation_log_prob(echoed(tokens, values, "a:, 東"), "a:,", " 東", list)) == (-3.0, 1)
 
 
 def test_a_prompt_whose_beginning_was_cut_off_is_no_score():
@@ -159,7 +159,7 @@ def test_generated_eos_does_not_shift_the_span():
     """llama-cpp-python lists no EOS and counts none; vLLM lists and counts it."""
     tokens, values = ["a", ":", " b"], [None, -2.0, -3.0]
     reply = echoed(tokens, values, "a: b", completion_tokens=0, prompt_tokens=4)
-    assert continuation_log_prob(reply, "a:", " b", list) == (-3.0, 1)
+    assert tuple(continuation_log_prob(reply, "a:", " b", list)) == (-3.0, 1)
 
 
 def test_a_server_that_lists_few_tokens_scores_what_it_can(monkeypatch):

@@ -358,7 +358,7 @@ def test_small_mrl_term_sends_no_gradient_beyond_its_slice():
     x = vectors(2, 5, 6, 10)
     ids = lists((torch.arange(5), torch.arange(5) + 5))
     for g in gradients(mrl_loss(lambda q, p: pre_spec(q, p, TAU, *ids), [2], *x), x):
-        assert g[:, 2:].abs().max() == 0 and g[:, :2].abs().min() > 0
+        assert g[:, 2:].abs().max() < 1e-12 and g[:, :2].abs().min() > 0
 
 
 def test_mrl_of_the_losses_is_that_of_their_specs():

@@ -23,16 +23,17 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from engine.files import InputError, run  # noqa: E402
 
-MINUTES = {1: 15, 2: 30, 3: 45, 4: 10, 5: 20, 6: 45, 7: 60, 8: 15, 9: 90, 10: 60}
-POINTS = {1: 5, 2: 10, 3: 10, 4: 5, 5: 10, 6: 15, 7: 15, 8: 5, 9: 15, 10: 10}
+MINUTES = {1: 15, 2: 30, 3: 45, 4: 10, 5: 20, 6: 45, 7: 60, 8: 15, 9: 90, 10: 60, 11: 45}
+POINTS = {1: 5, 2: 10, 3: 10, 4: 5, 5: 10, 6: 10, 7: 15, 8: 5, 9: 15, 10: 10, 11: 5}
 BESIDE = ("*.py", "pyproject.toml", "requirements.txt", "LICENSE", ".gitignore")
 BODY = re.compile(r"^( *)# EXERCISE (\d+) \((about \d+ lines?)\)\n(.*?)^ *# END EXERCISE\n", re.M | re.S)
 
 
 @functools.cache
 def modules() -> list[str]:
-    """The files that hold exercises: pages and engine files."""
-    return [str(path.relative_to(ROOT)) for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")])
+    """The files that hold exercises: pages, engine files, and the test that is one."""
+    patterns = "*.py", "engine/*.py", "tests/test_course*.py"
+    return [str(path.relative_to(ROOT)) for pattern in patterns for path in sorted(ROOT.glob(pattern))
             if BODY.search(path.read_text(encoding="utf-8"))]
 
 
@@ -95,13 +96,13 @@ def make(folder: Path, numbers: set[int]) -> None:
         for path in ROOT.glob(pattern):
             shutil.copyfile(path, folder / path.name)
     shutil.copytree(ROOT / "engine", folder / "engine", ignore=shutil.ignore_patterns("__pycache__"))
-    for module in modules():
-        text = (ROOT / module).read_text(encoding="utf-8")
-        (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
     (folder / "tests").mkdir()
     for path in (ROOT / "tests").glob("*.py"):
         if not path.name.startswith("test_") or f"tests/{path.name}" in sum(graders().values(), []):
             shutil.copyfile(path, folder / "tests" / path.name)
+    for module in modules():
+        text = (ROOT / module).read_text(encoding="utf-8")
+        (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
     for page in (ROOT / "tests/course/student").glob("*.md"):
         text = page.read_text(encoding="utf-8").replace("{table}", table(numbers))
         (folder / page.name).write_text(text, encoding="utf-8")

@@ -279,8 +279,6 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "the last part twice": [("reversed(range(len(parts)))", "[*reversed(range(len(parts))), last]"), ("if n < last:", "if True:")],
         "the first part is left out": [("reversed(range(len(parts)))", "reversed(range(1, len(parts)))")],
         "the loss of each part": [("    value, g = loss(x.view(S, B, d), rows)", "    value, g = loss(x.view(S, B, d), rows)\n    value = value * len(parts)")],
-        "embedded a text at a time": [("return embed(ids[parts[n]])", "return torch.cat([embed(ids[parts[n]][k:k + 1]) for k in range(len(parts[n]))])")] and [
-            ("with torch.set_grad_enabled(n == last)", "with torch.set_grad_enabled(True)")],
         "a minus": [("vectors.backward(g.view", "vectors.backward(-g.view")],
         "rows by number": [("slice(B * rank", "slice(B * rank")] and [("loss(x.view(S, B, d), rows)", "loss(x.view(S, B, d), slice(0, B))")],
         "by text id": [("g.view(S * B, d)[parts[n]]", "g.view(S * B, d)[ids[parts[n]] % (S * B)]")],
@@ -316,6 +314,17 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "one less": [("range(0, Q, ROWS)", "range(0, Q - 1, ROWS)")],
         "a margin": [("best[:, -1] > proof", "best[:, -1] > proof - 1e-3")],
         "a floor too high": [("floor = best[unsure, -1]", "floor = best[unsure, 0] + 1")],
+    },
+    11: {
+        "nothing is asserted": "q = torch.eye(4)\nloss(q, q, q, 1.0, torch.arange(4), torch.arange(4), torch.arange(4))",
+        "a loss is a number": "q = torch.eye(4)\nassert loss(q, q, q, 1.0, torch.arange(4), torch.arange(4), torch.arange(4)).dim() == 0",
+        "an error": "raise ValueError",
+        "no low temperature": [("[(0.5, *distinct), (0.01, *distinct)]", "[(0.5, *distinct)]")],
+        "no missing negative": [("[20, -1, 0, -1]", "[20, 21, 0, 23]")],
+        "no id of 0": [("[20, -1, 0, -1]", "[20, -1, 22, -1]")],
+        "equal queries are not tried": [("[0, 1, 0, 3], [10, 11, 12, 13]", "[0, 1, 2, 3], [10, 11, 12, 13]")],
+        "equal vectors alone": "x = torch.ones(4, 2) / 2 ** 0.5\nids = torch.arange(4)\n"
+                               "assert abs(loss(x, x, x, 1.0, ids, ids + 4, ids + 8).item() - math.log(8)) < 1e-4",
     },
 }
 

@@ -163,6 +163,15 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "the first block of queries alone": ([("range(0, Q, ROWS)", "range(0, min(Q, ROWS), ROWS)")],
                                              "every block of queries"),
     },
+    11: {
+        "one case alone": ([("in cases:", "in cases[:1]:")],
+                           "your test accepts a wrong loss: duplicates are not masked"),
+        "no gradient": ([("h is not None and torch.allclose(g, h.to(g.dtype), rtol=1e-3, atol=1e-4)", "True")],
+                        "your test accepts a wrong loss: no gradient on the hard negatives"),
+        "to the last digit": ([("< 1e-4 * abs(wanted.item())", "== 0")], "your test refuses a right loss"),
+        "refuses all": ([("assert abs(ours.item() - wanted.item()) < 1e-4 * abs(wanted.item())", "assert False")],
+                        "your test refuses a right loss, so it catches nothing"),
+    },
 }
 
 
