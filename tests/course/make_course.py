@@ -2,6 +2,7 @@
 
     python tests/course/make_course.py DIR            all exercises
     python tests/course/make_course.py DIR 1 4 7      these alone; the others stay solved
+    python tests/course/make_course.py DIR --variant SEED     some with another constant or term (variants.py)
 
 One source: a body stands between `# EXERCISE n (about k lines)` and `# END EXERCISE`; signature,
 docstring and shapes stay. The tests that grade exercise n are those of the ordinary tests that are marked exn.
@@ -21,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+from variants import VARIANTS, drawn, varied  # noqa: E402
+
 from engine.files import InputError, run  # noqa: E402
 
 MINUTES = {1: 15, 2: 30, 3: 45, 4: 10, 5: 20, 6: 45, 7: 60, 8: 15, 9: 90, 10: 60, 11: 45}
@@ -38,19 +42,21 @@ def modules() -> list[str]:
 
 
 @functools.cache
-def exercises() -> dict[int, tuple[str, str, str, str]]:
-    """{n: (module, function, about how many lines, the first sentence of its docstring)}."""
+def exercises() -> dict[int, tuple[str, str, str]]:
+    """{n: (module, function, about how many lines)}."""
     found = {}
     for module in modules():
         text = (ROOT / module).read_text(encoding="utf-8")
-        functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
         for match in BODY.finditer(text):
-            line = text.count("\n", 0, match.start()) + 1
-            inside = max((f for f in functions if f.lineno < line <= (f.end_lineno or 0)), key=lambda f: f.lineno)
-            parts = (ast.get_docstring(inside) or "").split("\n\n")
-            said = " ".join(" ".join(parts[:1 + parts[0].endswith(":")]).split())  # the equation stands below
-            found[int(match[2])] = (module, inside.name, match[3], said)
+            found[int(match[2])] = (module, function_of(text, match).name, match[3])
     return dict(sorted(found.items()))
+
+
+def function_of(text: str, match: re.Match[str]) -> ast.FunctionDef:
+    """The function that holds this body."""
+    line = text.count("\n", 0, match.start()) + 1
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return max((f for f in functions if f.lineno < line <= (f.end_lineno or 0)), key=lambda f: f.lineno)
 
 
 @functools.cache
@@ -69,24 +75,23 @@ def command(n: int) -> str:
 
 def stripped(text: str, numbers: set[int]) -> str:
     """A module's text without the bodies of these exercises."""
-    known = exercises()
-
     def without(match: re.Match[str]) -> str:
         n = int(match[2])
         if n not in numbers:
             return match[0]
-        said = known[n][3].rstrip(".")
-        message = f"exercise {n} is not written yet: {said}. Grade it with: {command(n)}"
+        parts = (ast.get_docstring(function_of(text, match)) or "").split("\n\n")
+        said = " ".join(" ".join(parts[:1 + parts[0].endswith(":")]).split())     # the equation stands below
+        message = f"exercise {n} is not written yet: {said.rstrip('.')}. Grade it with: {command(n)}"
         pieces = textwrap.wrap(message, 90, drop_whitespace=False)
-        text = "\n".join(f"{match[1]}    {piece!r}" for piece in pieces)
+        lines = "\n".join(f"{match[1]}    {piece!r}" for piece in pieces)
         return f"{match[1]}# EXERCISE {n} ({match[3]})\n{match[1]}raise NotImplementedError(\n" \
-               f"{text})\n{match[1]}# END EXERCISE\n"
+               f"{lines})\n{match[1]}# END EXERCISE\n"
 
     return BODY.sub(without, text)
 
 
-def make(folder: Path, numbers: set[int]) -> None:
-    """Write the course folder; it must not hold anything yet."""
+def make(folder: Path, numbers: set[int], variant: str = "") -> None:
+    """Write the course folder; it must not hold anything yet. A variant is a seed."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: something stands there; give a folder that is new or empty")
     if unknown := numbers - set(exercises()):
@@ -99,9 +104,10 @@ def make(folder: Path, numbers: set[int]) -> None:
     (folder / "tests").mkdir()
     for path in (ROOT / "tests").glob("*.py"):
         if not path.name.startswith("test_") or f"tests/{path.name}" in sum(graders().values(), []):
-            shutil.copyfile(path, folder / "tests" / path.name)
+            text = varied(f"tests/{path.name}", path.read_text(encoding="utf-8"), variant)
+            (folder / "tests" / path.name).write_text(text, encoding="utf-8")
     for module in modules():
-        text = (ROOT / module).read_text(encoding="utf-8")
+        text = varied(module, (ROOT / module).read_text(encoding="utf-8"), variant)
         (folder / module).write_text(stripped(text, numbers), encoding="utf-8")
     for page in (ROOT / "tests/course/student").glob("*.md"):
         text = page.read_text(encoding="utf-8").replace("{table}", table(numbers))
@@ -111,7 +117,7 @@ def make(folder: Path, numbers: set[int]) -> None:
 def table(numbers: set[int]) -> str:
     rows = ["| n | function | file | lines | minutes | points | how to grade yourself |", "|---" * 7 + "|"]
     for n in sorted(numbers):
-        module, function, lines, _ = exercises()[n]
+        module, function, lines = exercises()[n]
         rows.append(f"| {n} | `{function}` | `{module}` | {lines.removesuffix('s').removesuffix(' line')} | "
                     f"{MINUTES[n]} | {POINTS[n]} | `{command(n)}` |")
     return "\n".join(rows)
@@ -121,12 +127,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("folder", type=Path, help="a new folder")
     parser.add_argument("exercises", type=int, nargs="*", help="their numbers (default: all)")
+    parser.add_argument("--variant", default="", metavar="SEED", help="other constants, drawn by this seed")
     args = parser.parse_args()
     numbers = set(args.exercises or exercises())
-    make(args.folder, numbers)
+    make(args.folder, numbers, args.variant)
     for n in sorted(numbers):
-        module, function, lines, _ = exercises()[n]
+        module, function, lines = exercises()[n]
         print(f"  {n:2}  {Path(module).stem + '.' + function:32} {lines:15} {command(n)}")
+    for n, number in drawn(args.variant).items() if args.variant else ():
+        print(f"  variant: {VARIANTS[n].says.format(k=number)}")
     print(f"wrote {args.folder}\nnext: cd {args.folder} && {command(min(numbers))}")
 
 

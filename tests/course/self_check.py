@@ -20,13 +20,11 @@ from running import Grader  # noqa: E402
 from wrong_answers import WRONG, with_mistake  # noqa: E402
 
 
-def text_of(n: int, answer: Answer) -> tuple[str, str]:
-    """The module of exercise n, and its text with this answer."""
-    module = make_course.exercises()[n][0]
-    solved = (make_course.ROOT / module).read_text(encoding="utf-8")
+def text_of(solved: str, n: int, answer: Answer) -> str:
+    """The solved module with this answer to exercise n."""
     if isinstance(answer, str):
-        return module, transplanted(solved, n, textwrap.indent(answer.strip("\n") + "\n", "    "))
-    return module, with_mistake(solved, n, answer)
+        return transplanted(solved, n, textwrap.indent(answer.strip("\n") + "\n", "    "))
+    return with_mistake(solved, n, answer)
 
 
 def report(n: int, name: str, grade: Grade, right: bool) -> bool:
@@ -53,9 +51,9 @@ def main() -> None:
             wrong: dict[str, Answer] = {mistake: changes for mistake, (changes, _) in WRONG[n].items()}
             for answers, right in ((wrong | MORE_WRONG.get(n, {}), False), (RIGHT.get(n, {}), True)):
                 for what, answer in answers.items():
-                    module, text = text_of(n, answer)
+                    texts = {make_course.exercises()[n][0]: text_of(grader.solved(n), n, answer)}
                     count += 1
-                    bad += not report(n, what, grade_exercise(grader, n, {module: text}, expected, 60), right)
+                    bad += not report(n, what, grade_exercise(grader, n, texts, expected, 60), right)
         grader.close()
     print(f"{count} answers, {bad} graded wrongly")
     sys.exit(bad > 0)

@@ -6,9 +6,13 @@ Invariants: without its body all tests of an exercise fail, with NotImplementedE
 pass; each wrong answer is caught by its own exercise's tests, with a message that says why.
 """
 
+import ast
+
 import make_course
 import pytest
+import variants
 from running import Grader
+from variants import VARIANTS
 from wrong_answers import WRONG, with_mistake
 
 ROOT = make_course.ROOT
@@ -49,6 +53,36 @@ def test_a_wrong_answer_is_caught_and_explained(grader, n, mistake):
     outcome = grader.outcome(n, {module: text}, until=message)
     assert outcome.failed, "nothing failed"
     assert any(message in said for said in outcome.failed), outcome.failed[0]
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory):
+    """A grader of a course with other constants."""
+    folder = tmp_path_factory.mktemp("course") / "variant"
+    make_course.make(folder, set(), "a secret")
+    grader = Grader(folder)
+    yield grader
+    grader.close()
+
+
+@pytest.mark.parametrize("n", [*VARIANTS, 11])
+def test_a_variant_has_its_own_solution(variant, n):
+    """The varied solution passes, and the public one does not; its docstring says the other constant."""
+    assert not variant.outcome(n, {}).failed
+    module, function = EXERCISES[n][:2]
+    public = (ROOT / module).read_text()
+    assert variant.outcome(n, {module: public}).failed
+    if n in VARIANTS:
+        tree = next(node for node in ast.parse(variant.solved(n)).body if getattr(node, "name", "") == function)
+        assert str(variants.drawn("a secret")[n]) in ast.get_docstring(tree)
+
+
+def test_a_variant_is_its_seed_s():
+    assert variants.drawn("a") == variants.drawn("a") != variants.drawn("b")
+    for seed in map(str, range(30)):
+        for file in {file for of in VARIANTS.values() for file in of.changes}:
+            text = (ROOT / file).read_text()
+            assert variants.varied(file, text, seed) != text == variants.varied(file, text, "")
 
 
 def test_the_stated_number_of_lines_is_about_right():
