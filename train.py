@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import llm
 from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
-from engine.beir import Beir, read_beir
+from engine.beir import Beir, read_beir, read_split
 from engine.cache import DryRun
 from engine.documents import heading_pairs, read_corpus
 from engine.evaluate import encode_beir, means, rankings, retrieval_scores
@@ -61,6 +61,7 @@ from engine.offline import Offline
 from engine.recorded import Recorded
 from engine.results import (
     cost,
+    example,
     held_apart,
     held_out_results,
     hold_out,
@@ -348,11 +349,14 @@ class Recipe(llm.Options):
     held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
     eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
     keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")
+    precision: str = flag("float32", "of training an --init: float32 or bf16 (autocast)")
 
     def __post_init__(self) -> None:
         if self.corpus and self.llm == "recorded":
             raise InputError("--corpus: name --llm too (a URL, hf:FOLDER or offline); answers are recorded for the "
                              "built-in corpus alone")
+        if self.eval and not self.corpus or self.keep and self.init == "tiny":
+            raise InputError("--eval goes with --corpus, --keep with an --init that was trained before")
         if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
             raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
         self.rank = llm.rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
@@ -384,24 +388,18 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     corpus = corpus or (read_corpus(o.corpus) if o.corpus else builtin_corpus())
     author = llm.open_llm(o, str(out / "llm.jsonl"), corpus)
     draws = seeds_of_queries(o, author, corpus)
-    say_plan(o, corpus, draws)
+    labelled = read_split(o.eval) if o.eval else None
+    print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
+    if isinstance(author, llm.LanguageModel):
+        author.scored_by(o.rank)                                     # an error now where it cannot rank
+        counter = DryRun()
+        counting = llm.LanguageModel(counter, chars=o.chars)
+        print(f"asked of {o.llm}: {cost(counting, counter, corpus, draws, o.rank)}")
     if o.dry_run:
         return {}
     write_jsonl(out / "corpus.jsonl", corpus)
 
-    if o.init == "tiny":
-        print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
-        c = replace(BAG, seed=o.seed, max_length=256 if o.corpus else 64)    # documents are longer than docstrings
-        pairs = title_body_pairs(o, corpus, sizes)
-        start = untrained(corpus, list(itertools.chain(*pairs)), o.seed)
-        pre_steps = min(sizes.pre_steps, 50 + 20 * len(pairs[0]) // c.batch_size)
-        pre = trained(start, "prefinetune", pairs, PAIR_WEIGHTS, replace(c, steps=pre_steps), out / "pre")
-        c = replace(c, steps=min(sizes.steps, 20 + 20 * len(draws) // c.batch_size), lr=2e-3)
-    else:
-        print(f"3.1  Pre-finetuning is left out: {o.init} has its makers'")
-        c, pairs = replace(LAYERS, seed=o.seed), []
-        start = pre = load(o.init)
-        pre.formats = dict(FORMATS) if o.unified else pre.formats
+    start, pre, pairs, c = pre_finetuned(o, corpus, sizes, out)
 
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
     llm.write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
@@ -418,12 +416,34 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     mined = llm.mine(author, retriever, corpus, [*queries, *held], min(20, len(corpus)), rank=o.rank, choose=known)
     llm.write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
     rows, asked = held_apart(out / "fret.jsonl", held)
+    print(example(rows))
 
     print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
     gecko = trained(pre, "finetune", [rows, *pairs], WEIGHTS, c, out / "gecko")  # from pre, as the retriever
-    return results(o, out, corpus, asked, {
-        "as it came" if start is pre else "untrained": start, "BM25": None, "pre-finetuned": pre,
-        "+ (q, p_seed)": retriever, "+ FRet (p_1, p_20)": gecko})
+
+    stages = {"as it came": pre, "BM25": None}
+    if start is not pre:
+        stages = {"untrained": start, "BM25": None, "pre-finetuned": pre}
+    stages |= {"+ (q, p_seed)": retriever, "+ FRet (p_1, p_20)": gecko}
+    return results(o, out, corpus, stages, asked, labelled)
+
+
+def pre_finetuned(o: Recipe, corpus: Sequence[dict[str, str]], sizes: Sizes, out: Path,
+                  ) -> tuple[Gecko, Gecko, list[list[Record]], TrainConfig]:
+    """Section 3.1: the encoder before and after, the sets it learned from, and how it is to be trained further."""
+    if o.init != "tiny":
+        print(f"3.1  Pre-finetuning is left out: {o.init} has its makers'")
+        pre = load(o.init)
+        pre.formats = dict(FORMATS) if o.unified else pre.formats
+        return pre, pre, [], replace(LAYERS, seed=o.seed, precision=o.precision)
+    print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
+    c = replace(BAG, seed=o.seed, max_length=256 if o.corpus else 64)        # documents are longer than docstrings
+    pairs = title_body_pairs(o, corpus, sizes)
+    start = untrained(corpus, list(itertools.chain(*pairs)), o.seed)
+    steps = min(sizes.pre_steps, 50 + 20 * len(pairs[0]) // c.batch_size)
+    pre = trained(start, "prefinetune", pairs, PAIR_WEIGHTS, replace(c, steps=steps), out / "pre")
+    steps = min(sizes.steps, 20 + 20 * len(corpus) // c.batch_size)
+    return start, pre, pairs, replace(c, steps=steps, lr=2e-3)
 
 
 def seeds_of_queries(o: Recipe, author: Any, corpus: Sequence[dict[str, str]]) -> list[int]:
@@ -467,26 +487,13 @@ def trained(start: Gecko, stage: str, sets: Sequence[Sequence[Record]], weights:
     return model
 
 
-def say_plan(o: Recipe, corpus: Sequence[dict[str, str]], draws: Sequence[int]) -> None:
-    """Before anything is spent: how much is asked of whom."""
-    print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
-    if o.llm not in ("recorded", "offline"):
-        counter = DryRun()
-        dry = llm.LanguageModel(counter, chars=o.chars)
-        print(f"asked of {o.llm}: {cost(dry, counter, corpus, draws, o.rank.split(','))}")
-
-
-def results(o: Recipe, out: Path, corpus: Sequence[dict[str, str]], asked: Sequence[Record],
-            stages: dict[str, Any]) -> dict[str, Any]:
+def results(o: Recipe, out: Path, corpus: Sequence[dict[str, str]], stages: dict[str, Any],
+            asked: Sequence[Record], labelled: Beir | None) -> dict[str, Any]:
     """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko."""
-    gecko = list(stages.values())[-1]
-    if o.init != "tiny":
-        start = stages.pop("pre-finetuned")
-        if o.keep:
-            stages[f"{o.keep:g} of its start"] = mean_of(start, gecko, o.keep)
+    gecko = stages["+ FRet (p_1, p_20)"]
+    if o.keep:
+        stages[f"{o.keep:g} as it came"] = mean_of(stages["as it came"], gecko, o.keep)
     if asked:
-        folder, _, split = o.eval.partition(":")
-        labelled = read_beir(folder, split or "test") if folder else None
         table, best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
         save_into(functools.partial(save, stages[best]), out / "gecko")
         return table

@@ -52,6 +52,14 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
     return Beir(corpus, {query: queries[query] for query in queries if query in qrels}, qrels)
 
 
+def read_split(name: str) -> Beir:
+    """DIR or DIR:SPLIT, of which "test" is the default."""
+    folder, split = name, "test"
+    if not Path(name).is_dir():
+        folder, _, split = name.rpartition(":")
+    return read_beir(folder, split)
+
+
 def read_queries(path: Path) -> dict[str, str]:
     """{query id: text}."""
     queries: dict[str, str] = {}

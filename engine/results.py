@@ -42,15 +42,15 @@ def write_questions(folder: Path, corpus: Sequence[Row]) -> None:
             new.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def cost(llm: Any, counter: Any, corpus: Sequence[Row], draws: Sequence[int], rank: Sequence[str]) -> str:
+def cost(llm: Any, counter: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
     """What a recipe will ask of an LLM: `llm` asks `counter`, which asks nobody and counts."""
     llm.generate([corpus[i] for i in draws])
     # which passages will be found is not known yet; their number and mean length are
     query, N = "such as a person types who looks for", min(20, len(corpus))
     pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in draws for n in range(N)]
-    if "ql" in rank:
+    if "ql" in rank.split(","):
         llm.query_likelihood(pairs)
-    if "rc" in rank:
+    if "rc" in rank.split(","):
         llm.relevance(pairs)
     return f"{counter.report()}; {counter.size / 240_000:,.0f} minutes at 1,000 tokens a second"
 
@@ -104,6 +104,16 @@ def held_apart(path: Path, held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
         write_jsonl(path, rows)
         write_jsonl(path.with_name("held_out.jsonl"), asked)
     return rows, asked
+
+
+def example(rows: Sequence[Row]) -> str:
+    """The first record whose positive is not the passage that its query was written for."""
+    moved = [row for row in rows if row["positive_id"] != row["seed_id"]]
+    if not moved:
+        return "p+ is p_seed in all records"
+    row = moved[0]
+    return (f'p+ is not p_seed in {len(moved) / len(rows):.1%} of {len(rows)} records (paper: 15 %). The first: '
+            f'"{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, p- {row["negative_id"]}')
 
 
 def as_beir(corpus: Sequence[dict[str, str]], rows: Sequence[Row], right: str) -> Beir:

@@ -19,6 +19,7 @@ from engine.files import InputError, read_jsonl, write_jsonl
 from engine.results import (
     as_beir,
     cost,
+    example,
     held_apart,
     held_out_results,
     hold_out,
@@ -77,6 +78,14 @@ def test_the_fret_file_keeps_what_trains(tmp_path):
     train, asked = held_apart(tmp_path / "fret.jsonl", rows()[:3])
     assert [row for _, row in read_jsonl(tmp_path / "fret.jsonl")] == train == rows()[3:]
     assert [row for _, row in read_jsonl(tmp_path / "held_out.jsonl")] == asked == rows()[:3]
+
+
+def test_the_example_is_the_first_that_was_relabelled():
+    records = [{"query": f"q{n}", "seed_id": "a", "positive_id": "b" if n in (2, 3) else "a", "negative_id": None}
+               for n in range(8)]
+    said = example(records)
+    assert "25.0% of 8 records" in said and '"q2", written for a, has p+ b' in said
+    assert example(records[:2]) == "p+ is p_seed in all records"
 
 
 class Pointing:
@@ -171,10 +180,10 @@ def test_written_questions_are_a_beir_folder(tmp_path):
 
 def test_cost_counts_what_the_recipe_asks_and_asks_nobody():
     counter = DryRun()
-    said = cost(LanguageModel(counter, chars=50), counter, CORPUS, list(range(16)), ["ql", "rc"])
+    said = cost(LanguageModel(counter, chars=50), counter, CORPUS, list(range(16)), "ql,rc")
     assert counter.calls == 16 + 2 * 16 * 16 and said.startswith("528 calls, about ")
     only_ql = DryRun()
-    cost(LanguageModel(only_ql), only_ql, CORPUS, [0, 1], ["ql", "retriever"])
+    cost(LanguageModel(only_ql), only_ql, CORPUS, [0, 1], "ql,retriever")
     assert only_ql.calls == 2 + 2 * 16
 
 

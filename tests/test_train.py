@@ -772,7 +772,7 @@ def test_the_recipe_on_own_documents_from_a_pretrained_encoder(documents):
     assert "Pre-finetuning is left out" in said and "22 queries of 22 passages are held out" in said
     out = documents / "out"
     table = json.loads((out / "results.json").read_text())
-    assert list(table) == ["as it came", "BM25", "+ (q, p_seed)", "+ FRet (p_1, p_20)", "0.5 of its start"]
+    assert list(table) == ["as it came", "BM25", "+ (q, p_seed)", "+ FRet (p_1, p_20)", "0.5 as it came"]
     assert all(set(row) == {"p_seed", "p_1", "gain"} for row in table.values())
     fret, held = (data.read_records(out / name) for name in ("fret.jsonl", "held_out.jsonl"))
     assert len(held) == 22 and not {r["seed_id"] for r in held} & {r["seed_id"] for r in fret}
@@ -805,7 +805,10 @@ def test_a_dry_run_says_what_would_be_asked_and_writes_nothing(documents):
 @pytest.mark.parametrize("words, message", [
     (["--corpus", "DOCS"], "--corpus: name --llm too"),
     (["--corpus", "DOCS/none", "--llm", "offline"], "none"),
-    (["--keep", "1"], "give shares between 0 and 1"),
+    (["--keep", "1", "--init", "DOCS"], "give shares between 0 and 1"),
+    (["--keep", "0.5"], "--eval goes with --corpus, --keep with an --init"),
+    (["--eval", "DOCS"], "--eval goes with --corpus, --keep with an --init"),
+    (["--corpus", "DOCS", "--llm", "offline", "--eval", "DOCS"], "docs"),
     (["--corpus", "DOCS", "--llm", "offline", "--held-out", "0.01"], "two are needed on each side"),
     (["--rank", "retriever"], "give ql,rc or ql or rc")])
 def test_what_the_recipe_cannot_do_is_one_line(words, message, documents, capsys):

@@ -1,0 +1,96 @@
+"""How a small language model ranks a student's top 20: by query likelihood, and by relevance in four ways.
+
+    python tests/lab/rerank_small.py MODEL RETRIEVER QUESTIONS [--questions 60] [--out FILE.json]
+
+MODEL is what tests/lab/fetch_model.py makes, RETRIEVER and QUESTIONS what `python train.py` writes
+(runs/demo/retriever, runs/demo/questions). Relevance: log p of the best label; the expected grade over the three;
+log-odds of the best label against the worst, and the same less the passage's own, with "N/A" for the query.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import numpy as np
+import torch
+from record import P_QL
+
+import llm
+from engine.beir import read_beir
+from engine.corpus import shown
+from engine.evaluate import encode_beir, ndcg, paired_bootstrap, rankings
+from engine.files import file_beside, run
+from engine.local import Local
+from gecko import fill, load
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("retriever")
+    parser.add_argument("questions", help="BEIR folder")
+    parser.add_argument("--split", default="dev")
+    parser.add_argument("--first", type=int, default=60, help="questions (%(default)s)")
+    parser.add_argument("-N", type=int, default=20)
+    parser.add_argument("--chars", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default="", help="write each question's nDCG@10 to this JSON file")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    beir = read_beir(args.questions, args.split)
+    passages = {p["_id"]: shown(p, args.chars) for p in beir.corpus}
+    found = rankings(beir, *encode_beir(load(args.retriever), beir, "question answering"))
+    found = {query: found[query][:args.N] for query in list(beir.queries)[:args.first]}
+    pairs = [(beir.queries[query], key) for query, ids in found.items() for key in ids]
+    model = Local(args.model)
+
+    def label_log_p(asked: list[tuple[str, str]]) -> np.ndarray:             # (asked, 3)
+        prompts = [fill(llm.P_RC, query=q, passage=passages[key]) for q, key in asked]
+        log_p = model.log_likelihood([(prompt, label) for prompt in prompts for label in llm.LABELS])
+        return np.array(log_p, float).reshape(len(asked), len(llm.LABELS))
+
+    start = time.monotonic()
+    ql = np.array(model.log_likelihood([(fill(P_QL, passage=passages[key]), " " + q) for q, key in pairs]), float)
+    print(f"QL of {len(pairs)} pairs: {time.monotonic() - start:.0f} s", flush=True)
+    start = time.monotonic()
+    rc = label_log_p(pairs)
+    distinct = list(dict.fromkeys(key for _, key in pairs))
+    prior = dict(zip(distinct, label_log_p([("N/A", key) for key in distinct]), strict=True))
+    print(f"RC of {len(pairs)} pairs and {len(distinct)} priors: {time.monotonic() - start:.0f} s", flush=True)
+    odds = rc[:, 0] - rc[:, -1]
+    own = np.array([prior[key][0] - prior[key][-1] for _, key in pairs])
+    scores: dict[str, Any] = {
+        "retriever": -(np.arange(len(pairs)) % args.N), "QL": ql, "RC: log p of the best label": rc[:, 0],
+        "RC: expected grade": [llm.expected_relevance(list(row)) for row in rc],
+        "RC: log-odds": odds, "RC: log-odds less the passage's own": odds - own}
+    ranked: dict[str, list[float]] = {}
+    fusions = {name: [name] for name in scores}
+    fusions |= {f"QL + {name}": ["QL", name] for name in scores if name != "QL"}
+    end = 0
+    for query, ids in found.items():
+        rows = slice(end, end + len(ids))
+        end += len(ids)
+        for name, parts in fusions.items():
+            R = llm.rrf(*[list(np.asarray(scores[part])[rows]) for part in parts])
+            order = sorted(range(len(ids)), key=lambda i: -R[i])
+            ranked.setdefault(name, []).append(ndcg([ids[i] for i in order], beir.qrels[query]))
+    for name, values in ranked.items():
+        low, high = paired_bootstrap(ranked["retriever"], values)
+        gain = 100 * (np.mean(values) - np.mean(ranked["retriever"]))
+        print(f"{name:45s} {np.mean(values):.3f}  {gain:+5.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+    if args.out:
+        about = {"model": str(json.loads(Path(args.model, "about.json").read_text())["model"]),
+                 "questions": len(found), "split": args.split, "N": args.N, "characters": args.chars}
+        with file_beside(args.out) as new:
+            new.write_text(json.dumps(about | {"ndcg@10": ranked}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
