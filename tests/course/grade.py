@@ -3,6 +3,9 @@
     python tests/course/grade.py HAND-IN...              course folders, or .zip or .tar.gz archives of them
     python tests/course/grade.py HAND-IN... --json       and HAND-IN.results.json, as Gradescope reads it
     python tests/course/grade.py HAND-IN... --csv FILE   and one table, a row a hand-in
+    python tests/course/grade.py HAND-IN... --likeness FILE   and how alike bodies are (for an oral check, no grade)
+
+The inputs of the tests are drawn from the environment's GRADE_SEED, any word that students do not know.
 
 Of a hand-in only the bodies between the marks count. Each is put alone into the solved project, and the tests
 of its exercise run there, in a process of their own. Points are the share of these tests that passed: exit codes
@@ -33,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import likeness  # noqa: E402
 import make_course  # noqa: E402
 from make_course import BODY, POINTS, InputError, exercises, run  # noqa: E402
 from running import Grader  # noqa: E402
@@ -224,6 +228,17 @@ def gradescope(grades: list[Grade], seconds: float) -> dict[str, Any]:
             "tests": tests}
 
 
+def written(hand_ins: dict[Path, dict[str, str]]) -> dict[int, dict[str, str]]:
+    """{exercise: {hand-in: its body}}, of those that are written."""
+    found: dict[int, dict[str, str]] = {n: {} for n in POINTS}
+    for n, bodies in found.items():
+        for path, texts in hand_ins.items():
+            text = body(texts.get(exercises()[n][0], ""), n)
+            if text and "raise NotImplementedError(" not in text:
+                bodies[str(path)] = text
+    return found
+
+
 def table(rows: dict[str, list[Grade]]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -251,6 +266,7 @@ def main() -> None:
     parser.add_argument("hand_in", nargs="+", type=Path, help="a course folder, or an archive of one")
     parser.add_argument("--json", action="store_true", help="write HAND-IN.results.json beside each")
     parser.add_argument("--csv", type=Path, help="write one table of all")
+    parser.add_argument("--likeness", type=Path, help="write how alike each body is to the solution and to others")
     parser.add_argument("--seconds", type=float, default=20, help="an exercise's time limit (%(default)s)")
     parser.add_argument("--variant", default="", metavar="SEED", help="as it was given to make_course.py")
     args = parser.parse_args()
@@ -269,9 +285,12 @@ def main() -> None:
             if args.json:
                 report = gradescope(grades, time.monotonic() - start)
                 path.with_name(path.name + ".results.json").write_text(json.dumps(report, indent=1) + "\n")
+        solutions = {n: body(grader.solved(n), n) or "" for n in POINTS}
         grader.close()
     if args.csv:
         args.csv.write_text(table(rows), encoding="utf-8")
+    if args.likeness:
+        args.likeness.write_text(likeness.report(written(hand_ins), solutions), encoding="utf-8")
 
 
 if __name__ == "__main__":

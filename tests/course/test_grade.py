@@ -5,14 +5,17 @@ reach the tests, another solution or the process is flagged and never run; JSON 
 """
 
 import csv
+import io
 import json
 import shutil
 import zipfile
 from pathlib import Path
 
 import grade
+import likeness
 import make_course
 import pytest
+from running import Grader
 
 ROOT = make_course.ROOT
 
@@ -105,10 +108,11 @@ def graded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grade, "POINTS", {n: grade.POINTS[n] for n in (1, 2, 4)})
         paths = [str(home / name) for name in ("honest.zip", "broken", "cheat")]
-        patch.setattr("sys.argv", ["grade.py", *paths, "--json", "--csv", str(home / "all.csv"), "--seconds", "6"])
+        patch.setattr("sys.argv", ["grade.py", *paths, "--json", "--csv", str(home / "all.csv"), "--seconds", "6",
+                                   "--likeness", str(home / "alike.csv")])
         grade.main()
     reports = {Path(path).name: json.loads(Path(f"{path}.results.json").read_text()) for path in paths}
-    return reports, list(csv.DictReader((home / "all.csv").open()))
+    return reports, list(csv.DictReader((home / "all.csv").open())), home / "alike.csv"
 
 
 def said(report, n):
@@ -135,10 +139,50 @@ def test_an_evasion_earns_nothing_and_a_mistake_its_part(graded):
 
 
 def test_the_table_says_what_the_files_say(graded):
-    reports, rows = graded
+    reports, rows, _ = graded
     assert [row["hand-in"].split("/")[-1] for row in rows] == list(reports)
     assert [float(row["total"]) for row in rows] == [report["score"] for report in reports.values()]
     assert [row["flagged"] for row in rows] == ["", "", "4"]
+
+
+SOLUTION = """
+    R = [0.0] * len(rankings[0])
+    for scores in rankings:
+        for i, r in enumerate(ranks(scores)):
+            R[i] += 1 / r
+    return R
+"""
+
+
+def test_likeness_is_blind_to_names_and_comments():
+    renamed = SOLUTION.replace("scores", "s").replace("R", "total").replace("return", "# mine\n    return")
+    other = "    return [sum(1 / r for r in rs) for rs in zip(*map(ranks, rankings))]\n"
+    mine, theirs, loops = map(likeness.normal_form, (SOLUTION, renamed, other))
+    assert likeness.likeness(mine, theirs) == 1 and likeness.likeness(mine, loops) < 0.7
+    bodies = {4: {"ada": other, "ben": renamed, "cy": other.replace("rs", "x"), "dee": "    return (\n"}}
+    rows = list(csv.DictReader(io.StringIO(likeness.report(bodies, {4: SOLUTION}))))
+    assert {row["hand-in"]: (row["like the solution"] == "1.00", row["like another"] == "1.00", row["which"])
+            for row in rows} == {"ada": (False, True, "cy"), "ben": (True, False, "cy"), "cy": (False, True, "ada")}
+
+
+def test_the_likeness_table_is_written(graded):
+    rows = list(csv.DictReader(graded[2].open()))
+    assert {(row["exercise"], Path(row["hand-in"]).name) for row in rows if row["like the solution"] == "1.00"} >= {
+        ("1", "honest.zip"), ("2", "honest.zip"), ("4", "honest.zip")}
+
+
+def test_the_same_seed_gives_the_same_grade(tmp_path):
+    """And another seed other inputs."""
+    make_course.make(tmp_path / "c", set())
+    text = with_body(4, "return [sum(1 / (1 + r) for r in rs) for rs in zip(*map(ranks, rankings))]")
+    said = []
+    for seed, times in (("a", 2), ("b", 1)):
+        grader = Grader(tmp_path / "c", seed)
+        for _ in range(times):
+            lines = "\n".join(grader.outcome(4, {"llm.py": text}).failed).splitlines()
+            said.append([line for line in lines if line.startswith("of the scores")])
+        grader.close()
+    assert said[0] and said[0] == said[1] != said[2]
 
 
 def test_what_is_no_hand_in_is_refused(tmp_path):
