@@ -6,13 +6,17 @@ what is packed is complete, in the draws' order, and is what the model said.
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import record  # noqa: E402
+from recorded_students import listwise_loss  # noqa: E402
 
 CORPUS = [{"_id": name, "title": name, "text": f"All that there is to say about {name}."} for name in "abcdefgh"]
 
@@ -139,3 +143,21 @@ def test_other_prompts_or_lengths_want_a_new_log(ran):
     ran.chars = 30
     with pytest.raises(record.InputError, match="name a new LOG"):
         record.record(ran)
+
+
+def test_listwise_loss_by_its_terms():
+    """The divergence of the student's distribution over the candidates from the teacher's, in plain loops."""
+    rng = np.random.default_rng(0)
+    q, p, ql = rng.normal(size=(3, 5)), rng.normal(size=(3, 4, 5)), rng.normal(size=(3, 4))
+    q /= np.linalg.norm(q, axis=-1, keepdims=True)
+    p /= np.linalg.norm(p, axis=-1, keepdims=True)
+    total = 0.0
+    for i in range(3):
+        s = [float(q[i] @ p[i, n]) / 0.1 for n in range(4)]
+        student = [math.exp(x) / sum(map(math.exp, s)) for x in s]
+        teacher = [math.exp(x / 2) / sum(math.exp(y / 2) for y in ql[i]) for x in ql[i]]
+        total += sum(t * math.log(t / u) for t, u in zip(teacher, student, strict=True)) / 3
+    loss = listwise_loss(*map(torch.from_numpy, (q, p, ql)), 0.1, 2.0)
+    assert float(loss) == pytest.approx(total) and float(loss) > 0
+    cosines = torch.from_numpy(np.einsum("bd,bnd->bn", q, p))
+    assert float(listwise_loss(torch.from_numpy(q), torch.from_numpy(p), 2.0 * cosines / 0.1, 0.1, 2.0)) < 1e-9
