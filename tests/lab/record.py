@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import numpy as np
 import torch
 
 from engine.corpus import builtin_corpus, shown
@@ -30,7 +31,7 @@ from engine.local import Local
 from engine.recorded import digest
 from engine.search import topk
 from gecko import Gecko, fill, format_query, load
-from llm import parse_generation, seed_draws
+from llm import parse_generation
 
 Passage = dict[str, str]
 
@@ -60,6 +61,14 @@ P_QL = (HEAD.replace("a search task and ", "")
         + "".join(f"Passage: {p}\nQuery: {q}\n\n" for p, _, q in EXAMPLES) + "Passage: {passage}\nQuery:")
 STOP = ("\n\n", "\nPassage:")
 MAX_WORDS = 25  # of a query; what is longer runs on
+
+
+def drawn(size: int, limit: int) -> list[int]:
+    """Places of the seeds in a corpus of this size: a random order of it, then another."""
+    draws: list[int] = []
+    while len(draws) < limit:
+        draws += np.random.default_rng([0, len(draws)]).permutation(size).tolist()
+    return draws[:limit]
 
 
 def task_and_query(answer: str | None) -> tuple[str, str]:
@@ -174,7 +183,7 @@ def header(args: argparse.Namespace, prompts: str, size: int) -> dict[str, Any]:
     about = read_json(Path(args.model) / "about.json", dict)
     return {"model": about["model"], "licence": about["licence"], "weights": about, "opened in": "bfloat16",
             "prompts": prompts, "P_QG": P_QG, "P_QL": P_QL, "characters": args.chars,
-            "temperature": args.temperature, "draws": f"seed_draws({size}, ..., seed=0)", "corpus": size,
+            "temperature": args.temperature, "draws": f"drawn({size}, ...)", "corpus": size,
             "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d"),
             "command": "python tests/lab/record.py run"}
 
@@ -197,7 +206,7 @@ def record(args: argparse.Namespace) -> None:
     retriever = load(args.retriever)
     C = retriever.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])
     model = Local(args.model, args.temperature, max_tokens=44, stop=STOP, rows=args.rows)
-    draws = seed_draws(len(corpus), args.queries, seed=0)
+    draws = drawn(len(corpus), args.queries)
     first = 0
     while first < args.queries:
         size = args.first if first == 0 else args.chunk              # small: soon of use; large: cheaper
@@ -220,7 +229,7 @@ def pack(args: argparse.Namespace) -> None:
     """Complete rows of LOG, and a digest of each passage that they name."""
     log, corpus = Log(args.log), builtin_corpus()
     passages = {p["_id"]: p for p in corpus}
-    draws = seed_draws(log.header["corpus"], max(log.answers) + 1, seed=0)
+    draws = drawn(log.header["corpus"], max(log.answers) + 1)
     rows, reasons, named = [], Counter[str](), set()
     for n, answer in sorted(log.answers.items()):
         try:
