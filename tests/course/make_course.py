@@ -112,6 +112,21 @@ def make(folder: Path, numbers: set[int], variant: str = "") -> None:
     for page in (ROOT / "tests/course/student").glob("*.md"):
         text = page.read_text(encoding="utf-8").replace("{table}", table(numbers))
         (folder / page.name).write_text(text, encoding="utf-8")
+    text = (ROOT / "tests/course/QUESTIONS.md").read_text(encoding="utf-8")
+    (folder / "QUESTIONS.md").write_text(without_answers(text), encoding="utf-8")
+
+
+def without_answers(text: str) -> str:
+    """The written questions for students: neither what a run prints nor what an answer must say."""
+    before, *questions = text.split("\n## ")
+    code = [line for line in before.splitlines() if line.startswith("    ")]
+    pages = ["# Written questions\n\nWrite down what you expect, then run, then explain. In `python`, in this folder:\n\n"
+             + "\n".join(code) + "\n"]
+    for question in questions:
+        asked = question.split("**Answer.**")[0]
+        asked = re.sub(r"^    (?!>>>|\.\.\.|python).*\n", "", asked, flags=re.M)     # what a run prints
+        pages.append(asked.rstrip() + "\n")
+    return "\n## ".join(pages)
 
 
 def table(numbers: set[int]) -> str:

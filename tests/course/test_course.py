@@ -7,6 +7,9 @@ pass; each wrong answer is caught by its own exercise's tests, with a message th
 """
 
 import ast
+import doctest
+import io
+import re
 
 import make_course
 import pytest
@@ -110,6 +113,27 @@ def test_a_course_folder_is_whole_and_holds_no_solution(tmp_path):
         make_course.make(tmp_path / "c", {4})
     with pytest.raises(make_course.InputError, match="exercise 99: give numbers from 1"):
         make_course.make(tmp_path / "d", {99})
+
+
+class Roughly(doctest.OutputChecker):
+    """The same words, and numbers that differ by a tenth at most: versions of torch keep different tensors."""
+
+    def check_output(self, want, got, flags):
+        number = r"\d+\.?\d*"
+        have, wanted = ([float(x) for x in re.findall(number, text)] for text in (got, want))
+        words = [re.sub(number, "", text) for text in (got, want)]
+        return words[0] == words[1] and have == pytest.approx(wanted, rel=0.1, abs=0.02)
+
+
+def test_the_written_questions_print_what_their_page_says(tmp_path):
+    text = (ROOT / "tests/course/QUESTIONS.md").read_text()
+    examples = doctest.DocTestParser().get_doctest(text, {}, "QUESTIONS.md", None, 0)
+    said = io.StringIO()
+    result = doctest.DocTestRunner(Roughly()).run(examples, out=said.write)
+    assert result.attempted > 20 and result.failed == 0, said.getvalue()
+    page = make_course.without_answers(text)
+    assert page.count("\n## ") == text.count("\n## ") and "python train.py" in page and ">>> llm.ranks(" in page
+    assert "Answer" not in page and "    1.0 0.02" not in page and "[2.0, 0.833" not in page
 
 
 def test_the_instructors_page_names_the_exercises():
