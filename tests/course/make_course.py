@@ -120,7 +120,7 @@ def without_answers(text: str) -> str:
     """The written questions for students: neither what a run prints nor what an answer must say."""
     before, *questions = text.split("\n## ")
     code = [line for line in before.splitlines() if line.startswith("    ")]
-    pages = ["# Written questions\n\nWrite down what you expect, then run, then explain. In `python`, in this folder:\n\n"
+    pages = ["# Written questions\n\nWrite down what you expect, run it, explain. In `python`, in this folder:\n\n"
              + "\n".join(code) + "\n"]
     for question in questions:
         asked = question.split("**Answer.**")[0]
