@@ -16,8 +16,11 @@ from typing import Any
 from engine import files
 
 TESTS = Path(__file__).resolve().parent
-START = multiprocessing.get_context("forkserver")
-START.set_forkserver_preload(["torch._dynamo", "train", "fake_server", "test_scale", "test_runs"])
+if "forkserver" in multiprocessing.get_all_start_methods():
+    START = multiprocessing.get_context("forkserver")
+    START.set_forkserver_preload(["torch._dynamo", "train", "fake_server", "test_scale", "test_runs"])
+else:                                                                # Windows: what grades starts no process
+    START = multiprocessing.get_context("spawn")
 os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
 
 
