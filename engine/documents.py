@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.corpus import Passage, terms
+from engine.corpus import Passage, sentences, terms
 from engine.files import InputError, beir_file, read_passages
 from engine.markup import MARKDOWN, MAX_WORDS, passages_of
 from engine.pairs import chunks, title_body_pair
@@ -150,17 +150,19 @@ def decoded(path: Path) -> str | None:
 # What trains an encoder, and what it must not have seen
 
 
-DRAWS = 8                    # of sentences, spans of words and names, from each piece that a small encoder reads
+DRAWS = 4                    # of sentences, spans of words and names, from each piece that a small encoder reads
 
 
 def heading_pairs(passages: Sequence[Passage], seed: int = 0) -> list[tuple[str, str, str]]:
-    """(query, title, text) for pre-finetuning: headings and parts of a text, against the text or its rest."""
+    """(query, title, text) for pre-finetuning: a heading, a first sentence, parts that are drawn, and the rest."""
     rng = np.random.default_rng(seed)
     pairs = []
     for piece in itertools.chain.from_iterable(map(chunks, passages)):
-        title = piece["title"]
+        title, text = piece["title"], piece["text"]
         heading = title.rpartition(": ")[2]
-        pairs += [(query, "", piece["text"]) for query in dict.fromkeys([title, heading])]
+        pairs += [(title, "", text), (heading, "", text)]
+        first_sentence, *rest = sentences(text) or [""]
+        pairs.append((first_sentence, title, " ".join(rest)))
         pairs += [title_body_pair(piece, rng) for _ in range(DRAWS)]
     return [pair for pair in dict.fromkeys(pairs) if pair[0].strip() and pair[2].strip()]
 
