@@ -21,6 +21,7 @@ from engine.replies import (
     continuation_log_prob,
     first_token_log_prob,
     forced_log_prob,
+    ids_and_pieces,
     listed_tokens,
     scored_tokens,
 )
@@ -63,8 +64,17 @@ class Trials:
 class Endpoint:
     """One server and one model, as strings (see engine/cache.py)."""
 
-    def __init__(self, url: str, model: str, trials: Trials, threads: int = 16, timeout: float = 120.0, *,
-                 max_requests: int = 0, backoff: float = 0.5) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,                                                  # "": the first that the server lists
+        trials: Trials,
+        threads: int = 16,
+        timeout: float = 120.0,                                      # seconds
+        *,
+        max_requests: int = 0,                                       # 0: no limit
+        backoff: float = 0.5,                                        # seconds
+    ) -> None:
         self.usage = Usage(max_requests)
         self.server = Server(url, threads, timeout, self.usage, backoff)
         self.name, self.model, self.trials = self.server.url, model, trials
@@ -108,14 +118,14 @@ class Endpoint:
     # Requests
 
     def post(self, route: str, body: Json, read: Callable[[Json], Any]) -> Any:
-        body = {"model": self.model} | {name: value for name, value in body.items() if value is not None}
+        body = {name: value for name, value in body.items() if value is not None}
         prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
 
         def checked(answer: Json) -> Any:
             check_not_cut(answer, prompt)
             return read(answer)
 
-        return self.server.call(self.server.base + route, body, checked)
+        return self.server.call(self.server.base + route, {"model": self.model, **body}, checked)
 
     def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
@@ -154,31 +164,29 @@ class Endpoint:
         ids = [id for id, _ in tokens]
         values = []
         for n in range(len(head), len(ids)):
-            whole = tokens[n][1]
-            # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced,
-            # and the one that is wanted found in the list beside it, a long one if need be
-            forced = ids[n] if whole else head[-1][0]
-            value = None
-            for listed in (1,) if whole else (1000, 10 ** 6):
-                if value is None:
-                    value = self.forced_token(ids[:n], forced, ids[n], listed)
-            if value is None:
-                raise CallFailed(f"the server does not list token {ids[n]}: does it cap n_probs?")
-            values.append(value)
+            forced, lists = ids[n], [1]
+            if not tokens[n][1]:
+                # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced,
+                # and the one that is wanted found in the list beside it, a long one if need be
+                forced, lists = head[-1][0], [1000, 10 ** 6]
+            values.append(self.forced_token(ids[:n], forced, ids[n], lists))
         return math.fsum(values), len(values)
 
-    def forced_token(self, before: list[int], forced: int, wanted: int, listed: int) -> float | None:
-        """log p(wanted | before) from a request that forces a token and lists others beside it."""
-        body = {"model": self.model, "prompt": before, "n_predict": 1, "n_probs": listed, "temperature": 0,
-                "logit_bias": [[forced, 1000]], "cache_prompt": True}
-        return self.server.call(self.server.root + "/completion", body,
-                                lambda answer: forced_log_prob(answer, forced, wanted))
+    def forced_token(self, before: list[int], forced: int, wanted: int, lists: Sequence[int]) -> float:
+        """log p(wanted | before) from a request that forces a token and lists so many others beside it."""
+        body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
+                      "logit_bias": [[forced, 1000]], "cache_prompt": True}
+        for listed in lists:
+            value = self.server.call(self.server.root + "/completion", body | {"n_probs": listed},
+                                     lambda answer: forced_log_prob(answer, forced, wanted))
+            if value is not None:
+                return value
+        raise CallFailed(f"the server does not list token {wanted}: does it cap n_probs?")
 
     def tokenize(self, text: str) -> list[tuple[int, bool]]:
         """(token id, is it whole characters) of a text; what a passage says is never a control token."""
         body = {"content": text, "add_special": True, "parse_special": False, "with_pieces": True}
-        return self.server.call(self.server.root + "/tokenize", body, lambda answer: [
-            (int(token["id"]), isinstance(token["piece"], str)) for token in answer["tokens"]])
+        return self.server.call(self.server.root + "/tokenize", body, ids_and_pieces)
 
     # ----------------------------------------------------------------------------------------------
     # What the server can do, with numbers
@@ -253,7 +261,9 @@ class Endpoint:
     def try_log_likelihood(self, mode: ScoringMode) -> tuple[bool, str]:
         """Two texts must be scored, and not the same for every token."""
         score = self.scorer(mode)
-        (a, n), (b, m) = (score(*pair) for pair in self.trials.pairs)
+        first, second = self.trials.pairs
+        a, n = score(*first)
+        b, m = score(*second)
         return not math.isclose(a / n, b / m), f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
 
     def try_top_tokens(self, mode: ScoringMode) -> tuple[bool, str]:

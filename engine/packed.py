@@ -27,7 +27,11 @@ TEXTS_AT_ONCE = 1024         # that are tokenised together, to bound the memory
 CHARS_A_TOKEN = 16           # far more than a token has in the mean
 
 
-def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[list[array[int]], int, float]:
+def tokenise(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    length: int,
+) -> tuple[list[array[int]], int, float]:
     """Token ids of each text, cut at `length`; how many texts were cut; the share of unknown tokens.
 
     Of a long text only the beginning is tokenised, which has the same first tokens.
@@ -39,14 +43,14 @@ def tokenise(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[l
         unknown = tokenizer.token_to_id("<unk>")
     tokens: list[array[int]] = []                                    # a tenth of the memory of lists
     truncated = unknown_tokens = 0
+    chars = CHARS_A_TOKEN * length                                   # of the beginning
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        part = list(texts[start:start + TEXTS_AT_ONCE])
-        beginnings = [text[:CHARS_A_TOKEN * length] for text in part]
-        encodings = tokenizer.encode_batch_fast(beginnings)
-        for text, beginning, encoding in zip(part, beginnings, encodings, strict=True):
+        part = texts[start:start + TEXTS_AT_ONCE]
+        encodings = tokenizer.encode_batch_fast([text[:chars] for text in part])
+        for text, encoding in zip(part, encodings, strict=True):
             # subtle: of blanks, or of one endless word, the beginning may have too few tokens; two more
             # pieces of this length say that the cut is far behind the tokens that are kept
-            if len(beginning) < len(text) and len(encoding.overflowing) < 2:
+            if len(text) > chars and len(encoding.overflowing) < 2:
                 encoding = tokenizer.encode(text)
             if not encoding.ids:
                 raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
@@ -118,9 +122,9 @@ def embed_bag(encoder: Any, tokens: Sequence[Sequence[int]]) -> Tensor:
     segment = e["token_type_embeddings"].weight[0]                   # (d)
     table = e["LayerNorm"](e["word_embeddings"].weight + segment)    # (V, d)
     lengths = torch.tensor([0] + [len(ids) for ids in tokens])       # (B + 1)
-    flat = torch.tensor([i for ids in tokens for i in ids], device=table.device)  # (total tokens)
-    offsets = lengths.cumsum(0)[:-1].to(table.device)                # (B)
-    return F.embedding_bag(flat, table, offsets, mode="mean")        # (B, d)
+    flat = torch.tensor(list(itertools.chain(*tokens)))              # (N)
+    offsets = lengths.cumsum(0)[:-1]                                 # (B)
+    return F.embedding_bag(flat.to(table.device), table, offsets.to(table.device), mode="mean")  # (B, d)
 
 
 class Linear:
@@ -147,19 +151,18 @@ class Linear:
         return linear(x, self.weight, self.bias, then, [], "none")   # (N, out)
 
 
-def attend(qkv: Tensor, runs: Sequence[tuple[int, int]], H: int) -> Tensor:
-    """Attention within each text: (N, 3d), runs of (texts, n) -> (N, d)."""
-    N, d = qkv.shape[0], qkv.shape[1] // 3
-    a = qkv.new_empty(N, d)                                          # (N, d)
-    start = 0
-    for texts, n in runs:
-        stop = start + texts * n
-        run = qkv[start:stop].view(texts, n, 3, H, d // H)           # (texts, n, 3, H, d/H)
-        q, k, v = run.permute(2, 0, 3, 1, 4)                         # 3 of (texts, H, n, d/H)
+def attend(
+    qkv: Tensor,                      # (N, 3d)
+    runs: Sequence[tuple[int, int]],  # (texts, n) of each
+    H: int,
+) -> Tensor:                          # (N, d)
+    """Attention within each text."""
+    parts = []
+    for (texts, n), run in zip(runs, qkv.split([texts * n for texts, n in runs]), strict=True):
+        q, k, v = run.view(texts, n, 3, H, -1).permute(2, 0, 3, 1, 4)   # 3 of (texts, H, n, d/H)
         out = attention(q, k, v)                                     # (texts, H, n, d/H)
-        a[start:stop].view(texts, n, H, d // H).copy_(out.transpose(1, 2))
-        start = stop
-    return a
+        parts.append(out.transpose(1, 2).reshape(texts * n, -1))     # (texts * n, d)
+    return torch.cat(parts)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -181,7 +184,8 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     layers = []
     for layer in encoder.encoder["layer"]:
         parts = [layer.attention["self"][name] for name in ("query", "key", "value")]
-        qkv = Linear(torch.cat([x.weight for x in parts]), torch.cat([x.bias for x in parts]), dtype)
+        weight, bias = torch.cat([x.weight for x in parts]), torch.cat([x.bias for x in parts])
+        qkv = Linear(weight, bias, dtype)
         blocks = layer.attention["output"], layer.intermediate, layer.output
         out, up, down = (Linear(block["dense"].weight, block["dense"].bias, dtype) for block in blocks)
         norm_1, norm_2 = (copy.deepcopy(block["LayerNorm"]).to(dtype) for block in blocks[::2])
@@ -189,7 +193,7 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
 
     def embed_packed(tokens: Sequence[Sequence[int]]) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
-        ids = torch.tensor([i for t in tokens for i in t])           # (N)
+        ids = torch.tensor(list(itertools.chain(*tokens)))           # (N)
         position = torch.cat([torch.arange(len(t)) for t in tokens]) + c.first_position  # (N)
         runs = [(len(list(run)), n) for n, run in itertools.groupby(map(len, tokens))]
         x = e["word_embeddings"](ids) + e["position_embeddings"](position)       # (N, d)

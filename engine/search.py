@@ -99,9 +99,8 @@ def certified_topk(
         budget = torch.cuda.mem_get_info(device)[0] // 8 if device.type == "cuda" else BLOCK_BYTES
     m = min(P, 2 * k + SPARE if dtype == torch.bfloat16 else k + 8)
     scores = np.zeros((Q, k), np.float32)
-    indices = np.zeros((Q, k), np.int64)
-    proven = np.zeros(Q, bool)
-    # EXERCISE 10 (about 12 lines)
+    indices, proven = np.zeros((Q, k), np.int64), np.zeros(Q, bool)
+    # EXERCISE 10 (about 11 lines)
     for start in range(0, Q, ROWS):
         q = block(queries, start, start + ROWS, device)              # (n, d)
         which, proof = candidates(q, passages, m, dtype, budget)     # (n, m), (n)
@@ -112,17 +111,23 @@ def certified_topk(
                 floor = best[unsure, -1]                             # (unsure)
                 best[unsure], ids[unsure] = search_again(q[unsure], passages, k, floor, budget)
         rows = slice(start, start + len(q))
-        scores[rows], indices[rows] = best.cpu(), ids.cpu()
-        proven[rows] = sure.cpu()
+        scores[rows], indices[rows], proven[rows] = best.cpu(), ids.cpu(), sure.cpu()
     # END EXERCISE
     return scores, indices, proven
 
 
-def candidates(q: Tensor, passages: Tensor, m: int, dtype: torch.dtype, budget: int,
-               ) -> tuple[Tensor, Tensor]:
+def candidates(
+    q: Tensor,         # (n, d)
+    passages: Tensor,  # (P, d)
+    m: int,
+    dtype: torch.dtype,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
     """The m passages of largest product in `dtype`, (n, m), and what no other's score exceeds, (n)."""
-    (n, d), P = q.shape, len(passages)
-    q_norm, p_norm = norms(q, "query"), q.new_zeros(())              # (n), scalar
+    n, d = q.shape
+    P = len(passages)
+    q_norm = norms(q, "query")                                       # (n)
+    p_norm = q.new_zeros(())                                         # the largest so far
     q = q.to(dtype)                                                  # (n, d)
     columns = min(16384, budget // (n * q.element_size()))           # of one block, but at least m
     columns = max(columns, m + GROUP) // GROUP * GROUP
@@ -144,16 +149,21 @@ def candidates(q: Tensor, passages: Tensor, m: int, dtype: torch.dtype, budget: 
     return which, highest + error_bound(q_norm, p_norm, highest, d, dtype)
 
 
-def ranked(q: Tensor, passages: Tensor, which: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best k of each query's candidates, scored and ordered as in `nearest`: (n, k) twice."""
+def ranked(
+    q: Tensor,         # (n, d)
+    passages: Tensor,  # (P, d)
+    which: Tensor,     # (n, m) candidates of each query
+    k: int,
+) -> tuple[Tensor, Tensor]:
+    """The best k candidates, scored and ordered as in `nearest`: (n, k) twice."""
     which = which.sort(dim=1).values                                 # (n, m) so that ties go by index
-    scores = torch.empty(which.shape, device=q.device)               # (n, m)
-    rows = max(1, (1 << 18) // (which.shape[1] * q.shape[1]))        # a few at a time, for the cache
-    for start in range(0, len(q), rows):
-        part = which[start:start + rows].to(passages.device)         # (rows, m)
-        p = passages[part].to(q.device, torch.float32)               # (rows, m, d)
-        scores[start:start + rows] = exact_dot(q[start:start + rows, None], p)  # (rows, m)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)  # (n, m) twice
+    m, d = which.shape[1], q.shape[1]
+    rows = max(1, (1 << 18) // (m * d))                              # at a time, which stay in the cache
+    parts = []
+    for some_q, some in zip(q.split(rows), which.split(rows), strict=True):
+        p = passages[some.to(passages.device)].to(q.device, torch.float32)   # (rows, m, d)
+        parts.append(exact_dot(some_q[:, None], p))                  # (rows, m)
+    scores, order = torch.cat(parts).sort(dim=1, descending=True, stable=True)  # (n, m) twice
     return scores[:, :k], which.gather(1, order[:, :k])              # (n, k)
 
 
@@ -165,9 +175,14 @@ def exact_dot(x: Tensor, y: Tensor) -> Tensor:
     return y.to(torch.float64, copy=True).mul_(x.double()).sum(-1).float()
 
 
-def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int,
-                 ) -> tuple[Tensor, Tensor]:
-    """`nearest` for a few queries whose k-th best score is at least `floor` (n): (n, k) twice.
+def search_again(
+    q: Tensor,         # (n, d) a few queries
+    passages: Tensor,  # (P, d)
+    k: int,
+    floor: Tensor,     # (n) their k-th best scores, or less
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    """`nearest` for these queries: (n, k) twice.
 
     Every passage whose float32 product comes within its own error of the floor is scored exactly.
     """
@@ -175,16 +190,18 @@ def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int
     q_norm = norms(q, "query")                                       # (n)
     best = q.new_empty(n, 0)                                         # (n, <= k)
     which = torch.empty(n, 0, dtype=torch.long, device=q.device)     # (n, <= k)
-    columns = max(GROUP, budget // (64 * d) // GROUP * GROUP)          # few: any may have to be scored
+    columns = max(GROUP, budget // (64 * d) // GROUP * GROUP)        # few: any may have to be scored
     for start in range(0, len(passages), columns):
         p = block(passages, start, start + columns, q.device)        # (C, d)
-        error = error_bound(q_norm, norms(p, "passage", start).max(), floor, d, torch.float32)  # (n)
+        p_norm = norms(p, "passage", start).max()
+        error = error_bound(q_norm, p_norm, floor, d, torch.float32)  # (n)
         row, column = above(product(p, q), floor - 2 * error)        # (found) twice
         score = exact_dot(q[row], p[column])                         # (found)
         best, which = appended(best, which, row, column + start, score)
         # a stable sort: the passages stand in ascending order, so that ties go by index
         best, order = best.sort(dim=1, descending=True, stable=True)
-        best, which = best[:, :k], which.gather(1, order[:, :k])     # (n, <= k)
+        best = best[:, :k]                                           # (n, <= k)
+        which = which.gather(1, order[:, :k])                        # (n, <= k)
         if best.shape[1] == k:
             floor = torch.maximum(floor, best[:, -1])                # (n)
     return best, which
@@ -194,8 +211,11 @@ def search_again(q: Tensor, passages: Tensor, k: int, floor: Tensor, budget: int
 # Its parts
 
 
-def above(s: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
-    """All scores above their query's floor: s (C, n), floor (n) -> row and column, (found) each.
+def above(
+    s: Tensor,      # (C, n)
+    floor: Tensor,  # (n)
+) -> tuple[Tensor, Tensor]:
+    """All scores above their query's floor: row and column, (found) each.
 
     Rows ascend, and columns within a row. The maximum of a group of passages is compared first,
     because few groups hold anything.
@@ -216,11 +236,16 @@ def above(s: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     return row[i], group[i] * GROUP + place
 
 
-def appended(best: Tensor, which: Tensor, row: Tensor, index: Tensor, score: Tensor,
-             ) -> tuple[Tensor, Tensor]:
-    """The tables best and which, (n, w), with what was found put behind each row: (n, w + most found).
+def appended(
+    best: Tensor,   # (n, w)
+    which: Tensor,  # (n, w)
+    row: Tensor,    # (found) of what was found, ascending
+    index: Tensor,  # (found)
+    score: Tensor,  # (found)
+) -> tuple[Tensor, Tensor]:
+    """The tables with what was found put behind each row: (n, w + most found).
 
-    The rows ascend. One that found fewer is filled up with scores of -inf.
+    A row that found fewer is filled up with scores of -inf.
     """
     n = len(best)
     count = torch.bincount(row, minlength=n)                         # (n)
@@ -228,12 +253,19 @@ def appended(best: Tensor, which: Tensor, row: Tensor, index: Tensor, score: Ten
     place = torch.arange(len(row), device=row.device) - first[row]   # (found)
     new_best = best.new_full((n, int(count.max())), -torch.inf)      # (n, most found)
     new_which = which.new_zeros(new_best.shape)                      # (n, most found)
-    new_best[row, place], new_which[row, place] = score, index
+    new_best[row, place] = score
+    new_which[row, place] = index
     return torch.cat([best, new_best], 1), torch.cat([which, new_which], 1)
 
 
-def error_bound(q_norm: Tensor, p_norm: Tensor, s: Tensor, d: int, dtype: torch.dtype) -> Tensor:
-    """The most by which q . p can be above its product in `dtype` where that is at most s: (n).
+def error_bound(
+    q_norm: Tensor,  # (n)
+    p_norm: Tensor,  # scalar, the largest
+    s: Tensor,       # (n)
+    d: int,
+    dtype: torch.dtype,
+) -> Tensor:         # (n)
+    """The most by which q . p can be above its product in `dtype` where that is at most s.
 
     Rounding to bfloat16 moves each number by 2^-8 of itself or less, so a score by 2.01 * 2^-8 |q| |p|.
     """
