@@ -27,10 +27,16 @@ PREFIXES = 8  # that are read together
 
 
 class Local:
-    """`rows`: texts that are scored together, or answers that are written together."""
+    """The strings of engine/cache.py."""
 
-    def __init__(self, folder: str, temperature: float = 0.7, max_tokens: int = 80,
-                 stop: Sequence[str] = ("\n\n",), rows: int = 32) -> None:
+    def __init__(
+        self,
+        folder: str,
+        temperature: float = 0.7,
+        max_tokens: int = 80,
+        stop: Sequence[str] = ("\n\n",),
+        rows: int = 32,                 # texts that are scored together, or answers that are written together
+    ) -> None:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
         except ImportError as error:
@@ -46,8 +52,9 @@ class Local:
         self.temperature, self.max_tokens, self.stop = temperature, max_tokens, tuple(stop)
         self.rows = rows
         self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
+        self.ends = {self.tokenizer.eos_token_id}
         end = self.model.generation_config.eos_token_id
-        self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+        self.ends.update(end if isinstance(end, list) else [end])
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
         self.new_cache: Callable[[], Any] = DynamicCache
@@ -99,9 +106,9 @@ class Local:
             texts.append(self.tokens(prefix + text)[len(self.tokens(prefix)):])
         L = max(map(len, texts))
         target = self.tensor([text + [-1] * (L - len(text)) for text in texts])  # (B, L)
+        ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first
-        logits = self.forward(torch.cat([ids, target[:, :-1]], dim=1), cache, L)  # (B, L, V)
-        log_p = logits.log_softmax(dim=-1)
+        log_p = self.forward(ids, cache, L).log_softmax(dim=-1)     # (B, L, V)
         token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
@@ -138,7 +145,8 @@ class Local:
             logits = self.forward(ids, cache)[:, -1].cpu()           # (B, V)
             # the largest of logits / temperature + Gumbel noise is a sample of their softmax
             for row, generator in zip(logits, noise, strict=True):
-                row -= self.temperature * torch.empty_like(row).exponential_(generator=generator).log()
+                gumbel = -torch.empty_like(row).exponential_(generator=generator).log()
+                row += self.temperature * gumbel
             token = logits.argmax(dim=1, keepdim=True)               # (B, 1)
             ids = torch.cat([ids, token.to(ids.device)], dim=1)      # (B, K + tokens written)
             answers = [self.until_stop(row) for row in ids[:, K:].tolist()]
@@ -184,11 +192,10 @@ class Local:
         """Logits (B, last, V) after the last tokens of ids (B, K), of which the cache holds those before."""
         valid = ids >= 0                                             # (B, K)
         place = valid.cumsum(dim=1).sub(1).clamp(min=0)              # (B, K)
-        new = slice(cache.get_seq_length(), None)
-        self.read_tokens += int(valid[:, new].sum())
-        output = self.model(ids[:, new].clamp(min=0), attention_mask=valid, position_ids=place[:, new],
-                            logits_to_keep=last, **{self.cache_name: cache})
-        return output.logits.float()
+        seen = cache.get_seq_length()
+        self.read_tokens += int(valid[:, seen:].sum())
+        settings = {self.cache_name: cache, "attention_mask": valid, "position_ids": place[:, seen:]}
+        return self.model(ids[:, seen:].clamp(min=0), logits_to_keep=last, **settings).logits.float()
 
     def tensor(self, rows: list[Tokens]) -> Tensor:
         return torch.tensor(rows, device=self.model.device)

@@ -41,8 +41,13 @@ class Offline:
 
     mu, lam = 100.0, 0.3  # pseudo-counts of the collection; weight of a paraphrase (dev questions)
 
-    def __init__(self, corpus: Sequence[Passage], similarity: Similarity | None, tasks: Sequence[str],
-                 seed: int = 0) -> None:
+    def __init__(
+        self,
+        corpus: Sequence[Passage],
+        similarity: Similarity | None,
+        tasks: Sequence[str],
+        seed: int = 0,
+    ) -> None:
         self.similarity, self.tasks, self.seed = similarity, tasks, seed
         self.drawn: Counter[str] = Counter()                         # queries so far, by the passage's id
         self.counts: dict[str, Counter[str]] = {}
@@ -125,7 +130,9 @@ def thesaurus_pattern() -> re.Pattern[str]:
 def everyday(text: str, rng: random.Random, p: float) -> str:
     """Each term of the thesaurus exchanged for everyday words with probability p."""
     def exchange(match: re.Match[str]) -> str:
-        return rng.choice(thesaurus()[match[1]]) if rng.random() < p else match[1]
+        if rng.random() < p:
+            return rng.choice(thesaurus()[match[1]])
+        return match[1]
 
     return thesaurus_pattern().sub(exchange, text)
 
@@ -168,6 +175,7 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
 
 
 SECTION = re.compile(r"^[A-Z][A-Z/&,-]+(?:\s+[A-Z/&,-]{2,})*\s*:?\s+(?=[A-Z])")     # "CONCLUSIONS We ..."
+BRACKETS = re.compile(r"\s*[(\[][^()\[\]]*[)\]]")
 LINKING = re.compile(r"^(?:in (?:conclusion|summary|addition|contrast|particular)|taken together|here|thus|"
                      r"\w*together|therefore|hence|however|moreover|overall|\w{5,}ly)\s*,?\s+", re.I)
 STATING = re.compile(r"^.{0,90}?\b(?:suggest|indicat|show|demonstrat|conclud|reveal|f[io]u?nd|report|propos|"
@@ -182,8 +190,9 @@ def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     said = rng.choice(found[-3:] if pick < 0.45 else found)
     if pick > 0.7 and len(p["title"].split()) > 3:
         said = p["title"]
-    said = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", SECTION.sub("", said))
-    said = STATING.sub("", LINKING.sub("", LINKING.sub("", said))).strip(" .;:,")
+    for empty in (SECTION, BRACKETS, LINKING, LINKING, STATING):
+        said = empty.sub("", said)
+    said = said.strip(" .;:,")
     if len(said.split()) > max_words:                                # one of its clauses, or its beginning
         clauses = [c for c in CLAUSES.split(said) if 6 <= len(c.split()) <= max_words]
         said = rng.choice(clauses or [said])
