@@ -24,6 +24,7 @@ import io
 import json
 import os
 import random
+import re
 import symtable
 import sys
 import tarfile
@@ -201,8 +202,18 @@ def grade_exercise(grader: Grader, n: int, texts: dict[str, str], expected: set[
         return Grade(n, tests=len(expected), flagged=True, reason=reason)
     outcome = grader.outcome(n, {module: text}, seconds)
     passed = sum(outcome.tests.get(test, (False,))[0] for test in expected)
-    reasons = [line for said in outcome.failed[:2] for line in said.strip().splitlines()[-8:]]
+    reasons = [line for said in outcome.failed[:2] for line in shortened(said, module)]
     return Grade(n, POINTS[n] * passed / len(expected), passed, len(expected), reason="\n".join(reasons))
+
+
+def shortened(said: str, module: str) -> list[str]:
+    """Of a traceback, the lines of the hand-in's module and the error; of a message, all."""
+    lines = said.strip().splitlines()
+    if not said.startswith("Traceback"):
+        return lines[:8]
+    error = max((i for i, line in enumerate(lines) if re.match(r"[A-Za-z_.]+(:|$)", line)), default=0)
+    theirs = [i for i, line in enumerate(lines[:error]) if line.startswith(f'  File "{module}"')]
+    return [line.strip() for i in theirs[-1:] for line in lines[i:i + 2]] + lines[error:error + 3]
 
 
 def expected_tests(grader: Grader, n: int, seconds: float) -> set[str]:
