@@ -57,7 +57,8 @@ NO_ATTRIBUTES = {"load", "loads", "save", "savez", "savez_compressed", "loadtxt"
                  "fromregex", "fromfile", "tofile", "from_file", "memmap", "open_memmap", "dump", "dumps",
                  "ctypes", "compile", "gi_frame", "gi_code", "cr_frame", "ag_frame", "tb_frame", "f_back",
                  "f_globals", "f_locals", "f_builtins", "register_hook", "singledispatch",
-                 "singledispatchmethod", "get_type_hints", "attrgetter", "methodcaller"}
+                 "singledispatchmethod", "get_type_hints", "attrgetter", "methodcaller",
+                 "update_wrapper", "wraps", "DataSource", "classes", "ops", "format_map"}
 SUBMODULES = {"nn", "functional", "linalg", "fft", "special", "autograd", "random", "math", "functools",
               "itertools", "collections", "array", "cond", "dropout", "fold", "linear", "sparse", "vmap",
               "while_loop"}
@@ -119,12 +120,13 @@ def transplanted(solved: str, n: int, new: str) -> str:
 
 
 def inside(text: str, n: int) -> tuple[int, list[ast.AST]]:
-    """The first line of the function that holds exercise n, and all nodes between the marks."""
+    """The first line of the function that holds exercise n, and all nodes of the statements between the marks."""
     match = next(match for match in BODY.finditer(text) if int(match[2]) == n)
     first, last = text.count("\n", 0, match.start(4)) + 1, text.count("\n", 0, match.end(4)) + 1
-    nodes = list(ast.walk(ast.parse(text, "hand-in")))
-    functions = [f for f in nodes if isinstance(f, ast.FunctionDef) and f.lineno < first <= (f.end_lineno or 0)]
-    return min(f.lineno for f in functions), [node for node in nodes if first <= getattr(node, "lineno", 0) < last]
+    functions = [f for f in ast.walk(ast.parse(text, "hand-in")) if isinstance(f, ast.FunctionDef)]
+    function = min((f for f in functions if f.lineno < first <= (f.end_lineno or 0)), key=lambda f: f.lineno)
+    body = [statement for statement in function.body if first <= statement.lineno < last]
+    return function.lineno, [node for statement in body for node in ast.walk(statement)]
 
 
 def global_names(text: str, line: int) -> set[str]:
@@ -170,8 +172,13 @@ def flags(text: str, solved: str, n: int) -> list[str]:
             found += [f"imports {name}" for name in libraries if name not in LIBRARIES]
         elif isinstance(node, ast.Attribute):
             names = [node.attr]
+            plain = isinstance(node.value, ast.Constant) and "_" not in str(node.value.value)
+            if node.attr == "format" and not plain:
+                found.append("uses format of a string that may reach attributes; take an f-string")
             if not isinstance(node.ctx, ast.Load) and node.attr not in STORES:
                 found.append(f"sets .{node.attr}")
+        elif isinstance(node, ast.Constant) and "__" in str(node.value):
+            found.append(f"has the string {node.value!r}")
         elif isinstance(node, ast.MatchClass):
             names = node.kwd_attrs
         elif isinstance(node, (ast.ClassDef, ast.Global, ast.AsyncFunctionDef)):

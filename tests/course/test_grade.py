@@ -64,6 +64,13 @@ EVASIONS = {
     "a pickle": (4, "import torch\ntorch.cuda.memory.pickle.loads(b'')", "uses pickle"),
     "strings that are run": (4, "@functools.singledispatch\ndef f(x):\n    pass", "uses singledispatch"),
     "a file by torch": (2, "torch.load('x')", "uses load"),
+    "attributes by the fields of a format": (4, "raise ValueError('{0.__globals__}'.format(ranks))", "format"),
+    "the same in pieces": (4, "raise ValueError(('{0._' + '_globals_' + '_}').format(ranks))", "uses format"),
+    "sets torch's functions by a dict": (2, "functools.update_wrapper(torch, torch.nn.ParameterDict())",
+                                         "uses update_wrapper"),
+    "attributes by operator": (4, "from operator import attrgetter\nreturn attrgetter('f')(ranks)",
+                               "uses attrgetter"),
+    "a library of C": (2, "torch.ops.load_library('x')", "uses ops"),
     "a helper outside the marks": (4, "return my_rrf(*rankings)", "names my_rrf"),
 }
 
@@ -79,6 +86,8 @@ FREE = {
     "a helper of its own": (4, "def place(x, xs):\n    return sorted(xs).index(x) + 1\nreturn [place(1, [1])]"),
     "einsum and a loop": (2, "s = torch.einsum('id,jd->ij', q, p) / tau\nfor i in range(2):\n    s[i, i] += 0\n"
                              "return -s.log_softmax(1).diagonal().mean()"),
+    "a method by its name": (5, "return max(range(len(R)), key=R.__getitem__), None"),
+    "a formatted number": (3, "x = '[{}]'.format(1)\nreturn [f' {x}']"),
     "an exception": (4, "try:\n    return [1 / 0]\nexcept ZeroDivisionError as e:\n    raise ValueError(str(e))"),
 }
 
