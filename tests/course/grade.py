@@ -123,7 +123,10 @@ def inside(text: str, n: int) -> tuple[int, list[ast.AST]]:
     """The first line of the function that holds exercise n, and all nodes of the statements between the marks."""
     match = next(match for match in BODY.finditer(text) if int(match[2]) == n)
     first, last = text.count("\n", 0, match.start(4)) + 1, text.count("\n", 0, match.end(4)) + 1
-    functions = [f for f in ast.walk(ast.parse(text, "hand-in")) if isinstance(f, ast.FunctionDef)]
+    module = ast.parse(text, "hand-in")
+    if any(first <= statement.lineno < last for statement in module.body):
+        raise ValueError("the function ends between the marks; indent all lines")
+    functions = [f for f in ast.walk(module) if isinstance(f, ast.FunctionDef)]
     function = min((f for f in functions if f.lineno < first <= (f.end_lineno or 0)), key=lambda f: f.lineno)
     body = [statement for statement in function.body if first <= statement.lineno < last]
     return function.lineno, [node for statement in body for node in ast.walk(statement)]

@@ -81,6 +81,14 @@ def test_a_body_that_evades_is_flagged(case):
     assert any(reason in flag for flag in flags(n, with_body(n, new)))
 
 
+def test_a_body_that_ends_its_function_is_refused():
+    """Else a second function of its name, which nobody looked at, would take its place."""
+    text = (ROOT / "llm.py").read_text()
+    evil = grade.transplanted(text, 4, "    return []\n\n\ndef rrf(*rankings):\n    return eval('1')\n")
+    with pytest.raises(ValueError, match="ends between the marks"):
+        flags(4, evil)
+
+
 FREE = {
     "another library": (4, "from collections import Counter\nR = Counter()\nreturn list(R)"),
     "a helper of its own": (4, "def place(x, xs):\n    return sorted(xs).index(x) + 1\nreturn [place(1, [1])]"),
