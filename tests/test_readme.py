@@ -44,7 +44,7 @@ def test_the_map_has_every_equation_and_exercise():
     assert all(f"eq. {n}" in text for n in (1, 2, 3))
     make_course = pytest.importorskip("make_course", reason="a course folder has no course maker")
     missing = [f"{Path(module).stem}.{function}" for module, function, *_ in make_course.exercises().values()
-               if f"`{Path(module).stem}.{function}`" not in text]
+               if not module.startswith("tests/") and f"`{Path(module).stem}.{function}`" not in text]
     assert not missing
 
 
