@@ -58,6 +58,9 @@ def test_eq1_mean_pool_equals_loops():
         * mask.sum(1, keepdim=True) / 5,
         "this is the first token alone; eq. 1 is the mean of all real ones": W[:, 0],
         "the first token is left out; the task's tokens are in the mean too": mean_pool_spec(W, later),
+        "this is the last token alone; eq. 1 is the mean of all real ones": W[range(3), mask.sum(1) - 1],
+        "the sum is not divided by n": mean_pool_spec(W, mask) * mask.sum(1, keepdim=True),
+        "divided by n + 1": mean_pool_spec(W, mask) * (mask.sum(1) / (mask.sum(1) + 1))[:, None],
         "this is the largest value, not the mean": W.masked_fill(mask[..., None] == 0, -9e9).max(1).values})
     pooled.sum().backward()
     assert W.grad is not None and torch.allclose(W.grad[2, :2], torch.full((2, 4), 0.5))

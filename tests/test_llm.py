@@ -85,6 +85,10 @@ def test_rrf_by_hand_and_equals_loops():
         "RC is left out": [1 / a for a, _ in both],
         "these are mean ranks; add 1 / rank": [(a + b) / 2 for a, b in both],
         "this is 1 / the mean rank; add 1 / rank of each": [2 / (a + b) for a, b in both],
+        "these are products of 1 / rank; add them": [1 / (a * b) for a, b in both],
+        "this is the mean of 1 / rank; take the sum": [(1 / a + 1 / b) / 2 for a, b in both],
+        "ranks are squared": [1 / a ** 2 + 1 / b ** 2 for a, b in both],
+        "this is the larger of the two": [max(1 / a, 1 / b) for a, b in both],
         "this is 1 / the sum of the ranks; add 1 / rank of each": [1 / (a + b) for a, b in both]})
     rng = random.Random(graded_seed(0))
     for _ in range(50):

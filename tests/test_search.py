@@ -81,10 +81,12 @@ def test_search_by_its_steps(monkeypatch):
         "the scores are not in the order of `nearest`": want[1].flip(1),
         "only the first of the blocks is searched; go over every block of queries":
             want[1] * (torch.arange(1100) < search.ROWS)[:, None]})
-    check(scores, want[0], {"these are the candidates' scores where they were not proven": seen})
+    check(scores, want[0], {"these are the candidates' scores where they were not proven": seen,
+                            "no scores are written": 0 * seen})
     check(proven.tolist(), sure.tolist(), {
         "every query is searched again: then the first search is for nothing": [False] * 1100,
-        "proven are those that were searched again": (~sure).tolist()})
+        "proven are those that were searched again": (~sure).tolist(),
+        "all are called proven, but only the first search's proof makes a query so": [True] * 1100})
 
 
 @pytest.mark.ex10

@@ -33,6 +33,9 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "bfloat16": "return ((W * mask[..., None]).bfloat16().sum(1) / mask.sum(1, keepdim=True)).to(W.dtype)",
     },
     2: {
+        'some rows against themselves alone': [('    s = q[rows] @', '    q, p, q_id, p_id = q[rows], p[rows], q_id[rows], p_id[rows]\n    i = j = torch.arange(len(q), device=q.device)\n    rows = ALL\n    s = q[rows] @')],
+        'a sum over rows': [('F.cross_entropy(s, i)', "F.cross_entropy(s, i, reduction='sum')")],
+        'softmax over queries': [('q[rows] @ p.T / tau', 'p[rows] @ q.T / tau')],
         "a mask of 0": [("-math.inf", "0.0")],
         "a mask of -10": [("-math.inf", "-10.0")],
         "the diagonal masked": [("duplicates & (j != i[:, None])", "duplicates")],
@@ -76,6 +79,10 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
                          "    return F.cross_entropy(torch.cat([s, t], 1), i)")],
     },
     3: {
+        'the first x+': [('text_only(texts[same] + tag)', 'text_only(next(texts[j] for j in groups[label] if texts[j] != x) + tag)')],
+        'another task': [('record(task, x', 'record("classification", x')],
+        'an id on x- alone': [('texts[other] + tag', 'texts[other] + f" [{len(rows)}]"')],
+        'an id a text': [('texts[same] + tag', 'texts[same] + f" [{len(rows) + 1}]"')],
         "the next candidate": [("rng.integers", "rng.integers")] and [
             ("drawn(rng, groups[label], lambda j: texts[j] != x)", "next((j for j in groups[label] if texts[j] != x), None)")],
         "the next x-": [("return drawn(rng, range(len(texts)),\n                     lambda j: labels[j] != label and "
@@ -124,6 +131,9 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
                                              "            continue\n        if same is None:\n")],
     },
     4: {
+        '1 / mean rank': [('+= 1 / r', '+= r'), ('return R', 'return [2 / r for r in R]')],
+        'mean rank': [('1 / r', 'r / len(rankings)')],
+        'scores added': [('in enumerate(ranks(scores))', 'in enumerate(scores)'), ('1 / r', 'r')],
         "products": "R = [1.0] * len(rankings[0])\nfor s in rankings:\n    for i, r in enumerate(ranks(s)):\n        R[i] /= r\nreturn R",
         "the first two alone": [("for scores in rankings", "for scores in rankings[:2]")],
         "the first alone": [("for scores in rankings", "for scores in rankings[:1]")],
@@ -147,6 +157,9 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
                             "    order = np.argsort(np.array(s))[::-1]\n    R[order] += 1 / np.arange(1, len(s) + 1)\nreturn R.tolist()",
     },
     5: {
+        'the smallest R': [('-R[i]', 'R[i]')],
+        'p+ may be sampled': [('.choice(others)', '.choice(order)')],
+        'the last candidate, unsorted': [('for i in order if', 'for i in range(len(R)) if')],
         "argsort reversed": [("sorted(range(len(R)), key=lambda i: -R[i])", "sorted(range(len(R)), key=lambda i: R[i])[::-1]")],
         "numpy's argsort": "import numpy as np\norder = [int(i) for i in np.argsort(-np.array(R))]\n"
                            "p_pos = order[0] if positive is None else positive\n"
@@ -210,6 +223,8 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "inf where it cannot": [("raise CallFailed(f\"a token crosses the prompt's end before {text!r}\")", "return -math.inf, 0")],
     },
     7: {
+        'no temperature': [('p_pos.T / tau', 'p_pos.T'), ('q_i @ q.T / tau', 'q_i @ q.T'), ('keepdim=True) / tau', 'keepdim=True)')],
+        'duplicates as negatives': [('duplicates & others', 'torch.zeros_like(others)'), ('duplicates | ~others', '~others')],
         "a mask of 0": [("positives.masked_fill(duplicates & others, -math.inf)", "positives.masked_fill(duplicates & others, 0.0)")],
         "queries' mask of 0": [("queries.masked_fill(duplicates | ~others, -math.inf)", "queries.masked_fill(duplicates | ~others, 0.0)")],
         "own's mask of 0": [("n_id[rows, None] < 0, -math.inf", "n_id[rows, None] < 0, 0.0")],
@@ -242,6 +257,8 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "hard negatives masked as duplicates of nothing": [("n_id[rows, None] < 0", "(n_id[rows, None] < 0) | (n_id[rows, None] == n_id[0])")],
     },
     8: {
+        'one dimension alone': [('for dim in dims', 'for dim in dims[:1]')],
+        'the last dimensions': [('truncate_dim(x, dim)', 'truncate_dim(x.flip(1), dim)')],
         "set of dims": [("for dim in dims", "for dim in set(dims)")],
         "dims without the first": [("for dim in dims", "for dim in dims[1:] or dims")],
         "weights": [("total + loss", "total + dim / max(dims) * loss")],
@@ -261,6 +278,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "one half without gradient": [("loss(*short)", "loss(short[0], *(x.detach() for x in short[1:]))")],
     },
     9: {
+        'a mean over micro-batches': [('vectors.backward(g.view', 'vectors.backward((g / len(parts)).view')],
         "seeded once alone": [("        torch.manual_seed(derive_seed(*seed, rank, n))               # the second time, the same dropout\n", ""),
                               ("    x = torch.zeros", "    torch.manual_seed(derive_seed(*seed, rank))\n    x = torch.zeros")],
         "rank is not in the seed": [("derive_seed(*seed, rank, n)", "derive_seed(*seed, n)")],
@@ -297,6 +315,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
                                         "            torch.manual_seed(first + n)\n            vectors = embed(ids[parts[n]])\n        vectors.backward")],
     },
     10: {
+        'never proven': [('best[:, -1] > proof', 'best[:, -1] > proof + 1e9')],
         "m is not bounded": [("candidates(q, passages, m, dtype, budget)", "candidates(q, passages, k + 8, dtype, budget)")],
         "no budget for the second": [("k, floor, budget)", "k, floor, 0)")] and [("k, floor, budget)", "k, floor, 1 << 20)")],
         "no budget for the first": [("m, dtype, budget)", "m, dtype, 1 << 20)")],

@@ -23,7 +23,7 @@ class Variant:
 
 
 VARIANTS = {
-    1: Variant("mean_pool divides by n + {k}", (1, 2, 3, 4), {
+    1: Variant("mean_pool divides by n + {k}", (2, 3, 4, 5), {
         "gecko.py": [
             ('"""Eq. 1: q = mean over the n real tokens of M(t ++ q). Task',
              '"""Eq. 1 with n + {k} for n: q = the sum over the n real tokens of M(t ++ q), over n + {k}.\n\n    Task'),
