@@ -143,7 +143,13 @@ def first_option(where: str, row: dict[str, Any], numbers: set[int]) -> int:
     raise InputError(f"{where}: no cop is 0 or 4; say with --first 0 or --first 1 which one opa is")
 
 
-def beir(folders: Iterable[str], split: str, model: Any, task: str, depth: int) -> Iterator[Row]:
+def beir(
+    folders: Iterable[str],
+    split: str,
+    model: Any,                # None: no hard negatives
+    task: str,
+    depth: int,                # how many nearest passages to draw from
+) -> Iterator[Row]:
     """BEIR folders: each query with each relevant passage, the model's other nearest ones as wrong.
 
     The very nearest are the likeliest to be relevant and unjudged (false negatives): let `depth` be

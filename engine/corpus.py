@@ -162,7 +162,8 @@ def documentation(modules: dict[str, ModuleType]) -> list[Passage]:
 
 def name_order(name: str) -> tuple[Any, ...]:
     """Of several names for one object the corpus keeps the first in this order."""
-    return (name.split(".")[0] in LAST, name.count("."), not name.startswith("builtins."), len(name), name)
+    last, builtin = name.split(".")[0] in LAST, name.startswith("builtins.")
+    return last, name.count("."), not builtin, len(name), name
 
 
 def objects(modules: dict[str, ModuleType]) -> Iterator[tuple[str, Any]]:
@@ -216,7 +217,8 @@ def doc_text(name: str, thing: Any, modules: dict[str, ModuleType]) -> str:
     """The docstring; a class may have it on __init__; an exported name without one, its signature."""
     doc = getattr(thing, "__doc__", None)
     if inspect.isclass(thing):                                       # its own, not an inherited one
-        doc = vars(thing).get("__doc__") or getattr(vars(thing).get("__init__"), "__doc__", None)
+        own = vars(thing)
+        doc = own.get("__doc__") or getattr(own.get("__init__"), "__doc__", None)
     text = inspect.cleandoc(doc) if isinstance(doc, str) else ""
     if not text.strip():
         text = signature(name, thing, modules)

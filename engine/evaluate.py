@@ -91,7 +91,8 @@ def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
     Q = len(gain)
     # a draw is how often each query came up: as shares, the weights of a mean
     draws = np.random.default_rng(0).multinomial(Q, np.full(Q, 1 / Q), 4000)
-    low, high = np.percentile((draws / Q * gain).sum(1), [2.5, 97.5])
+    means = (draws / Q * gain).sum(1)                                # (4000)
+    low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -109,17 +110,17 @@ def encode_beir(
     progress: str = "",         # the name of a bar; with one, what the tokens lack is said too
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
     """Unit vectors of a set."""
-    how = {"dim": dim, "precision": precision}
+    settings = {"dim": dim, "precision": precision}
+    texts = [p["text"] for p in beir.corpus]
+    titles = [p["title"] for p in beir.corpus]
     if symmetric:
-        inputs = [f"{p['title']} {p['text']}".strip() for p in beir.corpus]
-        P = model.encode_queries(inputs, task, progress=progress, **how)
+        inputs = [f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)]
+        P = model.encode_queries(inputs, task, progress=progress, **settings)
     else:
-        texts = [p["text"] for p in beir.corpus]
-        titles = [p["title"] for p in beir.corpus]
-        P = model.encode_passages(texts, titles, progress=progress, **how)
+        P = model.encode_passages(texts, titles, progress=progress, **settings)
     if progress:
         say_lost(model, "passages")
-    q = model.encode_queries(list(beir.queries.values()), task, **how)
+    q = model.encode_queries(list(beir.queries.values()), task, **settings)
     if progress:
         say_lost(model, "queries")
     return q, P
@@ -185,8 +186,9 @@ class BM25:
             for term, tf in count.items():
                 weight = tf * (K1 + 1) / (tf + norm[passage])
                 weights.setdefault(term, {})[passage] = weight
-        self.postings = {term: (np.array(list(row)), np.array(list(row.values())))
-                         for term, row in weights.items()}           # (n) passages, (n) weights
+        self.postings: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # (n) passages, (n) weights
+        for term, row in weights.items():
+            self.postings[term] = np.array(list(row)), np.array(list(row.values()))
 
     def scores(self, query: str) -> np.ndarray:
         """One score a passage, (P)."""

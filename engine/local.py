@@ -108,7 +108,7 @@ class Local:
         target = self.tensor([text + [-1] * (L - len(text)) for text in texts])  # (B, L)
         ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first
-        log_p = self.forward(ids, cache, L).log_softmax(dim=-1)     # (B, L, V)
+        log_p = self.forward(ids, cache, L).log_softmax(dim=-1)      # (B, L, V)
         token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)

@@ -25,6 +25,7 @@ from engine.corpus import Passage, documentation, paragraphs, passage, quiet_imp
 LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
     torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
     torch.optim.lr_scheduler torch.distributions torch.utils.data torch.autograd""".split()
+Texts = tuple[str, str]  # what people write about code, and the code
 # Packages whose source is read as text; those that torch does not bring here are skipped.
 SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
 
@@ -103,12 +104,12 @@ def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, s
 
 
 @functools.cache
-def source_texts(sources: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
+def source_texts(sources: Sequence[str]) -> dict[str, list[Texts]]:
     """What people write about code, of every Python file, each once; nothing is imported.
 
     {"comment": (words, code), "function": (its name or docstring, its body), "docstring": (name, text)}
     """
-    found: dict[str, list[tuple[str, str]]] = {"comment": [], "function": [], "docstring": []}
+    found: dict[str, list[Texts]] = {"comment": [], "function": [], "docstring": []}
     for path in source_files(sources):
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
@@ -134,7 +135,7 @@ def source_files(sources: Sequence[str]) -> Iterator[Path]:
                 yield path
 
 
-def comments(lines: list[str]) -> Iterator[tuple[str, str]]:
+def comments(lines: list[str]) -> Iterator[Texts]:
     """A block of comment lines with up to six lines of code below it."""
     block: list[str] = []
     for i, line in enumerate(lines):
@@ -206,7 +207,7 @@ class Callees:
             found.update(dict.fromkeys(self.passages(call)))
         return list(found)
 
-    def of_all(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[int]]]:
+    def of_all(self, pairs: Sequence[Texts]) -> list[tuple[str, list[int]]]:
         """(words, what the code calls), of code that calls one to six known things."""
         called = [(words, self.of(code)) for words, code in pairs]
         return [(words, numbers) for words, numbers in called if 0 < len(numbers) <= 6]

@@ -102,7 +102,14 @@ class Usage:
 class Server:
     """One server: a kept-alive connection for each thread, retries, one pause for all threads."""
 
-    def __init__(self, url: str, threads: int, timeout: float, usage: Usage, backoff: float = 0.5) -> None:
+    def __init__(
+        self,
+        url: str,
+        threads: int,
+        timeout: float,                                              # seconds
+        usage: Usage,
+        backoff: float = 0.5,                                        # seconds before a second try
+    ) -> None:
         self.address = server_address(url)
         self.base = self.address.path.rstrip("/") or "/v1"           # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
@@ -245,8 +252,9 @@ class Server:
     def connect(self) -> http.client.HTTPConnection:
         """A new connection for this thread."""
         secure = self.address.scheme == "https"
-        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = kind(self.address.hostname or "", self.address.port, timeout=min(10.0, self.timeout))
+        make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        host, port = self.address.hostname or "", self.address.port
+        connection = make(host, port, timeout=min(10.0, self.timeout))
         connection.connect()
         connection.sock.settimeout(self.timeout)
         self.connections[threading.get_ident()] = connection
