@@ -486,7 +486,7 @@ def test_cached_backward_drawn(draw, monkeypatch):
                                   "no gradient reaches the parameters": 0 * spec},
           "the gradient on the parameters:", True)
     embedded = sum(toy.calls)
-    assert len(there) < embedded <= 2 * len(there), \
+    assert embedded <= 2 * len(there), \
         f"{len(there)} texts are embedded twice at most; yours embeds {embedded}"
     assert torch.equal(ids, kept), CHANGED
 
