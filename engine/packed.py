@@ -188,7 +188,7 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
         qkv = Linear(weight, bias, dtype)
         blocks = layer.attention["output"], layer.intermediate, layer.output
         out, up, down = (Linear(block["dense"].weight, block["dense"].bias, dtype) for block in blocks)
-        norm_1, norm_2 = (copy.deepcopy(block["LayerNorm"]).to(dtype) for block in blocks[::2])
+        norm_1, norm_2 = (copy.deepcopy(block["LayerNorm"]).to(dtype) for block in (blocks[0], blocks[2]))
         layers.append((qkv, out, up, down, norm_1, norm_2))
 
     def embed_packed(tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -200,7 +200,7 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
         for qkv, out, up, down, norm_1, norm_2 in layers:
             a = attend(qkv(x), runs, c.num_attention_heads)          # (N, d)
-            x = norm_1(out(a, residual=x))                              # (N, d)
+            x = norm_1(out(a, residual=x))                           # (N, d)
             h = up(x, "gelu")                                        # (N, intermediate_size)
             x = norm_2(down(h, residual=x))                          # (N, d)
         return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
