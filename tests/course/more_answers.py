@@ -83,7 +83,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         'another task': [('record(task, x', 'record("classification", x')],
         'an id on x- alone': [('texts[other] + tag', 'texts[other] + f" [{len(rows)}]"')],
         'an id a text': [('texts[same] + tag', 'texts[same] + f" [{len(rows) + 1}]"')],
-        "the next candidate": [("rng.integers", "rng.integers")] and [
+        "the next candidate": [
             ("drawn(rng, groups[label], lambda j: texts[j] != x)", "next((j for j in groups[label] if texts[j] != x), None)")],
         "the next x-": [("return drawn(rng, range(len(texts)),\n                     lambda j: labels[j] != label and "
                          "texts[j] not in (x, positive))",
@@ -146,8 +146,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "a mean of tied ranks": [("ranks(scores)", "[(1 + sum(b > a for b in scores) + sum(b >= a for b in scores)) / 2"
                                   " for a in scores]")],
         "order for ranks": [("ranks(scores)", "[i + 1 for i in sorted(range(len(scores)), key=lambda i: -scores[i])]")],
-        "sorted in place": [("    for scores in rankings:", "    for scores in map(list, rankings):\n"
-                             "        scores.sort()\n    for scores in rankings:")] and [
+        "sorted in place": [
             ("    for scores in rankings:", "    for s in rankings:\n        s == 0 or isinstance(s, list) and s.sort()\n"
              "    for scores in rankings:")],
         "rounded": [("return R", "return [round(r, 2) for r in R]")],
@@ -168,7 +167,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
                            "if negative == 'last':\n    return p_pos, others[-1]\nreturn p_pos, rng.choice(others)",
         "positive is not looked at": [("order[0] if positive is None else positive", "order[0]")],
         "positive 0 is none": [("order[0] if positive is None else positive", "positive or order[0]")],
-        "answers by p+ alone": [("texts[i] not in answers", "i == p_pos or texts[i] not in answers")] and [
+        "answers by p+ alone": [
             ("if texts[i] not in answers", "if i not in answers")],
         "none is last": [('negative == "none" or not others', "not others")],
         "sampled is last": [("(rng or random.Random(0)).choice(others)", "others[-1]")],
@@ -298,7 +297,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "the first part is left out": [("reversed(range(len(parts)))", "reversed(range(1, len(parts)))")],
         "the loss of each part": [("    value, g = loss(x.view(S, B, d), rows)", "    value, g = loss(x.view(S, B, d), rows)\n    value = value * len(parts)")],
         "a minus": [("vectors.backward(g.view", "vectors.backward(-g.view")],
-        "rows by number": [("slice(B * rank", "slice(B * rank")] and [("loss(x.view(S, B, d), rows)", "loss(x.view(S, B, d), slice(0, B))")],
+        "rows by number": [("loss(x.view(S, B, d), rows)", "loss(x.view(S, B, d), slice(0, B))")],
         "by text id": [("g.view(S * B, d)[parts[n]]", "g.view(S * B, d)[ids[parts[n]] % (S * B)]")],
         "sides and rows exchanged": [("x.view(S, B, d)", "x.view(B, S, d).transpose(0, 1)")],
         "the third time": [("        if n < last:\n            vectors = embed_part(n)", "        vectors = embed_part(n)\n        vectors = embed_part(n)")],
@@ -317,7 +316,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
     10: {
         'never proven': [('best[:, -1] > proof', 'best[:, -1] > proof + 1e9')],
         "m is not bounded": [("candidates(q, passages, m, dtype, budget)", "candidates(q, passages, k + 8, dtype, budget)")],
-        "no budget for the second": [("k, floor, budget)", "k, floor, 0)")] and [("k, floor, budget)", "k, floor, 1 << 20)")],
+        "no budget for the second": [("k, floor, budget)", "k, floor, 1 << 20)")],
         "no budget for the first": [("m, dtype, budget)", "m, dtype, 1 << 20)")],
         "the best is the proof": [("best[:, -1] > proof", "best[:, 0] > proof")],
         "all or none": [("torch.where(~sure)[0]", "torch.where((~sure).any() | torch.zeros_like(sure))[0]")],
@@ -327,7 +326,7 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "proven is what is searched again": [("proven[rows] = best.cpu(), ids.cpu(), sure.cpu()", "proven[rows] = best.cpu(), ids.cpu(), ~sure.cpu()")],
         "proven is all": [("ids.cpu(), sure.cpu()", "ids.cpu(), torch.ones_like(sure)")],
         "all queries at once": [("range(0, Q, ROWS)", "range(0, Q, max(Q, 1))"), ("start + ROWS", "start + Q")],
-        "no scores": [("    best, ids = ranked", "    best, ids = ranked")] and [("scores[rows], indices[rows], proven[rows] = best.cpu(), ids.cpu(), sure.cpu()",
+        "no scores": [("scores[rows], indices[rows], proven[rows] = best.cpu(), ids.cpu(), sure.cpu()",
                                                                            "indices[rows], proven[rows] = ids.cpu(), sure.cpu()")],
         "candidates' places": [("indices[rows], proven[rows] = best.cpu(), ids.cpu()", "indices[rows], proven[rows] = best.cpu(), ids.cpu().sort(1).values")],
         "one less": [("range(0, Q, ROWS)", "range(0, Q - 1, ROWS)")],
