@@ -421,7 +421,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
     gecko = trained(pre, "finetune", [rows, *pairs], WEIGHTS, c, out / "gecko")  # from pre, as the retriever
 
-    stages = {"as it came": pre, "BM25": None}
+    stages = {"BM25": None, "as it came": pre}
     if start is not pre:
         stages = {"untrained": start, "BM25": None, "pre-finetuned": pre}
     stages |= {"+ (q, p_seed)": retriever, "+ FRet (p_1, p_20)": gecko}

@@ -188,7 +188,7 @@ def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict
     Beside them the 95 % interval of the gain in the first column over the stage above.
     """
     print(f"\n{title}; [95 % interval of the gain over the stage above, paired bootstrap]")
-    columns = list(next(iter(stages.values())))
+    columns = list([*stages.values()][-1])                         # BM25 has no dimensions
     table: dict[str, Row] = {}
     above: list[float] = []
     for stage, scores in stages.items():

@@ -158,7 +158,8 @@ def test_table_prints_what_it_writes(tmp_path, capsys):
         return {"ndcg@10": list(ndcg_values), "recall@100": [1.0] * 4, "mrr@10": [0.5] * 4}
 
     table = results_table(tmp_path / "r.json", "T", {
-        "a": {"384": scores(0, 0, 0, 0), "128": scores(1, 1, 1, 1)}, "BM25": {"384": scores(0.5, 0.5, 0.5, 0.5)}})
+        "a": {"384": scores(0, 0, 0, 0), "128": scores(1, 1, 1, 1)}, "BM25": {"384": scores(0.5, 0.5, 0.5, 0.5)},
+        "b": {"384": scores(1, 1, 1, 1), "128": scores(1, 1, 1, 1)}})
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("T; [95 % interval of the gain over the stage above")
     assert lines[2].split() == ["a", "0.000", "1.000", "1.000", "1.000"]

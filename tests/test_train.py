@@ -772,7 +772,7 @@ def test_the_recipe_on_own_documents_from_a_pretrained_encoder(documents):
     assert "Pre-finetuning is left out" in said and "22 queries of 22 passages are held out" in said
     out = documents / "out"
     table = json.loads((out / "results.json").read_text())
-    assert list(table) == ["as it came", "BM25", "+ (q, p_seed)", "+ FRet (p_1, p_20)", "0.5 as it came"]
+    assert list(table) == ["BM25", "as it came", "+ (q, p_seed)", "+ FRet (p_1, p_20)", "0.5 as it came"]
     assert all(set(row) == {"p_seed", "p_1", "gain"} for row in table.values())
     fret, held = (data.read_records(out / name) for name in ("fret.jsonl", "held_out.jsonl"))
     assert len(held) == 22 and not {r["seed_id"] for r in held} & {r["seed_id"] for r in fret}
