@@ -727,8 +727,7 @@ def test_a_server_that_cuts_prompts_in_silence_is_met_with_a_line(kept, work, tm
 def test_scores_all_equal_write_nothing(undisturbed, work, tmp_path, monkeypatch):
     (tmp_path / "queries.jsonl").write_bytes(undisturbed["queries.jsonl"])
     with FakeServer("constant") as server:
-        monkeypatch.setattr(Endpoint, "probe", lambda self, call: self.capabilities.update(
-            {call: (("echo", {}), "not probed")}))
+        monkeypatch.setattr(Endpoint, "first_that_works", lambda self, call: (("echo", {}), "not probed"))
         with pytest.raises(LLMError, match="scores equal"):
             main(monkeypatch, [*commands(work, tmp_path, server.url)[1], "--model", "tiny"])
     assert not (tmp_path / "fret.jsonl").exists()
