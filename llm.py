@@ -14,7 +14,7 @@ Where we differ from the paper, or fill a gap in it:
 2. The seed is always among the N candidates: where retrieval misses it, it takes the last place.
 3. Ties in R (silent): the passage that the initial retriever ranks higher comes first.
 4. A passage is cut in prompts (3.2, silent) to what a model's context holds: --chars.
-5. `offline` is no language model but statistics: engine/offline.py.
+5. `offline` is no language model but statistics; `recorded` is one's answers, kept: engine/recorded.py.
 """
 
 from __future__ import annotations
@@ -634,7 +634,7 @@ def generate_command(args: argparse.Namespace) -> None:
     if o.dry_run:
         return count_calls(rows, "generate", llm)
     write_kept(args.queries, rows, limit, "generate", llm)
-    print(f"next: python train.py prefinetune {args.queries} --init tiny --out runs/retriever\n"
+    print(f"next: python train.py prefinetune {args.queries} --init runs/demo/pre --out runs/retriever\n"
           f"then: python llm.py mine {args.corpus} {args.queries} runs/fret.jsonl --model-dir runs/retriever "
           f"--llm {o.llm}")
 
@@ -659,7 +659,7 @@ def mine_command(args: argparse.Namespace) -> None:
     print(f"p+ differs from p_seed in {count['relabelled'] / count['kept']:.1%} of them")
     if count["no negative"] and args.negative != "none":
         print(f"{count['no negative']} have no hard negative: all their candidates answer the same query elsewhere")
-    print(f"next: python train.py finetune {args.fret} --init {args.model_dir} --out runs/gecko")
+    print(f"next: python train.py finetune {args.fret} --init runs/demo/pre --out runs/gecko")
 
 
 def show_command(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ Eq. 2 pre-finetunes on pairs with in-batch negatives. Eq. 3 fine-tunes on record
 negative and same-tower negatives, and is repeated on the first dimensions (Matryoshka).
 
     python train.py                                       the whole recipe in small -> runs/demo/
+    python train.py --init MODEL [--corpus DOCS --llm URL|hf:DIR|offline] --out OUT
     python train.py prefinetune|finetune DATA[:WEIGHT]... --init DIR|HUB-ID|tiny --out DIR
     torchrun --nproc-per-node N train.py finetune ...     the same gradient on N processes
     python train.py evaluate --model DIR --beir DIR
@@ -375,7 +376,7 @@ class Sizes:
 
 
 BAG = TrainConfig(batch_size=512, tau=0.1, dims="384,128", mix="mixed")              # for `tiny`
-LAYERS = TrainConfig(batch_size=64, tau=0.05, lr=5e-5, epochs=3, max_length=128)     # for a pre-trained encoder
+LAYERS = TrainConfig(batch_size=64, tau=0.05, lr=5e-5, epochs=3)                     # for a pre-trained encoder
 
 
 def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
@@ -431,13 +432,14 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
 def pre_finetuned(o: Recipe, corpus: Sequence[dict[str, str]], sizes: Sizes, out: Path,
                   ) -> tuple[Gecko, Gecko, list[list[Record]], TrainConfig]:
     """Section 3.1: the encoder before and after, the sets it learned from, and how it is to be trained further."""
+    length = 160 if o.corpus else 64                                 # documents are longer than docstrings
     if o.init != "tiny":
         print(f"3.1  Pre-finetuning is left out: {o.init} has its makers'")
         pre = load(o.init)
         pre.formats = dict(FORMATS) if o.unified else pre.formats
-        return pre, pre, [], replace(LAYERS, seed=o.seed, precision=o.precision)
+        return pre, pre, [], replace(LAYERS, seed=o.seed, precision=o.precision, max_length=length)
     print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
-    c = replace(BAG, seed=o.seed, max_length=256 if o.corpus else 64)        # documents are longer than docstrings
+    c = replace(BAG, seed=o.seed, max_length=length)
     pairs = title_body_pairs(o, corpus, sizes)
     start = untrained(corpus, list(itertools.chain(*pairs)), o.seed)
     steps = min(sizes.pre_steps, 50 + 20 * len(pairs[0]) // c.batch_size)
