@@ -621,10 +621,8 @@ def main() -> None:
         began, out = time.time(), Path(args.out)
         if not recipe(from_flags(Recipe, args), out):                # a dry run
             return
-        seconds = time.time() - began
-        print(f"{seconds:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
-        question = "your question" if args.corpus else "how do I round a number up"
-        print(f'next: python gecko.py search "{question}" --model {out}/gecko')
+        print(f"{time.time() - began:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
+        print(f'next: python gecko.py search "your question" --model {out}/gecko')
         print(f"      python llm.py show {out}/fret.jsonl --changed")
     elif sys.argv[1] != args.command:                                # argparse would drop it without a word
         raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
