@@ -621,7 +621,7 @@ def main() -> None:
         began, out = time.time(), Path(args.out)
         if not recipe(from_flags(Recipe, args), out):                # a dry run
             return
-        print(f"{time.time() - began:.0f} s in all; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
+        print(f"{time.time() - began:.0f} s; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
         print(f'next: python gecko.py search "your question" --model {out}/gecko')
         print(f"      python llm.py show {out}/fret.jsonl --changed")
     elif sys.argv[1] != args.command:                                # argparse would drop it without a word

@@ -544,7 +544,7 @@ def test_without_a_command_the_recipe_runs_and_names_what_to_type_next(tmp_path,
     monkeypatch.setattr(train, "recipe", lambda o, out: print(f"recipe {out.name} {o.seed}") or {"": {}})
     command(train.main, "--out", tmp_path / "demo", "--seed", "3")
     first, seconds, *following = capsys.readouterr().out.splitlines()
-    assert first == "recipe demo 3" and " s in all; " in seconds
+    assert first == "recipe demo 3" and " s; " in seconds
     assert "next: python gecko.py search" in following[0] and "fret.jsonl --changed" in following[1]
 
 
