@@ -273,6 +273,8 @@ def parse_generation(answer: str) -> tuple[str, str]:
     ('find an answer', 'what is tea')
     """
     lines = [line for line in answer.split("\n") if line.strip()]
+    if " Task:" in "".join(lines[1:2]):                              # a small model runs on with another example
+        lines[1:] = [lines[1].partition(" Task:")[0]]
     if len(lines) != 2 or not lines[1].startswith("Query:"):
         raise ValueError("not a Task line and a Query line")
     task = lines[0].strip().removeprefix("Task:").strip()            # the prompt ends with "Task:"

@@ -45,7 +45,7 @@ from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read
 from engine.beir import Beir, read_beir, read_split
 from engine.cache import DryRun
 from engine.documents import heading_pairs, read_corpus
-from engine.evaluate import encode_beir, means, rankings, retrieval_scores
+from engine.evaluate import means
 from engine.files import (
     InputError,
     add_flags,
@@ -276,7 +276,7 @@ def train(
     settings = f"{stage} {replace(c, eval='', save_every=0, resume=False)} {model.encoder.config}"
     key = digest(settings, itertools.chain([text_ids], plan, model.encoder.parameters(), tokens))
     dev = read_beir(c.eval, "dev") if c.eval else None
-    measure = (lambda: means(beir_scores(model, dev))) if dev else None
+    measure = (lambda: means(measured(model, dev, [None], {"dev": dev.qrels})["dev"])) if dev else None
     this_run = Run(out, model.encoder, optimiser, steps, key, functools.partial(save, model), measure)
     losses = this_run.resume(c.resume, anew)                               # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
@@ -325,11 +325,6 @@ def read_dims(text: str, d: int) -> list[int]:
         if not part.strip().isdecimal() or not 1 <= int(part) <= d:
             raise InputError(f"--dims {text}: give numbers from 1 to {d} with commas between")
     return [int(part) for part in parts]
-
-
-def beir_scores(model: Gecko, beir: Beir, dim: int | None = None) -> dict[str, list[float]]:
-    q, P = encode_beir(model, beir, "question answering", dim)       # (Q, dim) and (P, dim)
-    return retrieval_scores(rankings(beir, q, P), beir)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -169,6 +169,11 @@ def test_every_passage_is_drawn_once_a_turn_and_a_new_one_moves_no_other():
     assert [i for i in llm.seed_draws(more, 7, 3) if i < 6] == draws[:6]
 
 
+def test_what_runs_on_in_the_querys_line_is_cut():
+    """As a small model does it: the next example follows without a line break."""
+    assert llm.parse_generation(" t\nQuery: how to brew tea Task: u\nQuery: r") == ("t", "how to brew tea")
+
+
 @pytest.mark.parametrize("answer", ["", "Query: q", "Task: t", "Task:\nQuery: q", "Task: t\nQuery:", "{}",
                                     "Task: t\nQuery: q\nTask: u\nQuery: r", "Task: t\nQuery: q\n\nThis asks ...",
                                     "Sure!\nTask: t\nQuery: q", "<think>\nQuery?\n</think>\nTask: t\nQuery: q"])
