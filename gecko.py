@@ -33,7 +33,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.documents import read_corpus
-from engine.evaluate import say_lost
 from engine.files import (
     InputError,
     at_least,
@@ -44,6 +43,7 @@ from engine.files import (
     read_jsonl,
     run,
     say,
+    say_lost,
     utf8,
 )
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder

@@ -16,7 +16,7 @@ import numpy as np
 
 from engine.beir import Beir
 from engine.corpus import terms
-from engine.files import InputError, read_jsonl, say
+from engine.files import InputError, read_jsonl, say_lost
 from engine.search import topk
 
 # Q queries, P passages, d the dimension of their vectors, whose rows have length 1.
@@ -124,12 +124,6 @@ def encode_beir(
     if progress:
         say_lost(model, "queries")
     return q, P
-
-
-def say_lost(model: Any, what: str) -> None:
-    """How many texts were cut, and the share of unknown tokens, of what was encoded last."""
-    if model.lost():
-        say(**{what: model.lost()})
 
 
 def rankings(

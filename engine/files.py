@@ -216,6 +216,12 @@ def say(**configuration: Any) -> None:
     print("  ".join(f"{k}={v}" for k, v in configuration.items()), file=sys.stderr)
 
 
+def say_lost(model: Any, what: str) -> None:
+    """How many texts were cut, and the share of unknown tokens, of what was encoded last."""
+    if model.lost():
+        say(**{what: model.lost()})
+
+
 def beir_file(folder: str | Path, name: str) -> Path:
     """A file of a BEIR folder; its .gz where that alone is there."""
     path = Path(folder) / name

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from engine.files import file_beside, first_line, say
+from engine.files import file_beside, first_line, say, say_lost
 
 
 def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -> np.ndarray:
@@ -30,8 +30,7 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     if not new:
         return vectors[[rows[key] for key in keys]]                  # (len(texts), d)
     x = model.encode(list(new.values()), progress="passages")        # (new, d)
-    if model.lost():
-        say(passages=model.lost())
+    say_lost(model, "passages")
     for row, key in enumerate(new, len(known)):
         rows[key] = row
     vectors = np.concatenate([vectors.reshape(-1, x.shape[1]), x])   # (known + new, d)
