@@ -382,15 +382,14 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     """
     sizes = sizes or Sizes()
     corpus = corpus or (read_corpus(o.corpus) if o.corpus else builtin_corpus())
+    labelled = read_split(o.eval) if o.eval else None                # before an LLM is opened, which may be large
     author = llm.open_llm(o, str(out / "llm.jsonl"), corpus)
     draws = seeds_of_queries(o, author, corpus)
-    labelled = read_split(o.eval) if o.eval else None
     print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
     if isinstance(author, llm.LanguageModel):
         author.scored_by(o.rank)                                     # an error now where it cannot rank
-        counter = DryRun()
-        counting = llm.LanguageModel(counter, chars=o.chars)
-        print(f"asked of {o.llm}: {cost(counting, counter, corpus, draws, o.rank)}")
+        counting = llm.LanguageModel(DryRun(), chars=o.chars)
+        print(f"asked of {o.llm}: {cost(counting, corpus, draws, o.rank)}")
     if o.dry_run:
         return {}
     write_jsonl(out / "corpus.jsonl", corpus)

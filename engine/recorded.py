@@ -92,5 +92,5 @@ class Recorded:
         return [self.scores.get((query, p["_id"])) for query, p in pairs]
 
     def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
-        """No label is recorded: a small model's relevance labels rank worse than its retriever."""
+        """No label is recorded (see tests/lab/RESULTS.md)."""
         return [None] * len(pairs)

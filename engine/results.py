@@ -42,17 +42,20 @@ def write_questions(folder: Path, corpus: Sequence[Row]) -> None:
             new.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def cost(llm: Any, counter: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
-    """What a recipe will ask of an LLM: `llm` asks `counter`, which asks nobody and counts."""
-    llm.generate([corpus[i] for i in draws])
-    # which passages will be found is not known yet; their number and mean length are
+def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
+    """What a recipe will ask of an LLM, by one whose strings ask nobody and count."""
     query, N = "such as a person types who looks for", min(20, len(corpus))
-    pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in draws for n in range(N)]
-    if "ql" in rank.split(","):
-        llm.query_likelihood(pairs)
-    if "rc" in rank.split(","):
-        llm.relevance(pairs)
-    return f"{counter.report()}; {counter.size / 240_000:,.0f} minutes at 1,000 tokens a second"
+    for start in range(0, len(draws), 256):                          # all prompts at once are gigabytes
+        some = draws[start:start + 256]
+        llm.generate([corpus[i] for i in some])
+        # which passages will be found is not known yet; their number and mean length are
+        pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in some for n in range(N)]
+        if "ql" in rank.split(","):
+            llm.query_likelihood(pairs)
+        if "rc" in rank.split(","):
+            llm.relevance(pairs)
+    minutes = llm.strings.size / 4 / 1000 / 60
+    return f"{llm.strings.report()}; {minutes:,.0f} minutes at 1,000 tokens a second"
 
 
 def mean_of(a: Any, b: Any, share: float) -> Any:
@@ -144,9 +147,9 @@ def held_out_results(path: Path, corpus: Sequence[dict[str, str]], asked: Sequen
     columns = "where p_seed is taken for right (which favours + (q, p_seed)), and where p_1 is (+ FRet)"
     if labelled:
         columns += f"; of {len(labelled.queries)} labelled questions"
-    title = f"Generated questions, held out ({len(order) - half}): nDCG@10 and recall@100 {columns}"
-    table = results_table(path, title, reported)
     few = len(order) - half
+    title = f"Generated questions, held out ({few}): nDCG@10 and recall@100 {columns}"
+    table = results_table(path, title, reported)
     if few < 200:
         # nDCG@10 of one question is 0 to 1, with a standard deviation of about 0.4 between stages
         print(f"{few} questions are few: they tell gains of {80 / few ** 0.5:.0f} points of nDCG@10 and more; "
@@ -188,7 +191,8 @@ def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict
     Beside them the 95 % interval of the gain in the first column over the stage above.
     """
     print(f"\n{title}; [95 % interval of the gain over the stage above, paired bootstrap]")
-    columns = list([*stages.values()][-1])                         # BM25 has no dimensions
+    *_, last = stages.values()
+    columns = list(last)                                             # BM25 has no dimensions
     table: dict[str, Row] = {}
     above: list[float] = []
     for stage, scores in stages.items():

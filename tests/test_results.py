@@ -181,10 +181,10 @@ def test_written_questions_are_a_beir_folder(tmp_path):
 
 def test_cost_counts_what_the_recipe_asks_and_asks_nobody():
     counter = DryRun()
-    said = cost(LanguageModel(counter, chars=50), counter, CORPUS, list(range(16)), "ql,rc")
+    said = cost(LanguageModel(counter, chars=50), CORPUS, list(range(16)), "ql,rc")
     assert counter.calls == 16 + 2 * 16 * 16 and said.startswith("528 calls, about ")
     only_ql = DryRun()
-    cost(LanguageModel(only_ql), only_ql, CORPUS, [0, 1], "ql,retriever")
+    cost(LanguageModel(only_ql), CORPUS, [0, 1], "ql,retriever")
     assert only_ql.calls == 2 + 2 * 16
 
 

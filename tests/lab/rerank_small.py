@@ -1,6 +1,6 @@
 """How a small language model ranks a student's top 20: by query likelihood, and by relevance in four ways.
 
-    python tests/lab/rerank_small.py MODEL RETRIEVER QUESTIONS [--questions 60] [--out FILE.json]
+    python tests/lab/rerank_small.py MODEL RETRIEVER QUESTIONS [--first 60] [--out FILE.json]
 
 MODEL is what tests/lab/fetch_model.py makes, RETRIEVER and QUESTIONS what `python train.py` writes
 (runs/demo/retriever, runs/demo/questions). Relevance: log p of the best label; the expected grade over the three;
