@@ -16,7 +16,6 @@ Where we fill a gap in the paper:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections import Counter
@@ -29,12 +28,12 @@ import numpy as np
 
 from engine import convert as publishers
 from engine import pairs
+from engine.commandline import data_arguments
 from engine.corpus import Passage
 from engine.corpus import builtin_corpus as builtin_corpus
 from engine.documents import read_corpus
 from engine.files import (
     InputError,
-    add_flags,
     at_least,
     check_output,
     flag,
@@ -359,21 +358,7 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    writer = commands.add_parser("corpus", help="write the built-in corpus, or a folder of .txt, .md and .rst")
-    writer.add_argument("output", help="the corpus.jsonl to write")
-    writer.add_argument("documents", nargs="?", default="", help="a folder of documents; none: the built-in corpus")
-    checker = commands.add_parser("check", help="what the encoder will see of a training file")
-    checker.add_argument("file")
-    checker.add_argument("--model", help="a model folder: also count the texts that will be cut")
-    checker.add_argument("--max-length", type=int, help="as in training (default: the model's own)")
-    converter = commands.add_parser("convert", help="publishers' files -> a training file")
-    converter.add_argument("kind", choices=sorted(CONVERTERS), help="what the files are")
-    converter.add_argument("inputs", nargs="+", help=".jsonl, .csv, .tsv, plain or .gz; beir: folders")
-    converter.add_argument("output", help="the JSONL of records to write")
-    add_flags(converter, Convert)
-    args = parser.parse_args()
+    args = data_arguments(__doc__, CONVERTERS, Convert)
     if args.command == "corpus":
         corpus(args.output, args.documents)
     elif args.command == "convert":

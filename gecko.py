@@ -16,7 +16,6 @@ Where we differ from the paper, or fill a gap in it:
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from array import array
@@ -32,6 +31,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
 from engine.files import (
     InputError,
@@ -44,7 +44,6 @@ from engine.files import (
     run,
     say,
     say_lost,
-    utf8,
 )
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
 from engine.packed import (
@@ -478,7 +477,7 @@ def load(name: str | Path) -> Gecko:
 # Command line
 
 
-def search_command(args: argparse.Namespace) -> None:
+def search_command(args: Arguments) -> None:
     at_least(1, k=args.k)
     folder = fetch(args.model)
     model = load(folder)
@@ -496,7 +495,7 @@ def search_command(args: argparse.Namespace) -> None:
         print(f"{score:.3f}  {one_line(name, 80)}  {one_line(found['text'], 80)}")
 
 
-def read_texts(args: argparse.Namespace, formats: dict[str, str]) -> list[str]:
+def read_texts(args: Arguments, formats: dict[str, str]) -> list[str]:
     """The formatted texts of a file, one a row; "" for a passage that has neither title nor text."""
     texts = []
     for where, row in read_jsonl(args.input):
@@ -511,7 +510,7 @@ def read_texts(args: argparse.Namespace, formats: dict[str, str]) -> list[str]:
     return texts
 
 
-def encode_command(args: argparse.Namespace) -> None:
+def encode_command(args: Arguments) -> None:
     check_output(args.output, args.input)
     model = load(args.model)
     texts = read_texts(args, model.formats)
@@ -530,25 +529,11 @@ def encode_command(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(required=True)
-    search = commands.add_parser("search", help="the passages nearest to one query")
-    search.set_defaults(call=search_command)
-    search.add_argument("query", type=utf8)
-    search.add_argument("--corpus", help="corpus.jsonl (default: beside the model), or documents")
-    search.add_argument("-k", type=int, default=10, help="how many (%(default)s)")
-    encode = commands.add_parser("encode", help="a file of texts -> a .npy file of unit vectors")
-    encode.set_defaults(call=encode_command)
-    encode.add_argument("input", help="JSONL with query or text (and title with --passages)")
-    encode.add_argument("output", help=".npy, float32, one row a text")
-    encode.add_argument("--passages", action="store_true", help="encode as passages, not as queries")
-    encode.add_argument("--precision", default="float32", choices=("float32", "bf16"), help="(%(default)s)")
-    for command in (search, encode):
-        command.add_argument("--model", required=True, help="a model folder")
-        command.add_argument("--task", type=utf8, default=TASKS[0], help="queries' task (%(default)s)")
-        command.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
-    args = parser.parse_args()
-    args.call(args)
+    args = gecko_arguments(__doc__, TASKS[0])
+    if args.command == "search":
+        search_command(args)
+    else:
+        encode_command(args)
 
 
 if __name__ == "__main__":

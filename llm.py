@@ -19,10 +19,8 @@ Where we differ from the paper, or fill a gap in it:
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,29 +28,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data import Record, record, side
-from engine.cache import Cached, DryRun, Strings
+from engine.cache import Cached, DryRun, Labels, Strings
+from engine.commandline import Arguments, llm_arguments
 from engine.corpus import shown, terms
-from engine.endpoint import Endpoint, Trials
+from engine.endpoint import Endpoint, Trials, probe
 from engine.files import (
     InputError,
-    add_flags,
     at_least,
-    check_output,
+    check_outputs,
     flag,
     from_flags,
-    read_jsonl,
-    read_passages,
+    read_filled,
     run,
     say,
 )
-from engine.kept import blocks_of_same, count_calls, write_kept
+from engine.kept import blocks_of_same, count_calls, read_queries, write_kept
 from engine.local import Local
 from engine.offline import Offline, similarity
 from engine.recorded import Recorded
-from engine.replies import first_token_log_prob
 from engine.search import topk
 from engine.show import show
-from engine.transport import LLMError, server_address
+from engine.transport import server_address
 from gecko import Gecko, fill, format_query, load
 
 Passage = dict[str, str]     # {"_id", "title", "text"}
@@ -190,9 +186,9 @@ class LanguageModel:
 
     def __init__(self, strings: Strings, score: str = "label", seed: int = 0, chars: int = 4000) -> None:
         self.strings, self.score, self.seed, self.chars = strings, score, seed, chars
-        self.labels = LABELS if score == "expected" else LABELS[:1]
+        self.labels = Labels(strings)
+        self.report = self.labels.report                             # what was asked
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
-        self.labels_asked = self.labels_unlisted = 0                 # unlisted: not among the top first tokens
 
     def generate(self, passages: Sequence[Passage]) -> list[str | None]:
         prompts, seeds = [], []
@@ -210,24 +206,12 @@ class LanguageModel:
 
     def relevance(self, pairs: Sequence[Pair]) -> Scores:
         prompts = [fill(P_RC, query=q, passage=shown(p, self.chars)) for q, p in pairs]
-        if self.strings.can("log_likelihood"):
-            log_p = self.strings.log_likelihood([(prompt, label) for prompt in prompts for label in self.labels])
-        else:
-            log_p = self.first_tokens(prompts)
-        # log_p holds those of all labels of the first prompt, then of the second, ...
-        n = len(self.labels)
+        labels = LABELS if self.score == "expected" else LABELS[:1]
+        # of all labels after the first prompt, then after the second, ...; by their first tokens where a server
+        # scores no prompt
+        log_p = self.labels.log_likelihood([(prompt, label) for prompt in prompts for label in labels])
+        n = len(labels)
         return [expected_relevance(log_p[i:i + n]) for i in range(0, len(log_p), n)]
-
-    def first_tokens(self, prompts: Sequence[str]) -> Scores:
-        """In place of log_likelihood where a server scores no prompt: a label's first token alone."""
-        log_p: Scores = []
-        for top in self.strings.top_tokens(prompts):
-            for label in self.labels:
-                value, listed = first_token_log_prob(top, label) if top else (None, True)
-                log_p.append(value)
-                self.labels_asked += 1
-                self.labels_unlisted += not listed
-        return log_p
 
     def scored_by(self, rank: str) -> dict[str, str | None]:
         """Which model gives the scores, and how; LLMError where it cannot."""
@@ -235,16 +219,8 @@ class LanguageModel:
         if "ql" in rank.split(","):
             scored["ql"] = self.strings.describe("log_likelihood")
         if "rc" in rank.split(","):
-            call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-            scored["rc"] = f"{self.strings.describe(call)} ({self.score})"
+            scored["rc"] = f"{self.labels.describe()} ({self.score})"
         return scored
-
-    def report(self) -> str:
-        """What was asked, and how far the scores can be trusted."""
-        if self.labels_unlisted <= 0.01 * self.labels_asked:
-            return self.strings.report()
-        return (f"{self.strings.report()}\nwarning: {self.labels_unlisted:,} of {self.labels_asked:,} labels were "
-                "outside the top tokens: their log-probability is only bounded (an upper bound was taken)")
 
 
 def expected_relevance(log_p: Scores) -> float | None:
@@ -499,9 +475,15 @@ def labelled(rows: Sequence[Record], passages: dict[str, Passage], positive: str
         negative_id = None if p_neg is None else ids[p_neg]
         records.append(record(
             row["task"], row["query"], side(passages[positive_id]),
-            None if negative_id is None else side(passages[negative_id]), _id=row["_id"], kind=row["kind"],
-            seed_id=row["seed_id"], positive_id=positive_id, negative_id=negative_id, rank=row["rank"],
-            candidates=row["candidates"]))
+            None if negative_id is None else side(passages[negative_id]),
+            _id=row["_id"],
+            kind=row.get("kind") or task_kind(row["task"]),
+            seed_id=row["seed_id"],
+            positive_id=positive_id,
+            negative_id=negative_id,
+            rank=row["rank"],
+            candidates=row["candidates"],
+        ))
     return records
 
 
@@ -588,46 +570,9 @@ def rankings(names: str) -> str:
     return names
 
 
-def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
-    """No output may be an input: what was paid for is not written over."""
-    for n, output in enumerate(outputs):
-        if output:
-            check_output(output, *inputs, *outputs[n + 1:])
-
-
-def probe_command(args: argparse.Namespace) -> None:
-    at_least(0.001, timeout=args.timeout)
-    start = time.monotonic()
-    endpoint = Endpoint(args.llm, args.model, TRIALS, timeout=args.timeout)
-    can = {call: endpoint.can(call) for call in ("complete", "log_likelihood", "top_tokens")}
-    print(f"{endpoint.name} (model {endpoint.model})")
-    for call, (_, evidence) in endpoint.capabilities.items():
-        print(f"  {call:14} {'yes' if can[call] else 'NO '}  {evidence}")
-    print(f"  {endpoint.usage.requests} requests, {time.monotonic() - start:.1f} s")
-    if not can["complete"] or not (can["log_likelihood"] or can["top_tokens"]):
-        raise LLMError("this endpoint cannot make FRet: it needs complete, and log_likelihood or top_tokens")
-    rank = "" if can["log_likelihood"] else " --rank rc"
-    print(f"next: python llm.py generate CORPUS QUERIES --llm {args.llm}; then mine with the same{rank}")
-
-
-def read_queries(path: str | Path, corpus: Sequence[Passage]) -> list[Record]:
-    """The rows that `generate` wrote; each seed must be a passage of the corpus."""
-    ids = {p["_id"] for p in corpus}
-    rows = []
-    for where, row in read_jsonl(path):
-        for name in ("_id", "task", "query", "seed_id"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise InputError(f"{where}: want _id, task, query and seed_id, as `llm.py generate` writes")
-        if row["seed_id"] not in ids:
-            raise InputError(f"{where}: seed_id {row['seed_id']!r} is not in the corpus; give the "
-                             "corpus that the queries were generated from")
-        rows.append({"kind": task_kind(row["task"]), **row})
-    return rows
-
-
-def generate_command(args: argparse.Namespace) -> None:
+def generate_command(args: Arguments) -> None:
     check_outputs([args.queries, args.cache], args.corpus)
-    o, corpus = from_flags(Options, args), [p for p in read_passages(args.corpus) if p["title"] or p["text"]]
+    o, corpus = from_flags(Options, args), read_filled(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
     at_least(1, limit=limit)
     say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
@@ -641,10 +586,10 @@ def generate_command(args: argparse.Namespace) -> None:
           f"--llm {o.llm}")
 
 
-def mine_command(args: argparse.Namespace) -> None:
+def mine_command(args: Arguments) -> None:
     rank = rankings(args.rank)
     check_outputs([args.fret, args.cache], args.corpus, args.queries)
-    o, corpus = from_flags(Options, args), [p for p in read_passages(args.corpus) if p["title"] or p["text"]]
+    o, corpus = from_flags(Options, args), read_filled(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")
@@ -664,7 +609,7 @@ def mine_command(args: argparse.Namespace) -> None:
     print(f"next: python train.py finetune {args.fret} --init runs/demo/pre --out runs/gecko")
 
 
-def show_command(args: argparse.Namespace) -> None:
+def show_command(args: Arguments) -> None:
     check_outputs([args.html], args.fret, args.corpus or Path(args.fret).parent / "corpus.jsonl")
     at_least(0, limit=args.limit)
     limit = args.limit or (10_000 if args.html else 5)
@@ -672,40 +617,16 @@ def show_command(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    prober = commands.add_parser("probe", help="what an endpoint can do, with the evidence")
-    prober.add_argument("--llm", required=True, help="the endpoint's base URL; HTTP(S)_PROXY is not used")
-    prober.add_argument("--model", default="", help="else the first that it serves")
-    prober.add_argument("--timeout", type=float, default=120.0, help="seconds an answer may take (%(default)s)")
-    gen = commands.add_parser("generate", help="step 1: a task and a query for passages")
-    gen.add_argument("corpus")
-    gen.add_argument("queries", help="JSONL to write")
-    gen.add_argument("--limit", type=int, help="how many queries (default: one a passage)")
-    miner = commands.add_parser("mine", help="step 2: neighbours, rankings, labels")
-    miner.add_argument("corpus")
-    miner.add_argument("queries", help="what generate wrote")
-    miner.add_argument("fret", help="JSONL to write")
-    miner.add_argument("--model-dir", required=True, help="the initial retriever's folder")
-    miner.add_argument("-N", type=int, default=20, help="candidates a query (%(default)s, the paper's)")
-    miner.add_argument("--negative", choices=("last", "sampled", "none"), default="last",
-                       help="p_N, one of P without p+, or none (%(default)s)")
-    miner.add_argument("--rank", default="ql,rc",
-                       help="the rankings that R sums over, of ql, rc and retriever, with commas between; "
-                            "rc alone where prompts cannot be scored (%(default)s)")
-    miner.add_argument("--score", choices=("label", "expected"), default="label",
-                       help="RC: log p of the top label, or the expected grade (%(default)s)")
-    shower = commands.add_parser("show", help="records of a FRet file as people read them")
-    shower.add_argument("fret", help="what mine wrote")
-    shower.add_argument("--changed", action="store_true", help="only where p+ is not p_seed")
-    shower.add_argument("--limit", type=int, default=0, help="how many records (default: 5, of a page 10,000)")
-    shower.add_argument("--corpus", default="", help="the candidates' texts (default: corpus.jsonl beside FRET)")
-    shower.add_argument("--html", default="", help="write one HTML page, with search and filters, to this file")
-    for command in (gen, miner):
-        add_flags(command, Options)
-    args = parser.parse_args()
-    {"probe": probe_command, "generate": generate_command, "mine": mine_command,
-     "show": show_command}[args.command](args)
+    args = llm_arguments(__doc__, Options)
+    if args.command == "probe":
+        at_least(0.001, timeout=args.timeout)
+        probe(args.llm, args.model, TRIALS, args.timeout)
+    elif args.command == "generate":
+        generate_command(args)
+    elif args.command == "mine":
+        mine_command(args)
+    else:
+        show_command(args)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ Where we differ from the paper, or fill a gap in it:
 
 from __future__ import annotations
 
-import argparse
 import copy
 import functools
 import itertools
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -44,11 +42,11 @@ import llm
 from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
 from engine.beir import Beir, read_beir, read_split
 from engine.cache import DryRun
+from engine.commandline import Arguments, checked, train_arguments
 from engine.documents import heading_pairs, read_corpus
 from engine.evaluate import means
 from engine.files import (
     InputError,
-    add_flags,
     at_least,
     flag,
     from_flags,
@@ -504,23 +502,6 @@ def results(o: Recipe, out: Path, corpus: Sequence[dict[str, str]], stages: dict
 # Command line
 
 
-CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
-POSITIVE = ("tau", "batch_size", "clip", "max_length")
-
-
-def checked(c: TrainConfig) -> TrainConfig:
-    """The same configuration; what cannot be run is one line, before anything is read or written."""
-    for name, value in vars(c).items():
-        given = f"--{name.replace('_', '-')} {value}"
-        if name in CHOICES and value not in CHOICES[name]:
-            raise InputError(f"{given}: give " + " or ".join(CHOICES[name]))
-        if name in POSITIVE and not 0 < value < math.inf:
-            raise InputError(f"{given}: give a number above 0")
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise InputError(f"{given}: give 0 or a number above it")
-    return c
-
-
 def read_sets(items: Sequence[str]) -> tuple[list[list[Record]], list[float]]:
     """DATA or DATA:WEIGHT, each a file of records -> the sets and their weights."""
     sets, weights = [], []
@@ -535,7 +516,7 @@ def read_sets(items: Sequence[str]) -> tuple[list[list[Record]], list[float]]:
     return sets, weights
 
 
-def train_command(args: argparse.Namespace) -> None:
+def train_command(args: Arguments) -> None:
     """prefinetune and finetune: read the sets, train, write the model; under torchrun on several processes."""
     c = checked(from_flags(TrainConfig, args))
     cuda = torch.cuda.is_available()
@@ -567,7 +548,7 @@ def train_command(args: argparse.Namespace) -> None:
         print(f"next: python train.py evaluate --model {args.out} --beir DIR")
 
 
-def evaluate_command(args: argparse.Namespace) -> None:
+def evaluate_command(args: Arguments) -> None:
     if not args.beir and not args.sts and not args.mteb:
         raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
     tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
@@ -587,30 +568,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0],
-                                     epilog="Without a command: the whole recipe in small.")
-    parser.add_argument("--out", default="runs/demo", help="the recipe's folder (%(default)s)")
-    add_flags(parser, Recipe)
-    commands = parser.add_subparsers(dest="command")
-    for stage, what in (("prefinetune", "pairs, in-batch negatives (eq. 2)"),
-                        ("finetune", "records with hard negatives (eq. 3)")):
-        command = commands.add_parser(stage, help=what)
-        command.add_argument("data", nargs="+", help="JSONL records, DATA or DATA:WEIGHT")
-        command.add_argument("--init", required=True, help="a model folder, a hub id, or tiny")
-        command.add_argument("--out", required=True, help="the folder to write")
-        add_flags(command, TrainConfig)
-    evaluate = commands.add_parser("evaluate", help="retrieval and similarity figures of a model")
-    evaluate.add_argument("--model", required=True, help="a model folder")
-    evaluate.add_argument("--mteb", nargs="+", default=[],
-                          help="names of mteb's tasks, or of a benchmark, such as 'MTEB(eng, v1)', the paper's")
-    evaluate.add_argument("--dim", type=int, help="cut to this many dimensions (default: all)")
-    evaluate.add_argument("--out", help="write the figures to this JSON file; with --mteb, to this folder")
-    evaluate.add_argument("--beir", action="append", default=[],
-                          help="a BEIR folder (ties by id, descending, as trec_eval); may be repeated")
-    evaluate.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
-    evaluate.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
-    evaluate.add_argument("--task", help="the task of all sets (default: by the set's name, Table 9)")
-    args = parser.parse_args()
+    args = train_arguments(__doc__, Recipe, TrainConfig)
     if args.command is None:
         began, out = time.time(), Path(args.out)
         if not recipe(from_flags(Recipe, args), out):                # a dry run
@@ -618,8 +576,6 @@ def main() -> None:
         print(f"{time.time() - began:.0f} s; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
         print(f'next: python gecko.py search "your question" --model {out}/gecko')
         print(f"      python llm.py show {out}/fret.jsonl --changed")
-    elif sys.argv[1] != args.command:                                # argparse would drop it without a word
-        raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
     elif args.command == "evaluate":
         evaluate_command(args)
     else:

@@ -1,7 +1,7 @@
-"""What an LLM is below the page, strings; and two that stand above or in place of one.
+"""What an LLM is below the page, strings; and what stands above or in place of one.
 
-`Cached` keeps answers in an append-only file: a run that was stopped pays nothing twice. `DryRun` counts
-what would be asked.
+`Cached` keeps answers in an append-only file: a run that was stopped pays nothing twice. `Labels` scores labels
+also where a server scores no prompt. `DryRun` counts what would be asked.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from engine.replies import Tops, first_token_log_prob
+
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
-Tops = list[tuple[str, float]]     # tokens and their log p
 
 
 class Strings(Protocol):
@@ -110,6 +111,38 @@ class Cached:
 
     def report(self) -> str:
         return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
+
+
+class Labels:
+    """Strings that score labels after prompts: by their first tokens where no prompt can be scored."""
+
+    def __init__(self, strings: Strings) -> None:
+        self.strings = strings
+        self.asked = self.unlisted = 0                               # unlisted: not among the top first tokens
+
+    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+        if self.strings.can("log_likelihood"):
+            return self.strings.log_likelihood(pairs)
+        prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+        tops = dict(zip(prompts, self.strings.top_tokens(prompts), strict=True))
+        log_p: list[float | None] = []
+        for prompt, label in pairs:
+            top = tops[prompt]
+            value, listed = first_token_log_prob(top, label) if top else (None, True)
+            log_p.append(value)
+            self.asked += 1
+            self.unlisted += not listed
+        return log_p
+
+    def describe(self) -> str:
+        return self.strings.describe("log_likelihood" if self.strings.can("log_likelihood") else "top_tokens")
+
+    def report(self) -> str:
+        """What was asked, and how far the scores can be trusted."""
+        if self.unlisted <= 0.01 * self.asked:
+            return self.strings.report()
+        return (f"{self.strings.report()}\nwarning: {self.unlisted:,} of {self.asked:,} labels were outside the "
+                "top tokens: their log-probability is only bounded (an upper bound was taken)")
 
 
 class DryRun:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -279,6 +280,21 @@ class Endpoint:
             return False, f"no label among the top {len(top)}, first {first}: does the model think first?"
         numbers = ", ".join(f"{value:.3f}" for value in found[0] + found[1])
         return found[0] != found[1], f"log p of labels {numbers}; first {first}, of {len(top)} listed"
+
+
+def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
+    """Say what a server can do, with the evidence; LLMError where that is not enough."""
+    start = time.monotonic()
+    endpoint = Endpoint(url, model, trials, timeout=timeout)
+    can = {call: endpoint.can(call) for call in MODES}
+    print(f"{endpoint.name} (model {endpoint.model})")
+    for call, (_, evidence) in endpoint.capabilities.items():
+        print(f"  {call:14} {'yes' if can[call] else 'NO '}  {evidence}")
+    print(f"  {endpoint.usage.requests} requests, {time.monotonic() - start:.1f} s")
+    if not can["complete"] or not (can["log_likelihood"] or can["top_tokens"]):
+        raise LLMError("this endpoint cannot make FRet: it needs complete, and log_likelihood or top_tokens")
+    rank = "" if can["log_likelihood"] else " --rank rc"
+    print(f"next: python llm.py generate CORPUS QUERIES --llm {url}; then mine with the same{rank}")
 
 
 def spelled(mode: ScoringMode) -> str:

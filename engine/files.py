@@ -99,6 +99,13 @@ def check_output(path: str, *inputs: str | Path) -> None:
         raise InputError(f"{path}: it is an input too; name another file")
 
 
+def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
+    """The same for several outputs, which must differ; "" is none."""
+    for n, output in enumerate(outputs):
+        if output:
+            check_output(output, *inputs, *outputs[n + 1:])
+
+
 def open_text(path: str | Path) -> Any:
     """Open UTF-8 text, plain or .gz, to read it."""
     opener = gzip.open if str(path).endswith(".gz") else open
@@ -270,6 +277,11 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     if repeated:
         print(f"{path}: {repeated} repeated rows are read once", file=sys.stderr)
     return list(passages.values())
+
+
+def read_filled(path: str | Path) -> list[dict[str, str]]:
+    """The same without rows that have neither title nor text."""
+    return [row for row in read_passages(path) if row["title"] or row["text"]]
 
 
 def utf8(text: str) -> str:

@@ -10,11 +10,26 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.files import write_jsonl
+from engine.files import InputError, read_jsonl, write_jsonl
 from engine.transport import LLMError
 
 Row = dict[str, Any]
 MAX_FAILED_AT_FIRST = 200  # rows that all failed from the first on: no more are asked for
+
+
+def read_queries(path: str | Path, corpus: Sequence[Row]) -> list[Row]:
+    """The rows that `generate` wrote; each seed must be a passage of the corpus."""
+    ids = {p["_id"] for p in corpus}
+    rows = []
+    for where, row in read_jsonl(path):
+        for name in ("_id", "task", "query", "seed_id"):
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                raise InputError(f"{where}: want _id, task, query and seed_id, as `llm.py generate` writes")
+        if row["seed_id"] not in ids:
+            raise InputError(f"{where}: seed_id {row['seed_id']!r} is not in the corpus; give the "
+                             "corpus that the queries were generated from")
+        rows.append(row)
+    return rows
 
 
 def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[int]]:

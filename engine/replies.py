@@ -10,8 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engine.cache import Tops
 from engine.transport import CallFailed, Json
+
+Tops = list[tuple[str, float]]     # tokens and their log p
 
 
 def answer_text(answer: Json) -> str:
@@ -64,7 +65,7 @@ def begins(label: str, token: str) -> bool:
     return letters != "" and label.strip().lower().startswith(letters)
 
 
-def first_token_log_prob(top: Sequence[tuple[str, float]], label: str) -> tuple[float, bool]:
+def first_token_log_prob(top: Tops, label: str) -> tuple[float, bool]:
     """(log p of a label by its first token, True), its spellings added up; (an upper bound, False) if not listed.
 
     >>> first_token_log_prob([(" Not", -0.1), (" the", -3.0)], " Highly Relevant")

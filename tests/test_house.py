@@ -20,9 +20,9 @@ import data
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["gecko", "data", "llm", "train"]
-ENGINE = ["files", "search", "packed", "vectors", "folder", "corpus", "pairs", "markup", "documents", "beir",
-          "table", "convert", "offline", "recorded", "cache", "transport", "kept", "replies", "endpoint", "local",
-          "show", "scale", "runs", "evaluate", "results", "mteb"]
+ENGINE = ["files", "commandline", "search", "packed", "vectors", "folder", "corpus", "pairs", "markup", "documents",
+          "beir", "table", "convert", "offline", "recorded", "transport", "replies", "cache", "kept", "endpoint",
+          "local", "show", "scale", "runs", "evaluate", "results", "mteb"]
 ALLOWED = {"torch", "numpy", "tqdm", "tokenizers", "safetensors"}
 OPTIONAL = {"matplotlib", "mteb", "huggingface_hub"}
 

@@ -466,8 +466,8 @@ def test_relevance_by_first_tokens_where_prompts_are_not_scored(score):
     high, some, no = math.exp(-1) + math.exp(-2), math.exp(-1.5), math.exp(-3)
     assert got[0] == pytest.approx(math.log(high) if score == "label" else (2 * high + some) / (high + some + no))
     assert got[1] is None and (score == "expected" or got[2] == -4.0)
-    assert model.labels_unlisted == (1 if score == "label" else 2) and "warning: " in model.report()
-    model.labels_asked *= 100                                     # less than one in a hundred
+    assert model.labels.unlisted == (1 if score == "label" else 2) and "warning: " in model.report()
+    model.labels.asked *= 100                                     # less than one in a hundred
     assert "warning" not in model.report()
 
 
