@@ -23,17 +23,14 @@ import copy
 import functools
 import itertools
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -42,9 +39,8 @@ import llm
 from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
 from engine.beir import Beir, read_beir, read_split
 from engine.cache import DryRun
-from engine.commandline import Arguments, checked, train_arguments
+from engine.commandline import Arguments, checked, path_and_weight, train_arguments
 from engine.documents import heading_pairs, read_corpus
-from engine.evaluate import means
 from engine.files import (
     InputError,
     at_least,
@@ -52,10 +48,9 @@ from engine.files import (
     from_flags,
     run,
     say,
-    write_json,
     write_jsonl,
 )
-from engine.mteb import ForMteb, mteb_scores, mteb_tasks, set_scores
+from engine.mteb import evaluate
 from engine.offline import Offline
 from engine.recorded import Recorded
 from engine.results import (
@@ -66,11 +61,19 @@ from engine.results import (
     hold_out,
     mean_of,
     measured,
+    on_dev,
     results_table,
     write_questions,
 )
 from engine.runs import Run, check_negatives, digest, save_into, tokenised
-from engine.scale import blockwise_loss, cached_backward, derive_seed, processes
+from engine.scale import (
+    blockwise_loss,
+    cached_backward,
+    derive_seed,
+    processes,
+    start_processes,
+    stop_processes,
+)
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
 
 # B rows in a batch, d the model's dimension, tau the temperature, s = cos / tau. The vectors of a loss,
@@ -273,10 +276,9 @@ def train(
     model.dims = tuple(dims)
     settings = f"{stage} {replace(c, eval='', save_every=0, resume=False)} {model.encoder.config}"
     key = digest(settings, itertools.chain([text_ids], plan, model.encoder.parameters(), tokens))
-    dev = read_beir(c.eval, "dev") if c.eval else None
-    measure = (lambda: means(measured(model, dev, [None], {"dev": dev.qrels})["dev"])) if dev else None
-    this_run = Run(out, model.encoder, optimiser, steps, key, functools.partial(save, model), measure)
-    losses = this_run.resume(c.resume, anew)                               # of the steps that are done already
+    save_model, measure = functools.partial(save, model), on_dev(model, c.eval)
+    this_run = Run(out, model.encoder, optimiser, steps, key, save_model, measure)
+    losses = this_run.resume(c.resume, anew)                         # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
                total=steps, disable=processes()[0] > 0)
 
@@ -292,8 +294,9 @@ def train(
     for step in bar:
         model.encoder.train()
         torch.manual_seed(derive_seed(c.seed, step))                 # the same dropout in a resumed run
+        lr = learning_rate(step, steps, max_lr, c.warmup)
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, max_lr, c.warmup)
+            group["lr"] = lr
         ids = torch.from_numpy(text_ids[plan[step]]).T.to(model.device)   # (3, B)
         loss_of = batch_loss(stage, c.tau, ids)
         optimiser.zero_grad(set_to_none=True)
@@ -308,9 +311,10 @@ def train(
         this_run.check_finite(step + 1, loss.item(), norm.item())
         optimiser.step()
         losses.append(loss.item())
-        this_run.log(step=step + 1, loss=losses[-1], lr=optimiser.param_groups[0]["lr"])
+        done = step + 1
+        this_run.log(step=done, loss=losses[-1], lr=lr)
         bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
-        if step + 1 == steps or c.save_every and (step + 1) % c.save_every == 0:
+        if done == steps or c.save_every and done % c.save_every == 0:
             this_run.checkpoint(losses)
     model.encoder.eval()
     return losses
@@ -502,69 +506,36 @@ def results(o: Recipe, out: Path, corpus: Sequence[dict[str, str]], stages: dict
 # Command line
 
 
-def read_sets(items: Sequence[str]) -> tuple[list[list[Record]], list[float]]:
-    """DATA or DATA:WEIGHT, each a file of records -> the sets and their weights."""
-    sets, weights = [], []
-    for item in items:
-        path, _, weight = item.rpartition(":")
-        if not path or Path(item).exists():
-            path, weight = item, "1"
-        if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
-            raise InputError(f"{item}: give DATA or DATA:WEIGHT; a weight is a number above 0")
-        sets.append(read_records(path, candidates=False))
-        weights.append(float(weight))
-    return sets, weights
-
-
 def train_command(args: Arguments) -> None:
     """prefinetune and finetune: read the sets, train, write the model; under torchrun on several processes."""
-    c = checked(from_flags(TrainConfig, args))
-    cuda = torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                     # started by torchrun
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # a long timeout, because the others wait while the first process evaluates
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6))
+    c, out = checked(from_flags(TrainConfig, args)), Path(args.out)
+    paths, weights = zip(*map(path_and_weight, args.data), strict=True)
+    start_processes()
     first = processes()[0] == 0
-    sets, weights = read_sets(args.data)
+    sets = [read_records(path, candidates=False) for path in paths]
     if first:
-        say(stage=args.command, init=args.init, out=args.out, rows=[len(rows) for rows in sets],
-            processes=processes()[1], **vars(c))
+        say(
+            stage=args.command,
+            init=args.init,
+            out=args.out,
+            rows=[len(rows) for rows in sets],
+            processes=processes()[1],
+            **vars(c),
+        )
     if args.init == "tiny":
         model = tiny([f"{r['query']} {r['positive'].get('title', '')} {r['positive']['text']}"
                       for r in itertools.chain(*sets)], c.seed)
-        model.encoder.to("cuda" if cuda else "cpu")
+        model.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     else:
         model = load(args.init)
     if c.unified:
         model.formats = dict(FORMATS)
-    out = Path(args.out)
     losses = train(model, args.command, sets, c, weights, out=out)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    stop_processes()
     if first:
         save_into(functools.partial(save, model), out)
         print(f"wrote {args.out}: {len(losses)} steps, loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}")
         print(f"next: python train.py evaluate --model {args.out} --beir DIR")
-
-
-def evaluate_command(args: Arguments) -> None:
-    if not args.beir and not args.sts and not args.mteb:
-        raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
-    tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
-    model = load(args.model)
-    say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
-        task=args.task or "by Table 9")
-    results = set_scores(model, args.beir, args.sts, args.split, args.dim, args.task)
-    if tasks:
-        adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)
-        results |= mteb_scores(adapter, tasks, args.out)
-    for name, values in results.items():
-        print(name, "  ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
-    if args.out:
-        out = Path(args.out, "scores.json") if tasks else Path(args.out)
-        write_json(out, results)
-        print(f"wrote {out}")
 
 
 def main() -> None:
@@ -577,7 +548,7 @@ def main() -> None:
         print(f'next: python gecko.py search "your question" --model {out}/gecko')
         print(f"      python llm.py show {out}/fret.jsonl --changed")
     elif args.command == "evaluate":
-        evaluate_command(args)
+        evaluate(args, load, format_query)
     else:
         train_command(args)
 

@@ -9,6 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from engine.files import InputError, add_flags, utf8
@@ -121,6 +122,16 @@ def train_arguments(page: str | None, recipe: type, settings: type) -> Arguments
     if args.command and sys.argv[1] != args.command:                 # argparse would drop it without a word
         raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
     return args
+
+
+def path_and_weight(item: str) -> tuple[str, float]:
+    """DATA or DATA:WEIGHT; a file's name may hold a colon."""
+    path, _, weight = item.rpartition(":")
+    if not path or Path(item).exists():
+        return item, 1.0
+    if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
+        raise InputError(f"{item}: give DATA or DATA:WEIGHT; a weight is a number above 0")
+    return path, float(weight)
 
 
 def checked(settings: Any) -> Any:

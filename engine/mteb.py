@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.beir import read_beir
 from engine.evaluate import encode_beir, rankings, retrieval_scores, short_names, sts_terms
-from engine.files import InputError, first_line
+from engine.files import InputError, first_line, say, write_json
 
 # --------------------------------------------------------------------------------------------------
 # Table 9: the task of each set, and whether it is symmetric (targets have the format of inputs)
@@ -171,7 +171,27 @@ def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None,
 
 
 # --------------------------------------------------------------------------------------------------
-# A user's own sets
+# A user's own sets, and the command
+
+
+def evaluate(args: Any, load: Callable[[str], Any], format_query: Callable[..., str]) -> None:
+    """`train.py evaluate`: the figures of a model on all sets that are named."""
+    if not args.beir and not args.sts and not args.mteb:
+        raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
+    tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
+    model = load(args.model)
+    say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
+        task=args.task or "by Table 9")
+    results = set_scores(model, args.beir, args.sts, args.split, args.dim, args.task)
+    if tasks:
+        adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)
+        results |= mteb_scores(adapter, tasks, args.out)
+    for name, values in results.items():
+        print(name, "  ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
+    if args.out:
+        out = Path(args.out, "scores.json") if tasks else Path(args.out)
+        write_json(out, results)
+        print(f"wrote {out}")
 
 
 def set_scores(model: Any, beir: Sequence[str], sts: Sequence[str], split: str, dim: int | None,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from engine.beir import Beir
+from engine.beir import Beir, read_beir
 from engine.documents import near_equal
 from engine.evaluate import Scores, bm25_rankings, encode_beir, means, paired_bootstrap, rankings, retrieval_scores
 from engine.files import InputError, file_beside, read_jsonl, write_json, write_jsonl
@@ -40,6 +40,14 @@ def write_questions(folder: Path, corpus: Sequence[Row]) -> None:
     for split, lines in qrels.items():
         with file_beside(folder / f"qrels/{split}.tsv") as new:
             new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def on_dev(model: Any, folder: str) -> Callable[[], dict[str, float]] | None:
+    """What measures a model on the dev split of a BEIR folder; None without a folder."""
+    if not folder:
+        return None
+    beir = read_beir(folder, "dev")
+    return lambda: means(measured(model, beir, [None], {"dev": beir.qrels})["dev"])
 
 
 def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:

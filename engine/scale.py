@@ -6,8 +6,10 @@ call the functions that they are given, and autograd takes every gradient. No eq
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -130,6 +132,20 @@ def processes() -> tuple[int, int]:
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def start_processes() -> None:
+    """Under torchrun: join the others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # a long timeout, because the others wait while the first process evaluates
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6))
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def all_reduce_sum(x: Tensor) -> None:

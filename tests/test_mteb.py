@@ -121,7 +121,7 @@ def test_results_are_mtebs_own_and_of_one_model(model, tmp_path, monkeypatch):
 def test_command_line_and_its_mistakes(model, tmp_path, monkeypatch, capsys):
     """--mteb writes its folder; an unknown set, or no network, is one line and exit code 2."""
     gecko.save(model, tmp_path / "m")
-    monkeypatch.setattr(train, "mteb_tasks", lambda names: [local.sts(names[0], PAIRS)])
+    monkeypatch.setattr("engine.mteb.mteb_tasks", lambda names: [local.sts(names[0], PAIRS)])
     argv = ["train.py", "evaluate", "--model", str(tmp_path / "m"), "--mteb", "STS12", "--dim", "8",
             "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", argv)
