@@ -58,6 +58,7 @@ from engine.results import (
     example,
     held_apart,
     held_out_results,
+    held_passages,
     hold_out,
     mean_of,
     measured,
@@ -387,6 +388,8 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     labelled = read_split(o.eval) if o.eval else None                # before an LLM is opened, which may be large
     author = llm.open_llm(o, str(out / "llm.jsonl"), corpus)
     draws = seeds_of_queries(o, author, corpus)
+    if o.corpus:                                                     # an error now, before anything is spent
+        held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
     print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
     if isinstance(author, llm.LanguageModel):
         author.scored_by(o.rank)                                     # an error now where it cannot rank

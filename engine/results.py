@@ -80,22 +80,30 @@ def mean_of(a: Any, b: Any, share: float) -> Any:
 # Held-out queries
 
 
+def held_passages(seeds: Sequence[str], share: float, seed: int) -> set[str]:
+    """The passages of a share of these ids, one a query, whose queries are held out.
+
+    A passage that is added later moves hardly any other from one side to the other.
+    """
+    order = sorted(set(seeds), key=lambda name: random.Random(f"held out {seed} {name}").random())
+    names = set(order[:round(share * len(order))])
+    held = sum(name in names for name in seeds)
+    if held < 2 or len(seeds) - held < 2:
+        raise InputError(f"{len(seeds)} queries, {held} of them held out: two are needed on each side; give more "
+                         "documents, raise --queries, or change --held-out")
+    return names
+
+
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Queries to train on, and those of a share of the passages, which are asked and never trained on.
 
-    Near-equal queries are left out: of two in training one, of training and held out the former. A passage
-    that is added later moves hardly any other from one side to the other.
+    Near-equal queries are left out: of two in training one, of training and held out the former.
     """
     if not share:
         return list(rows), []
-    seeds = {row["seed_id"] for row in rows}
-    order = sorted(seeds, key=lambda name: random.Random(f"held out {seed} {name}").random())
-    names = set(order[:round(share * len(order))])
+    names = held_passages([row["seed_id"] for row in rows], share, seed)
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
-    if len(held) < 2 or len(train) < 2:
-        raise InputError(f"{len(rows)} queries, {len(held)} of them held out: two are needed on each side; raise "
-                         "--queries, or change --held-out")
     asked, known = [row["query"] for row in held], [row["query"] for row in train]
     of_held = near_equal(known, asked)
     twice = near_equal(known, [], once=True)

@@ -69,7 +69,7 @@ def test_near_equal_queries_train_nothing(capsys):
 
 @pytest.mark.parametrize("share", [0.01, 0.99])
 def test_a_share_that_leaves_nothing_is_refused(share):
-    with pytest.raises(InputError, match="two are needed on each side; raise --queries, or change --held-out"):
+    with pytest.raises(InputError, match="two are needed on each side; give more documents, raise --queries"):
         hold_out(rows(8, 1), share, 0)
 
 

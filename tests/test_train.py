@@ -811,6 +811,7 @@ def test_a_dry_run_says_what_would_be_asked_and_writes_nothing(documents):
     (["--corpus", "DOCS", "--llm", "offline", "--eval", "DOCS"], "docs"),
     (["--corpus", "DOCS", "--llm", "offline", "--held-out", "0.01"], "two are needed on each side"),
     (["--rank", "retriever"], "give ql,rc or ql or rc")])
-def test_what_the_recipe_cannot_do_is_one_line(words, message, documents, capsys):
+def test_what_the_recipe_cannot_do_is_one_line_and_writes_nothing(words, message, documents, tmp_path, capsys):
     words = [str(documents / "docs") if w == "DOCS" else w.replace("DOCS", str(documents / "docs")) for w in words]
-    assert message in mistake(capsys, train.main, "--out", documents / "out", *words)
+    assert message in mistake(capsys, train.main, "--out", tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()

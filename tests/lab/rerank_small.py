@@ -1,6 +1,7 @@
 """How a small language model ranks a student's top 20: by query likelihood, and by relevance in four ways.
 
     python tests/lab/rerank_small.py MODEL RETRIEVER QUESTIONS [--first 60] [--out FILE.json]
+    python tests/lab/rerank_small.py FILE.json                               the table of a finished run
 
 MODEL is what tests/lab/fetch_model.py makes, RETRIEVER and QUESTIONS what `python train.py` writes
 (runs/demo/retriever, runs/demo/questions). Relevance: log p of the best label; the expected grade over the three;
@@ -21,21 +22,32 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 from record import P_QL
+from tables import points
 
 import llm
 from engine.beir import read_beir
 from engine.corpus import shown
-from engine.evaluate import encode_beir, ndcg, paired_bootstrap, rankings
+from engine.evaluate import encode_beir, ndcg, rankings
 from engine.files import file_beside, run
 from engine.local import Local
 from gecko import fill, load
 
 
+def table(results: dict[str, Any]) -> list[str]:
+    """The lines of a results file: nDCG@10 of each ranking, and its gain over the retriever."""
+    lines = ["| ranking | nDCG@10 | points over the retriever |", "|---|---|---|"]
+    first = results["ndcg@10"]["retriever"]
+    for name, values in results["ndcg@10"].items():
+        over = "" if name == "retriever" else points(values, first)
+        lines.append(f"| {name} | {100 * np.mean(values):.1f} | {over} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("retriever")
-    parser.add_argument("questions", help="BEIR folder")
+    parser.add_argument("model", help="what fetch_model.py makes, or a results file to show")
+    parser.add_argument("retriever", nargs="?")
+    parser.add_argument("questions", nargs="?", help="BEIR folder")
     parser.add_argument("--split", default="dev")
     parser.add_argument("--first", type=int, default=60, help="questions (%(default)s)")
     parser.add_argument("-N", type=int, default=20)
@@ -43,6 +55,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="", help="write each question's nDCG@10 to this JSON file")
     args = parser.parse_args()
+    if args.model.endswith(".json"):
+        print("\n".join(table(json.loads(Path(args.model).read_text(encoding="utf-8")))))
+        return
     torch.set_num_threads(args.threads)
     beir = read_beir(args.questions, args.split)
     passages = {p["_id"]: shown(p, args.chars) for p in beir.corpus}
@@ -81,15 +96,13 @@ def main() -> None:
             R = llm.rrf(*[list(np.asarray(scores[part])[rows]) for part in parts])
             order = sorted(range(len(ids)), key=lambda i: -R[i])
             ranked.setdefault(name, []).append(ndcg([ids[i] for i in order], beir.qrels[query]))
-    for name, values in ranked.items():
-        low, high = paired_bootstrap(ranked["retriever"], values)
-        gain = 100 * (np.mean(values) - np.mean(ranked["retriever"]))
-        print(f"{name:45s} {np.mean(values):.3f}  {gain:+5.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+    about = {"model": str(json.loads(Path(args.model, "about.json").read_text())["model"]),
+             "questions": len(found), "split": args.split, "N": args.N, "characters": args.chars}
+    rounded = {name: np.round(values, 4).tolist() for name, values in ranked.items()}
+    print("\n".join(table({"ndcg@10": rounded})))
     if args.out:
-        about = {"model": str(json.loads(Path(args.model, "about.json").read_text())["model"]),
-                 "questions": len(found), "split": args.split, "N": args.N, "characters": args.chars}
         with file_beside(args.out) as new:
-            new.write_text(json.dumps(about | {"ndcg@10": ranked}, indent=1) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(about | {"ndcg@10": rounded}) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

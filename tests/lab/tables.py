@@ -330,6 +330,13 @@ def interval(gains: Sequence[np.ndarray], seed: int = 0, draws: int = 4000) -> t
     return float(low), float(high)
 
 
+def points(values: Any, other: Any) -> str:
+    """Mean gain of (seeds, questions) or (questions) over others, with its 95 % interval, in points."""
+    gains = 100 * np.atleast_2d(np.subtract(values, other))          # (S, Q)
+    low, high = interval([gains])
+    return f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
 Gain = tuple[float, float, float]                            # points, and their 95 % interval
 
 
