@@ -51,6 +51,7 @@ from engine.files import (  # noqa: E402
 )
 from engine.runs import whole_rows  # noqa: E402
 from engine.search import topk  # noqa: E402
+from engine.transport import LLMError  # noqa: E402
 from gecko import FORMATS, PLAIN, Gecko, fetch, is_bag, load, save, truncate_dim  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -237,7 +238,7 @@ def rerank_scores(ranker: llm.LLM, retriever: Gecko, beir: Beir, N: int, task: s
         pairs += [(beir.queries[query], by_id[i]) for i in ids]
     QL, RC = ranker.query_likelihood(pairs), ranker.relevance(pairs)
     if None in QL or None in RC:
-        raise llm.LLMError("a score is missing: a call failed; run again, the others are in the cache")
+        raise LLMError("a score is missing: a call failed; run again, the others are in the cache")
     scores: dict[str, list[float]] = {"retriever": [], "QL": [], "RC": [], "QL + RC": []}
     start = 0
     for query, ids in nearest.items():

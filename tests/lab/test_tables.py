@@ -22,6 +22,7 @@ import train
 from engine import evaluate, files, runs
 from engine.beir import read_beir
 from engine.offline import Offline
+from engine.transport import LLMError
 
 LAB = Path(__file__).parent
 RESULTS = LAB / "results"
@@ -205,7 +206,7 @@ def test_rerank_rows_by_hand(home, monkeypatch):
     assert tables.rerank_scores(Knows(), first, few, 12, "question answering")["QL"] == [1.0] * 4
 
     monkeypatch.setattr(Knows, "relevance", lambda self, pairs: [None] * len(pairs))
-    with pytest.raises(llm.LLMError, match="call failed"):
+    with pytest.raises(LLMError, match="call failed"):
         tables.rerank_scores(Knows(), first, beir, 4, "question answering")
 
 
