@@ -20,8 +20,6 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,37 +27,32 @@ import numpy as np
 from engine import convert as publishers
 from engine import pairs
 from engine.commandline import data_arguments
-from engine.corpus import Passage
+from engine.convert import KINDS, Convert
+from engine.corpus import Corpus, Passage
 from engine.corpus import builtin_corpus as builtin_corpus
 from engine.documents import read_corpus
-from engine.files import (
-    InputError,
-    at_least,
-    check_output,
-    flag,
-    from_flags,
-    read_jsonl,
-    run,
-    write_jsonl,
-)
+from engine.files import InputError, at_least, check_output, from_flags, run, write_jsonl
 from engine.show import counted, overview
-from engine.table import check_record
+from engine.table import read_records
 from gecko import FORMATS, format_passage, format_query, load
 
 Record = dict[str, Any]  # the row described at `record`
+Records = Sequence[Record]
 # x, x+ and x- are the three texts of a classification triple; B rows in a batch.
 
 # --------------------------------------------------------------------------------------------------
 # The record (section 3.3)
 
 
-def record(task: str, query: str, positive: Passage, negative: Passage | None = None,
-           symmetric: bool = False, **more: Any) -> Record:
-    """One training row; positive and negative are {"title", "text"}, the negative may be None.
-
-    symmetric: the targets are texts of the query's kind (similarity, classification). more: what a
-    file keeps beside it, such as the candidates of a FRet row.
-    """
+def record(
+    task: str,
+    query: str,
+    positive: Passage,                 # {"title", "text"}
+    negative: Passage | None = None,
+    symmetric: bool = False,           # the targets are texts of the query's kind: similarity, classification
+    **more: Any,                       # what a file keeps beside it, such as the candidates of a FRet row
+) -> Record:
+    """One training row."""
     return {"task": task, "query": query, "positive": positive, "negative": negative,
             "symmetric": symmetric, **more}
 
@@ -95,8 +88,13 @@ def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str,
 # Classification made contrastive (section 3.3)
 
 
-def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: int = 0,
-                           task: str = "classification", unique_ids: bool = True) -> list[Record]:
+def classification_triples(
+    texts: Sequence[str],
+    labels: Sequence[Any],   # one a text
+    seed: int = 0,
+    task: str = "classification",
+    unique_ids: bool = True,
+) -> list[Record]:
     """For each x: x+ with x's label, x- with any other, on all three the triple's own id, " [0]", ...
 
     Without ids, other rows of the same label are false negatives in the batch. With them, the id
@@ -151,8 +149,13 @@ def drawn(rng: np.random.Generator, pool: Sequence[int], good: Callable[[int], b
 # The mixture (section 3.3)
 
 
-def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, steps: int,
-             seed: int) -> list[tuple[int, np.ndarray]]:
+def schedule(
+    sizes: Sequence[int],      # of the sets
+    weights: Sequence[float],  # of the sets
+    batch_size: int,           # B
+    steps: int,
+    seed: int,
+) -> list[tuple[int, np.ndarray]]:
     """For every step: a set, and the numbers of B of its rows (all rows of a smaller set).
 
     A batch comes from one set, drawn by weight. So the in-batch negatives of a row are of its own
@@ -171,43 +174,55 @@ def schedule(sizes: Sequence[int], weights: Sequence[float], batch_size: int, st
     return [plan[step] for step in range(steps)]
 
 
-def mixed_schedule(groups: Sequence[np.ndarray], weights: Sequence[float], batch_size: int,
-                   steps: int, seed: int) -> list[np.ndarray]:
+def mixed_schedule(
+    groups: Sequence[np.ndarray],  # the row numbers of each
+    weights: Sequence[float],      # of the groups
+    batch_size: int,               # B
+    steps: int,
+    seed: int,
+) -> list[np.ndarray]:
     """For every step the row numbers, (B), of a batch whose rows come from all groups, by weight.
 
-    groups: the row numbers of each. Symmetric and asymmetric rows may meet in a batch. Each epoch of
-    a group takes its rows in a new order.
+    Symmetric and asymmetric rows may meet in a batch. Each epoch of a group takes its rows in a new order.
     """
     which = draw_by_weight(weights, steps * batch_size, seed)        # (steps * B)
     plan = np.empty_like(which)                                      # (steps * B)
     for g, rows in enumerate(groups):
         turns = np.flatnonzero(which == g)                           # the places of this group
-        plan[turns] = rows[epochs(len(rows), len(rows), len(turns), [seed, 1 + g])]
+        size = len(rows)
+        plan[turns] = rows[epochs(size, size, len(turns), [seed, 1 + g])]
     return list(plan.reshape(steps, batch_size))
 
 
 def draw_by_weight(weights: Sequence[float], count: int, seed: int) -> np.ndarray:
     """(count) numbers of sets, each drawn with its share of the weights."""
-    p = np.asarray(weights, float) / np.sum(weights)
-    return np.random.default_rng([seed, 0]).choice(len(weights), size=count, p=p)
+    shares = np.asarray(weights, float) / np.sum(weights)
+    rng = np.random.default_rng([seed, 0])
+    return rng.choice(len(weights), size=count, p=shares)
 
 
 def epochs(size: int, kept: int, count: int, seed: list[int]) -> np.ndarray:
     """(count) row numbers below `size`: one permutation after another, the first `kept` of each."""
     rows = [np.empty(0, int)]
     for epoch in range(math.ceil(count / kept)):
-        rows.append(np.random.default_rng([*seed, epoch]).permutation(size)[:kept])
+        rng = np.random.default_rng([*seed, epoch])
+        rows.append(rng.permutation(size)[:kept])
     return np.concatenate(rows)[:count]
 
 
-def batches(sets: Sequence[Sequence[Record]], weights: Sequence[float] | None, mix: str,
-            batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
+def batches(
+    sets: Sequence[Records],
+    weights: Sequence[float] | None,  # of the sets; None: all alike
+    mix: str,                         # "sets", "mixed" or "tasks"
+    batch_size: int,                  # B
+    steps: int,
+    seed: int,
+) -> list[np.ndarray]:
     """For every step the numbers of its rows, (B), counted through all sets.
 
-    weights: one for each set; None makes them equal. mix: "sets" is `schedule`; "mixed" draws each
-    row of a batch from a set by weight; "tasks" draws each from a task, all tasks with equal weight
-    (the paper's uniform sampling, in its diversity table). A FRet row counts by the `kind` of its
-    task: the task itself is free text and rarely repeats.
+    mix: "sets" is `schedule`; "mixed" draws each row of a batch from a set by weight; "tasks" draws each
+    from a task, all tasks with equal weight (the paper's uniform sampling, in its diversity table). A FRet
+    row counts by the `kind` of its task: the task itself is free text and rarely repeats.
     """
     sizes = [len(rows) for rows in sets]
     starts = np.cumsum([0, *sizes])[:-1]                             # (sets)
@@ -234,8 +249,12 @@ def task_of(row: Record) -> str:
 PAIR_TASKS = ("search result", "question answering")  # section 3.1: short strings
 
 
-def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int = 0,
-                  sources: Sequence[str] = pairs.SOURCES) -> list[Record]:
+def builtin_pairs(
+    corpus: Corpus,
+    count: int,
+    seed: int = 0,
+    sources: Sequence[str] = pairs.SOURCES,
+) -> list[Record]:
     """`count` unlabelled pairs out of documentation and source code, each with one of the tasks."""
     rows = []
     for task, query, title, text in pairs.builtin_pairs(corpus, count, seed, PAIR_TASKS, sources):
@@ -248,65 +267,29 @@ def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int = 0,
 # ==================================================================================================
 
 
-def read_records(path: str | Path, candidates: bool = True) -> list[Record]:
-    """A training file; the first wrong row is an error that names file:line and the fix.
-
-    Without `candidates` a mined file takes a fraction of the memory; a loss has no use for them.
-    """
-    rows = []
-    for where, row in read_jsonl(path):
-        row = {"negative": None, "symmetric": False, **row}
-        check_record(where, row)
-        if not candidates:
-            row.pop("candidates", None)
-        rows.append(row)
-    return rows
-
-
 # --------------------------------------------------------------------------------------------------
 # Publishers' files (engine/convert.py reads them) -> records
 
-# What can be converted, and the paper's task for it (section 3.1, Table 9)
-CONVERTERS = {"nli": "semantic similarity", "classification": "classification",
-              "pairs": "search result", "beir": "question answering", "choice": "question answering"}
-
-
-@dataclass
-class Convert:
-    """The settings of `convert`; each is a flag."""
-
-    task: str = flag("", "the records' task; else the paper's for the kind")
-    seed: int = flag(0, "of what is drawn")
-    ids: bool = flag(True, "classification: a unique id on the three texts of a triple")
-    model: str = flag("", "beir: a model folder that finds hard negatives")
-    depth: int = flag(50, "beir: a hard negative is one of so many nearest passages")
-    split: str = flag("train", "beir: qrels/SPLIT.tsv")
-    positive_from: float = flag(math.nan, "pairs with a score: rows of at least this score are kept")
-    first: int = flag(-1, "choice: cop of the first option, 0 or 1, where the file does not tell")
-
-
-def converted(kind: str, paths: Sequence[str], left_out: Counter[str],
-              c: Convert | None = None) -> list[Record]:
-    """Records of files of one kind; `left_out` gets, by the reason, how many rows gave none."""
+def converted(
+    kind: str,
+    paths: Sequence[str],
+    left_out: Counter[str],  # gets, by the reason, how many rows gave no record
+    c: Convert | None = None,
+) -> list[Record]:
+    """Records of files of one kind."""
     c = c or Convert()
-    task, rng = c.task or CONVERTERS[kind], np.random.default_rng(c.seed)
+    task = c.task or KINDS[kind]
     if kind == "classification":
         texts, labels = publishers.labelled(paths)
         triples = classification_triples(texts, labels, c.seed, task, c.ids)
         left_out["texts of which no triple can be made"] += len(texts) - len(triples)
         return triples
-    if kind == "nli":
-        rows = publishers.nli(paths, left_out)
-    elif kind == "pairs":
-        rows = publishers.labelled_pairs(paths, left_out, c.positive_from)
-    elif kind == "choice":
-        rows = publishers.choice(paths, left_out, c.first)
-    elif kind == "beir":
-        model = load(c.model) if c.model else None
-        rows = publishers.beir(paths, c.split, model, task, c.depth)
-    records = []
+    model = load(c.model) if kind == "beir" and c.model else None
+    rows = publishers.rows_of(kind, paths, left_out, c, model, task)
+    rng, records = np.random.default_rng(c.seed), []
     for query, positive, negative, symmetric in publishers.contrasted(rows, left_out, rng):
-        records.append(record(task, query, side(positive), negative and side(negative), symmetric))
+        negative = negative and side(negative)
+        records.append(record(task, query, side(positive), negative, symmetric))
     return records
 
 
@@ -358,7 +341,7 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
 
 
 def main() -> None:
-    args = data_arguments(__doc__, CONVERTERS, Convert)
+    args = data_arguments(__doc__)
     if args.command == "corpus":
         corpus(args.output, args.documents)
     elif args.command == "convert":

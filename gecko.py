@@ -16,7 +16,6 @@ Where we differ from the paper, or fill a gap in it:
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -37,7 +36,6 @@ from engine.files import (
     InputError,
     at_least,
     check_output,
-    file_beside,
     one_line,
     passage_texts,
     read_jsonl,
@@ -46,17 +44,10 @@ from engine.files import (
     say_lost,
 )
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
-from engine.packed import (
-    check_finite,
-    check_list,
-    embed_bag,
-    fast_embed,
-    is_bag,
-    length_batches,
-    tokenise,
-)
+from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
-from engine.vectors import kept_vectors
+from engine.tokens import tokenise, train_tokenizer
+from engine.vectors import kept_vectors, write_npy
 
 # Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
 #         Q queries, P passages, k neighbours.
@@ -392,28 +383,6 @@ def tiny(texts: Sequence[str], seed: int = 0, vocabulary: int = TINY_VOCABULARY,
     return Gecko(encoder, tokenizer, max_length=c.max_position_embeddings)
 
 
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> Tokenizer:
-    """Byte-pair encoding of lower-cased words; CamelCase and snake_case fall into their parts.
-
-    No mark for "inside a word": the "tree" of "rmtree" is the word "tree". A rare letter becomes its
-    bytes, so that no text is lost.
-    """
-    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    camel_case = normalizers.Replace(Regex("(?<=[a-z])(?=[A-Z])"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), camel_case, normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, min_frequency=2, show_progress=False,
-                                  special_tokens=["[PAD]", "[UNK]"], limit_alphabet=200)
-    tokenizer.train_from_iterator(texts, trainer)
-    # the trainer knows no bytes: they get the ids behind its own
-    state = json.loads(tokenizer.to_str())
-    words = state["model"]["vocab"]
-    for byte in range(256):
-        words[f"<0x{byte:02X}>"] = len(words)
-    state["model"]["byte_fallback"] = True
-    return Tokenizer.from_str(json.dumps(state))
-
-
 # --------------------------------------------------------------------------------------------------
 # Model folders: safetensors, tokenizer.json, config.json and the formats. Never a pickle.
 
@@ -516,16 +485,7 @@ def encode_command(args: Arguments) -> None:
     texts = read_texts(args, model.formats)
     kind = "passages" if args.passages else f"queries of task {args.task!r}"
     say(model=args.model, kind=kind, rows=len(texts), dim=args.dim or "all", precision=args.precision)
-    filled = [i for i, text in enumerate(texts) if text]
-    x = model.encode([texts[i] for i in filled], args.dim, args.precision, progress="texts")
-    rows = np.zeros((len(texts), x.shape[1]), np.float32)            # (rows, dim)
-    rows[filled] = x
-    with file_beside(args.output) as new, open(new, "wb") as file:
-        np.save(file, rows)
-    empty = len(texts) - len(filled)
-    if empty:
-        say(empty=f"{empty} passages have neither title nor text; their vectors are 0")
-    print(f"wrote {args.output}: float32 {rows.shape}; {model.lost() or 'no text was cut'}")
+    write_npy(args.output, model, texts, args.dim, args.precision)
 
 
 def main() -> None:

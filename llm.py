@@ -23,37 +23,26 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from data import Record, record, side
+from data import Record, Records, record, side
 from engine.cache import Cached, DryRun, Labels, Strings
-from engine.commandline import Arguments, llm_arguments
-from engine.corpus import shown, terms
+from engine.commandline import Arguments, Options, llm_arguments, rankings
+from engine.corpus import Corpus, Passage, shown, terms
 from engine.endpoint import Endpoint, Trials, probe
-from engine.files import (
-    InputError,
-    at_least,
-    check_outputs,
-    flag,
-    from_flags,
-    read_filled,
-    run,
-    say,
-)
+from engine.files import InputError, at_least, check_outputs, from_flags, read_filled, run, say
 from engine.kept import blocks_of_same, count_calls, read_queries, write_kept
 from engine.local import Local
 from engine.offline import Offline, similarity
 from engine.recorded import Recorded
 from engine.search import topk
 from engine.show import show
-from engine.transport import server_address
 from gecko import Gecko, fill, format_query, load
 
-Passage = dict[str, str]     # {"_id", "title", "text"}
 Pair = tuple[str, Passage]   # a query and a candidate
 Scores = list[float | None]  # None: a call that failed
+# A Passage is {"_id", "title", "text"}, a Record a row of data.py.
 # C the corpus; p_seed the passage that a query q and its task t were written for; P the N candidates
 # of q; QL and RC their scores, R the fused ones, larger is better; r ranks from 1; p+ and p- (p_pos,
 # p_neg) the new labels; d the embedding's dimension.
@@ -171,7 +160,7 @@ def task_kind(task: str) -> str:
 class LLM(Protocol):
     """What FRet asks of a language model. None stands for a call that failed: never for a score."""
 
-    def generate(self, passages: Sequence[Passage]) -> list[str | None]:
+    def generate(self, passages: Corpus) -> list[str | None]:
         """LLM(P_QG, p): for each passage the text "Task: ...", "Query: ..."."""
 
     def query_likelihood(self, pairs: Sequence[Pair]) -> Scores:
@@ -184,43 +173,53 @@ class LLM(Protocol):
 class LanguageModel:
     """The three calls, made of the prompts above and an LLM that knows strings alone (see engine/cache.py)."""
 
-    def __init__(self, strings: Strings, score: str = "label", seed: int = 0, chars: int = 4000) -> None:
-        self.strings, self.score, self.seed, self.chars = strings, score, seed, chars
+    def __init__(
+        self,
+        strings: Strings,
+        score: str = "label",   # RC from the top label alone, or "expected": from all
+        seed: int = 0,
+        chars: int = 4000,      # of a passage that a prompt shows
+    ) -> None:
+        self.strings = strings
+        self.score = score
+        self.seed = seed
+        self.chars = chars
         self.labels = Labels(strings)
         self.report = self.labels.report                             # what was asked
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
 
-    def generate(self, passages: Sequence[Passage]) -> list[str | None]:
-        prompts, seeds = [], []
+    def generate(self, passages: Corpus) -> list[str | None]:
+        seeds = []
         for p in passages:
             # a passage that is drawn again gets another random seed, and so another query
             self.drawn[p["_id"]] += 1
-            prompts.append(fill(P_QG, passage=shown(p, self.chars)))
             seeds.append(1000 * self.seed + self.drawn[p["_id"]])
-        return self.strings.complete(prompts, seeds)
+        return self.strings.complete([self.prompt(P_QG, p) for p in passages], seeds)
 
     def query_likelihood(self, pairs: Sequence[Pair]) -> Scores:
         # subtle: the blank goes with the query, since " what" is one token: no token may belong to both
-        return self.strings.log_likelihood([
-            (fill(P_QL, passage=shown(p, self.chars)), " " + q) for q, p in pairs])
+        return self.strings.log_likelihood([(self.prompt(P_QL, p), " " + q) for q, p in pairs])
 
     def relevance(self, pairs: Sequence[Pair]) -> Scores:
-        prompts = [fill(P_RC, query=q, passage=shown(p, self.chars)) for q, p in pairs]
         labels = LABELS if self.score == "expected" else LABELS[:1]
-        # of all labels after the first prompt, then after the second, ...; by their first tokens where a server
-        # scores no prompt
+        prompts = [self.prompt(P_RC, p, q) for q, p in pairs]
+        # of the labels after the first prompt, then after the second, ...; where a server scores no prompt
+        # `Labels` takes their first tokens
         log_p = self.labels.log_likelihood([(prompt, label) for prompt in prompts for label in labels])
-        n = len(labels)
-        return [expected_relevance(log_p[i:i + n]) for i in range(0, len(log_p), n)]
+        starts = range(0, len(log_p), len(labels))
+        return [expected_relevance(log_p[start:start + len(labels)]) for start in starts]
+
+    def prompt(self, template: str, p: Passage, q: str = "") -> str:
+        return fill(template, query=q, passage=shown(p, self.chars))
 
     def scored_by(self, rank: str) -> dict[str, str | None]:
         """Which model gives the scores, and how; LLMError where it cannot."""
-        scored: dict[str, str | None] = {"ql": None, "rc": None}
-        if "ql" in rank.split(","):
-            scored["ql"] = self.strings.describe("log_likelihood")
-        if "rc" in rank.split(","):
-            scored["rc"] = f"{self.labels.describe()} ({self.score})"
-        return scored
+        names, ql, rc = rank.split(","), None, None
+        if "ql" in names:
+            ql = self.strings.describe("log_likelihood")
+        if "rc" in names:
+            rc = f"{self.labels.describe()} ({self.score})"
+        return {"ql": ql, "rc": rc}
 
 
 def expected_relevance(log_p: Scores) -> float | None:
@@ -236,7 +235,8 @@ def expected_relevance(log_p: Scores) -> float | None:
     if len(values) == 1:
         return values[0]
     p = [math.exp(value - max(values)) for value in values]
-    return sum(p_label * grade for p_label, grade in zip(p, GRADES, strict=True)) / sum(p)
+    graded = [p_label * grade for p_label, grade in zip(p, GRADES, strict=True)]
+    return sum(graded) / sum(p)
 
 
 EXAMPLES = {tuple(terms(line)) for line in P_QG.splitlines() if line.startswith("Query: ")}
@@ -297,13 +297,18 @@ def rrf(*rankings: Sequence[float]) -> list[float]:
     # END EXERCISE
 
 
-def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last", rng: random.Random | None = None,
-            positive: int | None = None, answers: Collection[str] = ()) -> tuple[int, int | None]:
-    """The indices of p+ and p- among the N candidates, whose R and texts come nearest first.
+def relabel(
+    R: Sequence[float],               # of the N candidates, the nearest first
+    texts: Sequence[str],             # of the same
+    negative: str = "last",           # or "sampled", "none"
+    rng: random.Random | None = None,
+    positive: int | None = None,      # p+ of the paper's p_seed rows
+    answers: Collection[str] = (),    # texts that are right for the same query elsewhere
+) -> tuple[int, int | None]:
+    """The indices of p+ and p- among the N candidates.
 
-    p+ is p_1, of the largest R (or `positive`, for the paper's p_seed rows). p- is p_N ("last"), one that
-    rng samples from P without p+ ("sampled"), or None ("none"). It never has the text of p+, nor one of
-    `answers`, which are right for the same query elsewhere.
+    p+ is p_1, of the largest R, or `positive`. p- is p_N ("last"), one that rng samples from P without p+
+    ("sampled"), or None ("none"). It never has the text of p+, nor one of `answers`.
     """
     # EXERCISE 5 (about 9 lines)
     # p_1 ... p_N; a stable sort, so that of equal R the nearer passage comes first
@@ -323,16 +328,21 @@ def relabel(R: Sequence[float], texts: Sequence[str], negative: str = "last", rn
 # Step 1: queries
 
 
-def generate(llm: LLM, corpus: Sequence[Passage], draws: Sequence[int], block: int = 512) -> Iterator[Record]:
+def generate(
+    llm: LLM,
+    corpus: Corpus,
+    draws: Sequence[int],  # places in the corpus of the seeds
+    block: int = 512,      # passages that the LLM is given at a time
+) -> Iterator[Record]:
     """For p_seed drawn from C, LLM(P_QG, p_seed) -> (t, q).
 
-    Yields for each of `draws`, places in the corpus, a record whose positive is p_seed, which the initial
-    retriever trains on, or {"_id", "failed"} for an answer that is of no use. The LLM is given `block`
-    passages at a time.
+    Yields for each seed a record whose positive is p_seed, which the initial retriever trains on, or
+    {"_id", "failed"} for an answer that is of no use.
     """
     for start in range(0, len(draws), block):
         passages = [corpus[i] for i in draws[start:start + block]]
-        for n, (p_seed, answer) in enumerate(zip(passages, llm.generate(passages), strict=True), start):
+        answers = zip(passages, llm.generate(passages), strict=True)
+        for n, (p_seed, answer) in enumerate(answers, start):
             row_id = f"q{n:07d}"
             # a failure is a row too: it is counted and shown, never skipped in silence
             if answer is None:
@@ -343,10 +353,11 @@ def generate(llm: LLM, corpus: Sequence[Passage], draws: Sequence[int], block: i
             except ValueError as error:
                 yield {"_id": row_id, "failed": f"{error}: {answer[:200]!r}"}
                 continue
-            yield record(task, query, side(p_seed), _id=row_id, kind=task_kind(task), seed_id=p_seed["_id"])
+            seed_id, kind = p_seed["_id"], task_kind(task)
+            yield record(task, query, side(p_seed), _id=row_id, kind=kind, seed_id=seed_id)
 
 
-def seed_draws(corpus: Sequence[Passage], limit: int, seed: int) -> list[int]:
+def seed_draws(corpus: Corpus, limit: int, seed: int) -> list[int]:
     """Which passages are drawn as seeds: all of them in a random order, then in another.
 
     A passage's turn depends on its id alone, so that one added later leaves the others' queries as they are.
@@ -363,10 +374,9 @@ def seed_draws(corpus: Sequence[Passage], limit: int, seed: int) -> list[int]:
 
 # --rank names the rankings that R sums over: ql,rc is the paper's; rc where an endpoint cannot score prompts;
 # ql, or ql,retriever, where a model is too small for relevance labels.
-RANKINGS = ("ql", "rc", "retriever")
 
 
-def fused(candidates: Sequence[Record], rank: str) -> list[float]:
+def fused(candidates: Records, rank: str) -> list[float]:
     """R of the candidates, nearest first, over the rankings that `rank` names."""
     rankings = []
     for name in rank.split(","):
@@ -377,32 +387,40 @@ def fused(candidates: Sequence[Record], rank: str) -> list[float]:
     return rrf(*rankings)
 
 
-def mine(llm: LLM, embedder: Gecko, corpus: Sequence[Passage], queries: Sequence[Record],
-         N: int = 20, negative: str = "last", rank: str = "ql,rc", seed: int = 0,
-         block: int = 256, choose: Callable[[Record, list[str]], list[str]] | None = None) -> Iterator[Record]:
+def mine(
+    llm: LLM,
+    embedder: Gecko,                # the initial retriever
+    corpus: Corpus,
+    queries: Records,
+    N: int = 20,
+    negative: str = "last",         # as in `relabel`
+    rank: str = "ql,rc",            # the rankings that R sums over
+    seed: int = 0,                  # of sampled negatives
+    block: int = 256,               # queries that the LLM is given at a time, about
+    choose: Callable[[Record, list[str]], list[str]] | None = None,  # other candidates than the ids found
+) -> Iterator[Record]:
     """The embedder's top N of q from C, ranked by the LLM, fused and relabelled.
 
-    Yields FRet records in the order of queries, or {"_id", "failed"} where a score is missing. `negative`
-    is relabel's. The LLM is given about `block` queries at a time. `choose(row, ids)` puts other candidates
-    in the place of those found: a recorded LLM has scores of its own retriever's alone.
+    Yields FRet records in the order of queries, or {"_id", "failed"} where a score is missing.
     """
     calls = {"ql": llm.query_likelihood, "rc": llm.relevance}
     passages = {p["_id"]: p for p in corpus}
-    C = embedder.encode_passages([p["text"] for p in corpus], [p["title"] for p in corpus])  # (|C|, d)
+    texts, titles = [p["text"] for p in corpus], [p["title"] for p in corpus]
+    C = embedder.encode_passages(texts, titles)                      # (|C|, d)
     finished: dict[int, Record] = {}
     following = 0                                                    # the next place in queries to yield
     # rows that ask the same stand in one block, for `labelled` compares them
     for places in blocks_of_same(queries, "query", block):
         rows = [queries[n] for n in places]
-        q = embedder.encode([format_query(row["query"], row["task"], embedder.formats)
-                             for row in rows])                       # (rows, d)
-        _, nearest = topk(q, C, N)                                   # (rows, N) places in C
+        inputs = [format_query(row["query"], row["task"], embedder.formats) for row in rows]
+        _, nearest = topk(embedder.encode(inputs), C, N)             # (rows, N) places in C
         candidates = []                                              # ids, up to N a row
+        pairs = []                                                   # all rows' (q, p)
         for row, near in zip(rows, nearest.tolist(), strict=True):
             ids = ensure_seed([corpus[i]["_id"] for i in near], row["seed_id"])
-            candidates.append(choose(row, ids) if choose else ids)
-        pairs = []                                                   # all rows' (q, p)
-        for row, ids in zip(rows, candidates, strict=True):
+            if choose:
+                ids = choose(row, ids)
+            candidates.append(ids)
             pairs += [(row["query"], passages[key]) for key in ids]
         # engine/cache.py asks in the order of the prompts: all queries of one passage together, which is cheap
         scores = {name: calls[name](pairs) for name in rank.split(",") if name in calls}  # one a pair
@@ -422,38 +440,43 @@ def is_score(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def scored_rows(rows: Sequence[Record], candidates: Sequence[list[str]], scores: dict[str, Scores],
-                rank: str) -> list[Record]:
-    """Queries with their candidates, scores and R; {"_id", "failed"} where a score is missing.
-
-    `scores` holds one number for each of all rows' candidates, in order.
-    """
+def scored_rows(
+    rows: Records,
+    candidates: Sequence[list[str]],  # ids, of each row
+    scores: dict[str, Scores],        # of each ranking: one a candidate, of all rows in order
+    rank: str,
+) -> list[Record]:
+    """Queries with their candidates, scores and R; {"_id", "failed"} where a score is missing."""
     scored = []
-    end = 0
+    columns = {name: iter(values) for name, values in scores.items()}
     for row, ids in zip(rows, candidates, strict=True):
-        own = slice(end, end + len(ids))                             # the row's places in scores
-        end += len(ids)
-        columns = {name: values[own] for name, values in scores.items()}
+        found = []
+        for key in ids:
+            candidate: Record = {"id": key, "ql": None, "rc": None}
+            for name, column in columns.items():
+                candidate[name] = next(column)
+            found.append(candidate)
         # subtle: a score that is missing, or nan, must not become a rank
-        if not all(map(is_score, sum(columns.values(), []))):
+        if not all(is_score(candidate[name]) for candidate in found for name in columns):
             scored.append({"_id": row["_id"], "failed": "a score is missing: an LLM call failed"})
             continue
-        found: list[dict[str, Any]] = [{"id": key, "ql": None, "rc": None} for key in ids]
-        for name, values in columns.items():
-            for candidate, value in zip(found, values, strict=True):
-                candidate[name] = value
         for candidate, R in zip(found, fused(found, rank), strict=True):
             candidate["R"] = R
         scored.append({**row, "rank": rank, "candidates": found})
     return scored
 
 
-def labelled(rows: Sequence[Record], passages: dict[str, Passage], positive: str, negative: str,
-             seed: int = 0) -> list[Record]:
-    """FRet records out of scored rows, such as a FRet file keeps: the rows of Table 3, with no LLM call.
+def labelled(
+    rows: Records,        # scored, as a FRet file keeps them too
+    passages: dict[str, Passage],  # by id
+    positive: str,                 # "seed" or "p1"
+    negative: str,                 # as in `relabel`
+    seed: int = 0,
+) -> list[Record]:
+    """FRet records out of scored rows: the rows of Table 3, with no LLM call.
 
-    positive: "seed" or "p1"; negative: "none", "sampled" or "last". Where rows ask the same, the seed and
-    the positive of one are no hard negative of another: they answer its query too.
+    Where rows ask the same, the seed and the positive of one are no hard negative of another: they answer
+    its query too.
     """
     answers: dict[str, Counter[str]] = {}                            # query -> in how many rows a text is right
     for row in rows:
@@ -506,29 +529,6 @@ def right_texts(row: Record, passages: dict[str, Passage], positive: str) -> set
 # Command line
 
 
-@dataclass
-class Options:
-    """What generate and mine share; one flag a field."""
-
-    llm: str = flag("offline", "offline, hf:FOLDER (a causal model in this process), or an endpoint's base URL, "
-                    "as http://127.0.0.1:8000/v1, asked directly: HTTP_PROXY and HTTPS_PROXY are not used")
-    model: str = flag("", "the model's name at the endpoint; else the first that it serves")
-    threads: int = flag(16, "requests at a time")
-    timeout: float = flag(120.0, "seconds an answer may take; a slow server wants this or fewer threads")
-    seed: int = flag(0, "of the draws of seeds and of sampled negatives")
-    cache: str = flag("", "JSONL of the endpoint's answers, to go on from; else X.cache.jsonl beside X.jsonl")
-    max_requests: int = flag(0, "stop before one more; 0 for no limit")
-    chars: int = flag(4000, "characters of a passage that the LLM is shown")
-    dry_run: bool = flag(False, "count calls and prompt tokens, call nothing, write nothing")
-
-    def __post_init__(self) -> None:
-        if self.llm not in ("offline", "recorded") and not self.llm.startswith("hf:"):
-            server_address(self.llm)                                 # before it is printed: it may hold a key
-        at_least(1, threads=self.threads, chars=self.chars)
-        at_least(0.001, timeout=self.timeout)
-        at_least(0, seed=self.seed, max_requests=self.max_requests)
-
-
 # What `probe` asks: a passage with a query that it answers and one that it does not.
 TEA = ("Black tea is made by pouring boiling water over dried, oxidised leaves and letting them steep for four "
        "minutes.")
@@ -543,9 +543,14 @@ TRIALS = Trials(
     labels=LABELS)
 
 
-def open_llm(o: Options, output: str, corpus: Sequence[Passage], embedder: Gecko | None = None,
-             score: str = "label") -> LLM:
-    """The LLM that the flags describe; its answers are kept beside the output."""
+def open_llm(
+    o: Options,
+    output: str,                     # beside which the answers are kept
+    corpus: Corpus,
+    embedder: Gecko | None = None,   # offline: what gives relevance
+    score: str = "label",
+) -> LLM:
+    """The LLM that the flags describe."""
     if o.dry_run:
         return LanguageModel(DryRun(), score, o.seed, o.chars)
     if o.llm == "recorded":
@@ -560,14 +565,6 @@ def open_llm(o: Options, output: str, corpus: Sequence[Passage], embedder: Gecko
     name = Path(output.removesuffix(".gz"))
     cached = Cached(strings, o.cache or name.with_name(f"{name.stem}.cache.jsonl"))
     return LanguageModel(cached, score, o.seed, o.chars)
-
-
-def rankings(names: str) -> str:
-    """What --rank may be: different ones of RANKINGS, and one of an LLM among them."""
-    given = names.split(",")
-    if not set(given) <= set(RANKINGS) or len(given) > len(set(given)) or given == ["retriever"]:
-        raise InputError(f"--rank {names}: give ql,rc or ql or rc, and retriever if you like")
-    return names
 
 
 def generate_command(args: Arguments) -> None:
@@ -609,15 +606,8 @@ def mine_command(args: Arguments) -> None:
     print(f"next: python train.py finetune {args.fret} --init runs/demo/pre --out runs/gecko")
 
 
-def show_command(args: Arguments) -> None:
-    check_outputs([args.html], args.fret, args.corpus or Path(args.fret).parent / "corpus.jsonl")
-    at_least(0, limit=args.limit)
-    limit = args.limit or (10_000 if args.html else 5)
-    show(args.fret, args.corpus, args.html, args.changed, limit, ranks)
-
-
 def main() -> None:
-    args = llm_arguments(__doc__, Options)
+    args = llm_arguments(__doc__)
     if args.command == "probe":
         at_least(0.001, timeout=args.timeout)
         probe(args.llm, args.model, TRIALS, args.timeout)
@@ -626,7 +616,7 @@ def main() -> None:
     elif args.command == "mine":
         mine_command(args)
     else:
-        show_command(args)
+        show(args, ranks)
 
 
 if __name__ == "__main__":

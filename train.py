@@ -36,36 +36,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llm
-from data import Record, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
-from engine.beir import Beir, read_beir, read_split
+from data import Record, Records, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
+from engine.beir import read_split
 from engine.cache import DryRun
-from engine.commandline import Arguments, checked, path_and_weight, train_arguments
-from engine.documents import heading_pairs, read_corpus
-from engine.files import (
-    InputError,
-    at_least,
-    flag,
-    from_flags,
-    run,
-    say,
-    write_jsonl,
+from engine.commandline import (
+    Arguments,
+    Recipe,
+    checked,
+    path_and_weight,
+    read_dims,
+    train_arguments,
 )
+from engine.corpus import Corpus
+from engine.documents import heading_pairs, read_corpus
+from engine.files import flag, from_flags, run, say, write_jsonl
 from engine.mteb import evaluate
 from engine.offline import Offline
 from engine.recorded import Recorded
-from engine.results import (
-    cost,
-    example,
-    held_apart,
-    held_out_results,
-    held_passages,
-    hold_out,
-    mean_of,
-    measured,
-    on_dev,
-    results_table,
-    write_questions,
-)
+from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
 from engine.runs import Run, check_negatives, digest, save_into, tokenised
 from engine.scale import (
     blockwise_loss,
@@ -251,7 +239,7 @@ def batch_loss(
 def train(
     model: Gecko,                            # changed in place
     stage: str,                              # "prefinetune" (eq. 2) or "finetune" (eq. 3)
-    sets: Sequence[Sequence[Record]],        # the mixture of section 3.3
+    sets: Sequence[Records],        # the mixture of section 3.3
     c: TrainConfig,
     weights: Sequence[float] | None = None,  # of the sets; None: all alike
     title: str = "",                         # of the progress bar
@@ -321,46 +309,8 @@ def train(
     return losses
 
 
-def read_dims(text: str, d: int) -> list[int]:
-    """"384,128" -> [384, 128]; each at most d, the model's dimension, which alone is what "" gives."""
-    parts = text.split(",") if text else [str(d)]
-    for part in parts:
-        if not part.strip().isdecimal() or not 1 <= int(part) <= d:
-            raise InputError(f"--dims {text}: give numbers from 1 to {d} with commas between")
-    return [int(part) for part in parts]
-
-
 # --------------------------------------------------------------------------------------------------
 # The recipe: the paper's section 3, top to bottom
-
-
-@dataclass
-class Recipe(llm.Options):
-    """The recipe's parts; a field is a flag of `python train.py`."""
-
-    llm: str = flag("recorded", "recorded (a real model's answers for the built-in corpus), offline, hf:FOLDER or "
-                    "an endpoint's URL")
-    corpus: str = flag("", "your documents: a folder of .txt, .md and .rst files, a BEIR folder or a corpus.jsonl")
-    init: str = flag("tiny", "the encoder: tiny, or a model folder or hub id, which is pre-finetuned already")
-    unified: bool = flag(False, "appendix B's formats also for an --init that has its makers'")
-    queries: int = flag(0, "to generate; 0: all that are recorded, else one a passage")
-    rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc")
-    held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
-    eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
-    keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")
-    precision: str = flag("float32", "of training an --init: float32 or bf16 (autocast)")
-
-    def __post_init__(self) -> None:
-        if self.corpus and self.llm == "recorded":
-            raise InputError("--corpus: name --llm too (a URL, hf:FOLDER or offline); answers are recorded for the "
-                             "built-in corpus alone")
-        if self.eval and not self.corpus or self.keep and self.init == "tiny":
-            raise InputError("--eval goes with --corpus, --keep with an --init that was trained before")
-        if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
-            raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
-        self.rank = llm.rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
-        at_least(0, queries=self.queries)
-        super().__post_init__()
 
 
 @dataclass
@@ -378,7 +328,7 @@ LAYERS = TrainConfig(batch_size=64, tau=0.05, lr=5e-5, epochs=3)                
 
 
 def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
-           corpus: list[dict[str, str]] | None = None) -> dict[str, Any]:
+           corpus: Corpus | None = None) -> dict[str, Any]:
     """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus or on your documents.
 
     What an earlier run of the same flags and data trained is read again, and no LLM is asked twice.
@@ -425,10 +375,10 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     if start is not pre:
         stages = {"untrained": start, "BM25": None, "pre-finetuned": pre}
     stages |= {"+ (q, p_seed)": retriever, "+ FRet (p_1, p_20)": gecko}
-    return results(o, out, corpus, stages, asked, labelled)
+    return results(out, corpus, stages, asked, labelled, o.keep, save)
 
 
-def pre_finetuned(o: Recipe, corpus: Sequence[dict[str, str]], sizes: Sizes, out: Path,
+def pre_finetuned(o: Recipe, corpus: Corpus, sizes: Sizes, out: Path,
                   ) -> tuple[Gecko, Gecko, list[list[Record]], TrainConfig]:
     """Section 3.1: the encoder before and after, the sets it learned from, and how it is to be trained further."""
     length = 160 if o.corpus else 64                                 # documents are longer than docstrings
@@ -447,7 +397,7 @@ def pre_finetuned(o: Recipe, corpus: Sequence[dict[str, str]], sizes: Sizes, out
     return start, pre, pairs, replace(c, steps=steps, lr=2e-3)
 
 
-def seeds_of_queries(o: Recipe, author: Any, corpus: Sequence[dict[str, str]]) -> list[int]:
+def seeds_of_queries(o: Recipe, author: Any, corpus: Corpus) -> list[int]:
     """The places in the corpus of the passages that queries are written for."""
     if isinstance(author, Recorded):
         return author.draws()[:o.queries or None]
@@ -460,7 +410,7 @@ PAIR_WEIGHTS = [2.0, 1.0]
 WEIGHTS = [1.0, 0.5, 1.0]
 
 
-def title_body_pairs(o: Recipe, corpus: Sequence[dict[str, str]], sizes: Sizes) -> list[list[Record]]:
+def title_body_pairs(o: Recipe, corpus: Corpus, sizes: Sizes) -> list[list[Record]]:
     """Sets to pre-finetune `tiny` on: headings and paragraphs of your documents, or for the built-in corpus the
     interpreter's documentation and sources, and queries by template. The paper has the web, and academic sets.
     """
@@ -472,13 +422,13 @@ def title_body_pairs(o: Recipe, corpus: Sequence[dict[str, str]], sizes: Sizes) 
     return [builtin_pairs(corpus, sizes.pairs, o.seed), list(llm.generate(stand_in, corpus, draws))]
 
 
-def untrained(corpus: Sequence[dict[str, str]], pairs: Sequence[Record], seed: int = 0) -> Gecko:
+def untrained(corpus: Corpus, pairs: Records, seed: int = 0) -> Gecko:
     """The smallest encoder, with a tokenizer of all that it will read."""
     return tiny([f"{p['title']} {p['text']}" for p in corpus]
                 + [f"{r['query']} {r['positive']['text']}" for r in pairs], seed)
 
 
-def trained(start: Gecko, stage: str, sets: Sequence[Sequence[Record]], weights: Sequence[float],
+def trained(start: Gecko, stage: str, sets: Sequence[Records], weights: Sequence[float],
             c: TrainConfig, out: Path) -> Gecko:
     """A copy of `start` after a stage, written to its folder, where an earlier run of the same stage goes on."""
     model = copy.deepcopy(start)
@@ -486,23 +436,6 @@ def trained(start: Gecko, stage: str, sets: Sequence[Sequence[Record]], weights:
     train(model, stage, sets, c, weights[:len(sets)], out.name, out, anew=True)
     save_into(functools.partial(save, model), out)
     return model
-
-
-def results(o: Recipe, out: Path, corpus: Sequence[dict[str, str]], stages: dict[str, Any],
-            asked: Sequence[Record], labelled: Beir | None) -> dict[str, Any]:
-    """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko."""
-    gecko = stages["+ FRet (p_1, p_20)"]
-    if o.keep:
-        stages[f"{o.keep:g} as it came"] = mean_of(stages["as it came"], gecko, o.keep)
-    if asked:
-        table, best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
-        save_into(functools.partial(save, stages[best]), out / "gecko")
-        return table
-    write_questions(out / "questions", corpus)
-    test = read_beir(out / "questions")
-    columns = {name: measured(model, test, gecko.dims, {"": test.qrels}) for name, model in stages.items()}
-    return results_table(out / "results.json", f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at "
-                         + " and ".join(f"d = {dim}" for dim in gecko.dims), columns)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -542,7 +475,7 @@ def train_command(args: Arguments) -> None:
 
 
 def main() -> None:
-    args = train_arguments(__doc__, Recipe, TrainConfig)
+    args = train_arguments(__doc__, TrainConfig)
     if args.command is None:
         began, out = time.time(), Path(args.out)
         if not recipe(from_flags(Recipe, args), out):                # a dry run

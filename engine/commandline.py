@@ -8,13 +8,67 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import InputError, add_flags, utf8
+from engine.convert import KINDS, Convert
+from engine.files import InputError, add_flags, at_least, flag, utf8
+from engine.transport import server_address
 
 Arguments = argparse.Namespace
+
+
+@dataclass
+class Options:
+    """What generate and mine share; one flag a field."""
+
+    llm: str = flag("offline", "offline, hf:FOLDER (a causal model in this process), or an endpoint's base URL, "
+                    "as http://127.0.0.1:8000/v1, asked directly: HTTP_PROXY and HTTPS_PROXY are not used")
+    model: str = flag("", "the model's name at the endpoint; else the first that it serves")
+    threads: int = flag(16, "requests at a time")
+    timeout: float = flag(120.0, "seconds an answer may take; a slow server wants this or fewer threads")
+    seed: int = flag(0, "of the draws of seeds and of sampled negatives")
+    cache: str = flag("", "JSONL of the endpoint's answers, to go on from; else X.cache.jsonl beside X.jsonl")
+    max_requests: int = flag(0, "stop before one more; 0 for no limit")
+    chars: int = flag(4000, "characters of a passage that the LLM is shown")
+    dry_run: bool = flag(False, "count calls and prompt tokens, call nothing, write nothing")
+
+    def __post_init__(self) -> None:
+        if self.llm not in ("offline", "recorded") and not self.llm.startswith("hf:"):
+            server_address(self.llm)                                 # before it is printed: it may hold a key
+        at_least(1, threads=self.threads, chars=self.chars)
+        at_least(0.001, timeout=self.timeout)
+        at_least(0, seed=self.seed, max_requests=self.max_requests)
+
+
+@dataclass
+class Recipe(Options):
+    """The recipe's parts; a field is a flag of `python train.py`."""
+
+    llm: str = flag("recorded", "recorded (a real model's answers for the built-in corpus), offline, hf:FOLDER or "
+                    "an endpoint's URL")
+    corpus: str = flag("", "your documents: a folder of .txt, .md and .rst files, a BEIR folder or a corpus.jsonl")
+    init: str = flag("tiny", "the encoder: tiny, or a model folder or hub id, which is pre-finetuned already")
+    unified: bool = flag(False, "appendix B's formats also for an --init that has its makers'")
+    queries: int = flag(0, "to generate; 0: all that are recorded, else one a passage")
+    rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc")
+    held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
+    eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
+    keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")
+    precision: str = flag("float32", "of training an --init: float32 or bf16 (autocast)")
+
+    def __post_init__(self) -> None:
+        if self.corpus and self.llm == "recorded":
+            raise InputError("--corpus: name --llm too (a URL, hf:FOLDER or offline); answers are recorded for the "
+                             "built-in corpus alone")
+        if self.eval and not self.corpus or self.keep and self.init == "tiny":
+            raise InputError("--eval goes with --corpus, --keep with an --init that was trained before")
+        if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
+            raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
+        self.rank = rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
+        at_least(0, queries=self.queries)
+        super().__post_init__()
 
 
 def parser_of(page: str | None, epilog: str = "") -> argparse.ArgumentParser:
@@ -41,7 +95,7 @@ def gecko_arguments(page: str | None, task: str) -> Arguments:
     return parser.parse_args()
 
 
-def data_arguments(page: str | None, kinds: Iterable[str], settings: type) -> Arguments:
+def data_arguments(page: str | None) -> Arguments:
     parser = parser_of(page)
     commands = parser.add_subparsers(dest="command", required=True)
     corpus = commands.add_parser("corpus", help="write the built-in corpus, or a folder of .txt, .md and .rst")
@@ -52,14 +106,14 @@ def data_arguments(page: str | None, kinds: Iterable[str], settings: type) -> Ar
     check("--model", help="a model folder: also count the texts that will be cut")
     check("--max-length", type=int, help="as in training (default: the model's own)")
     convert = commands.add_parser("convert", help="publishers' files -> a training file")
-    convert.add_argument("kind", choices=sorted(kinds), help="what the files are")
+    convert.add_argument("kind", choices=sorted(KINDS), help="what the files are")
     convert.add_argument("inputs", nargs="+", help=".jsonl, .csv, .tsv, plain or .gz; beir: folders")
     convert.add_argument("output", help="the JSONL of records to write")
-    add_flags(convert, settings)
+    add_flags(convert, Convert)
     return parser.parse_args()
 
 
-def llm_arguments(page: str | None, settings: type) -> Arguments:
+def llm_arguments(page: str | None) -> Arguments:
     parser = parser_of(page)
     commands = parser.add_subparsers(dest="command", required=True)
     probe = commands.add_parser("probe", help="what an endpoint can do, with the evidence").add_argument
@@ -90,15 +144,15 @@ def llm_arguments(page: str | None, settings: type) -> Arguments:
     show("--corpus", default="", help="the candidates' texts (default: corpus.jsonl beside FRET)")
     show("--html", default="", help="write one HTML page, with search and filters, to this file")
     for command in (generate, mine):
-        add_flags(command, settings)
+        add_flags(command, Options)
     return parser.parse_args()
 
 
-def train_arguments(page: str | None, recipe: type, settings: type) -> Arguments:
+def train_arguments(page: str | None, settings: type) -> Arguments:
     """The command is None for the recipe."""
     parser = parser_of(page, "Without a command: the whole recipe in small.")
     parser.add_argument("--out", default="runs/demo", help="the recipe's folder (%(default)s)")
-    add_flags(parser, recipe)
+    add_flags(parser, Recipe)
     commands = parser.add_subparsers(dest="command")
     for stage, what in (("prefinetune", "pairs, in-batch negatives (eq. 2)"),
                         ("finetune", "records with hard negatives (eq. 3)")):
@@ -122,6 +176,24 @@ def train_arguments(page: str | None, recipe: type, settings: type) -> Arguments
     if args.command and sys.argv[1] != args.command:                 # argparse would drop it without a word
         raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
     return args
+
+
+def rankings(names: str) -> str:
+    """What --rank may be: different ones of ql, rc and retriever, and one of an LLM among them."""
+    given = names.split(",")
+    known = set(given) <= {"ql", "rc", "retriever"} and len(given) == len(set(given))
+    if not known or given == ["retriever"]:
+        raise InputError(f"--rank {names}: give ql,rc or ql or rc, and retriever if you like")
+    return names
+
+
+def read_dims(text: str, d: int) -> list[int]:
+    """"384,128" -> [384, 128]; each at most d, the model's dimension, which alone is what "" gives."""
+    parts = text.split(",") if text else [str(d)]
+    for part in parts:
+        if not part.strip().isdecimal() or not 1 <= int(part) <= d:
+            raise InputError(f"--dims {text}: give numbers from 1 to {d} with commas between")
+    return [int(part) for part in parts]
 
 
 def path_and_weight(item: str) -> tuple[str, float]:

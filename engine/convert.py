@@ -11,17 +11,37 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.beir import Beir, read_beir
-from engine.files import InputError
+from engine.files import InputError, flag
 from engine.search import topk
 from engine.table import as_text, column, content, label_in, optional_text, read_table, text_in
 
 Passage = dict[str, str]                    # {"title", "text"}, of a corpus with "_id"
+
+
+# What can be converted, and the paper's task for it (section 3.1, Table 9)
+KINDS = {"nli": "semantic similarity", "classification": "classification",
+              "pairs": "search result", "beir": "question answering", "choice": "question answering"}
+
+
+@dataclass
+class Convert:
+    """The settings of `convert`; each is a flag."""
+
+    task: str = flag("", "the records' task; else the paper's for the kind")
+    seed: int = flag(0, "of what is drawn")
+    ids: bool = flag(True, "classification: a unique id on the three texts of a triple")
+    model: str = flag("", "beir: a model folder that finds hard negatives")
+    depth: int = flag(50, "beir: a hard negative is one of so many nearest passages")
+    split: str = flag("train", "beir: qrels/SPLIT.tsv")
+    positive_from: float = flag(math.nan, "pairs with a score: rows of at least this score are kept")
+    first: int = flag(-1, "choice: cop of the first option, 0 or 1, where the file does not tell")
 
 
 class Row(NamedTuple):
@@ -53,6 +73,18 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
         if row.draw and hard:
             hard = [hard[int(rng.integers(len(hard)))]]
         yield row.query, row.positive, hard[0] if hard else None, row.symmetric
+
+
+def rows_of(kind: str, paths: Sequence[str], left_out: Counter[str], c: Convert, model: Any,
+            task: str) -> Iterable[Row]:
+    """The rows of one kind of files, classification apart; `model` finds beir's hard negatives."""
+    if kind == "nli":
+        return nli(paths, left_out)
+    if kind == "pairs":
+        return labelled_pairs(paths, left_out, c.positive_from)
+    if kind == "choice":
+        return choice(paths, left_out, c.first)
+    return beir(paths, c.split, model, task, c.depth)
 
 
 def without_title(text: str) -> Passage:

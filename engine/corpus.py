@@ -16,11 +16,12 @@ import re
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 Passage = dict[str, str]
+Corpus = Sequence[Passage]
 
 # --------------------------------------------------------------------------------------------------
 # Words and sentences

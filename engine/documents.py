@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.corpus import Passage, sentences, terms
+from engine.corpus import Corpus, Passage, sentences, terms
 from engine.files import InputError, beir_file, read_filled
 from engine.markup import MARKDOWN, MAX_WORDS, passages_of
 from engine.pairs import chunks, title_body_pair
@@ -153,7 +153,7 @@ def decoded(path: Path) -> str | None:
 DRAWS = 4                    # of sentences, spans of words and names, from each piece that a small encoder reads
 
 
-def heading_pairs(passages: Sequence[Passage], seed: int = 0) -> list[tuple[str, str, str]]:
+def heading_pairs(passages: Corpus, seed: int = 0) -> list[tuple[str, str, str]]:
     """(query, title, text) for pre-finetuning: a heading, a first sentence, parts that are drawn, and the rest."""
     rng = np.random.default_rng(seed)
     pairs = []

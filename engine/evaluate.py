@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engine.beir import Beir
-from engine.corpus import terms
+from engine.corpus import Corpus, terms
 from engine.files import InputError, read_jsonl, say_lost
 from engine.search import topk
 
@@ -170,7 +170,7 @@ K1, B = 1.2, 0.75       # Lucene's
 class BM25:
     """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text."""
 
-    def __init__(self, corpus: Sequence[dict[str, str]]) -> None:
+    def __init__(self, corpus: Corpus) -> None:
         counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
         length = np.array([count.total() for count in counts])       # (P)
         norm = K1 * (1 - B + B * length / length.mean())             # (P)

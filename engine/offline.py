@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.corpus import Passage, sentences, terms
+from engine.corpus import Corpus, Passage, sentences, terms
 from engine.files import InputError
 from engine.search import exact_dot
 
@@ -43,7 +43,7 @@ class Offline:
 
     def __init__(
         self,
-        corpus: Sequence[Passage],
+        corpus: Corpus,
         similarity: Similarity | None,
         tasks: Sequence[str],
         seed: int = 0,
@@ -61,7 +61,7 @@ class Offline:
             for everyday_word in set(terms(" ".join(phrases))) - STOP:
                 self.paraphrased.setdefault(everyday_word, set()).update(terms(word))
 
-    def generate(self, passages: Sequence[Passage]) -> list[str | None]:
+    def generate(self, passages: Corpus) -> list[str | None]:
         answers: list[str | None] = []
         for p in passages:
             self.drawn[p["_id"]] += 1

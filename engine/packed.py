@@ -1,4 +1,4 @@
-"""Many texts at once: their tokens, batches of like length, and eq. 1 without padding for a CPU.
+"""Many texts at once: batches of like length, and eq. 1 without padding for a CPU.
 
 `packed` is `embed` of gecko.py with all tokens of a batch in one matrix: the same vectors in float32, to
 the last digits; in bfloat16 near ones, on a CPU that multiplies in it.
@@ -8,58 +8,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from engine.files import InputError, one_line
-from engine.search import ONEDNN, has_bfloat16, keep_memory
+from engine.search import ONEDNN, has_bfloat16
 
 # Shapes: B texts, N tokens of all texts, n tokens of each text of a run, d the model's dimension,
 #         H heads. A run is what stands together and has one length; attention goes run by run.
-
-TEXTS_AT_ONCE = 1024         # that are tokenised together, to bound the memory
-CHARS_A_TOKEN = 16           # far more than a token has in the mean
-
-
-def tokenise(
-    tokenizer: Tokenizer,
-    texts: Sequence[str],
-    length: int,
-) -> tuple[list[array[int]], int, float]:
-    """Token ids of each text, cut at `length`; how many texts were cut; the share of unknown tokens.
-
-    Of a long text only the beginning is tokenised, which has the same first tokens.
-    """
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(length)
-    unknown = tokenizer.token_to_id("[UNK]")                         # BERT's name; RoBERTa's and XLM-R's:
-    if unknown is None:
-        unknown = tokenizer.token_to_id("<unk>")
-    tokens: list[array[int]] = []                                    # a tenth of the memory of lists
-    truncated = unknown_tokens = 0
-    chars = CHARS_A_TOKEN * length                                   # of the beginning
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        part = texts[start:start + TEXTS_AT_ONCE]
-        encodings = tokenizer.encode_batch_fast([text[:chars] for text in part])
-        for text, encoding in zip(part, encodings, strict=True):
-            # subtle: of blanks, or of one endless word, the beginning may have too few tokens; two more
-            # pieces of this length say that the cut is far behind the tokens that are kept
-            if len(text) > chars and len(encoding.overflowing) < 2:
-                encoding = tokenizer.encode(text)
-            if not encoding.ids:
-                raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
-            tokens.append(array("i", encoding.ids))
-            truncated += bool(encoding.overflowing)
-            if unknown is not None:
-                unknown_tokens += encoding.ids.count(unknown)
-    return tokens, truncated, unknown_tokens / max(1, sum(map(len, tokens)))
-
 
 def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first; texts x longest <= budget (or one text)."""
@@ -179,7 +139,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     """`embed` in `dtype` for this encoder of gecko.py: token ids of B texts -> (B, d) float32."""
-    keep_memory()
     c, e = encoder.config, encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:

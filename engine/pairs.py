@@ -20,7 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from engine.corpus import Passage, documentation, paragraphs, passage, quiet_import, sentences, spoken
+from engine.corpus import (
+    Corpus,
+    Passage,
+    documentation,
+    paragraphs,
+    passage,
+    quiet_import,
+    sentences,
+    spoken,
+)
 
 LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
     torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
@@ -30,7 +39,7 @@ Texts = tuple[str, str]  # what people write about code, and the code
 SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
 
 
-def builtin_pairs(corpus: Sequence[Passage], count: int, seed: int, tasks: Sequence[str],
+def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
                   sources: Sequence[str] = SOURCES) -> Iterator[tuple[str, str, str, str]]:
     """`count` times (task, query, title, text), of four kinds, each with one of the tasks.
 
@@ -192,7 +201,7 @@ class Callees:
 
     TYPES = ("str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray")
 
-    def __init__(self, corpus: Sequence[Passage]) -> None:
+    def __init__(self, corpus: Corpus) -> None:
         self.by_name: dict[str, int] = {}
         self.by_last_part: dict[str, list[int]] = {}
         for i, row in enumerate(corpus):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.corpus import Passage, shown
+from engine.corpus import Corpus, Passage, shown
 from engine.files import InputError, read_jsonl
 
 RECORD = Path(__file__).with_name("recorded.jsonl.gz")
@@ -27,7 +27,7 @@ def digest(text: str) -> str:
 class Recorded:
     """The three calls of llm.py's LLM; None where the record holds no answer."""
 
-    def __init__(self, corpus: Sequence[Passage], path: str | Path = RECORD) -> None:
+    def __init__(self, corpus: Corpus, path: str | Path = RECORD) -> None:
         lines = read_jsonl(path)
         _, self.header = next(lines)
         digests = next(lines, ("", {}))[1].get("digests")
@@ -76,7 +76,7 @@ class Recorded:
                 return ids
         return found
 
-    def generate(self, passages: Sequence[Passage]) -> list[str | None]:
+    def generate(self, passages: Corpus) -> list[str | None]:
         answers: list[str | None] = []
         for p in passages:
             rows = self.of_seed.get(p["_id"], [])

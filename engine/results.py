@@ -8,6 +8,7 @@ wrong for finding it; where p_1 is, the other way. Both figures stand side by si
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 
 from engine.beir import Beir, read_beir
+from engine.corpus import Corpus
 from engine.documents import near_equal
 from engine.evaluate import Scores, bm25_rankings, encode_beir, means, paired_bootstrap, rankings, retrieval_scores
 from engine.files import InputError, file_beside, read_jsonl, write_json, write_jsonl
+from engine.runs import save_into
 
 Row = dict[str, Any]
 Columns = dict[str, Scores]  # a column of the table -> its scores
@@ -135,13 +138,13 @@ def example(rows: Sequence[Row]) -> str:
             f'"{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, p- {row["negative_id"]}')
 
 
-def as_beir(corpus: Sequence[dict[str, str]], rows: Sequence[Row], right: str) -> Beir:
+def as_beir(corpus: Corpus, rows: Sequence[Row], right: str) -> Beir:
     """Rows as a retrieval set, in which the passage of `right` is right: "seed_id", or "positive_id" for p_1."""
     by_id = sorted(corpus, key=lambda p: p["_id"], reverse=True)     # as read_beir has it
     return Beir(by_id, {row["_id"]: row["query"] for row in rows}, {row["_id"]: {row[right]: 1} for row in rows})
 
 
-def held_out_results(path: Path, corpus: Sequence[dict[str, str]], asked: Sequence[Row],
+def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
                      stages: Mapping[str, Any], labelled: Beir | None) -> tuple[dict[str, Row], str]:
     """The table of held-out queries, and the stage that the other half of them chooses, BM25 (None) apart."""
     order = sorted(asked, key=lambda row: random.Random(row["seed_id"]).random())
@@ -179,6 +182,30 @@ def held_out_results(path: Path, corpus: Sequence[dict[str, str]], asked: Sequen
 
 # --------------------------------------------------------------------------------------------------
 # The table
+
+
+def results(
+    out: Path,
+    corpus: Corpus,
+    stages: dict[str, Any],                # models by their names in the table; None is BM25
+    asked: Sequence[Row],                  # the mined rows of held-out queries, where documents are the user's
+    labelled: Beir | None,
+    keep: float,                           # share of the first weights in a mean with the last; 0: none
+    save: Callable[[Any, Path], None],
+) -> dict[str, Any]:
+    """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko."""
+    gecko = stages["+ FRet (p_1, p_20)"]
+    if keep:
+        stages[f"{keep:g} as it came"] = mean_of(stages["as it came"], gecko, keep)
+    if asked:
+        table, best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
+        save_into(functools.partial(save, stages[best]), out / "gecko")
+        return table
+    write_questions(out / "questions", corpus)
+    test = read_beir(out / "questions")
+    columns = {name: measured(model, test, gecko.dims, {"": test.qrels}) for name, model in stages.items()}
+    return results_table(out / "results.json", f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at "
+                         + " and ".join(f"d = {dim}" for dim in gecko.dims), columns)
 
 
 def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping[str, Any]) -> Columns:

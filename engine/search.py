@@ -44,15 +44,6 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     return x @ y.T                                                   # (n, c)
 
 
-def keep_memory() -> None:
-    """What is freed stays with the process, which takes it again at once: a tenth of a bfloat16 search.
-
-    subtle: glibc gives large blocks back to the system; once it has freed one just below its own limit of
-    32 MiB, it keeps all that are smaller.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 # --------------------------------------------------------------------------------------------------
 # The search
 
@@ -92,7 +83,6 @@ def certified_topk(
     if isinstance(passages, Tensor):
         device = passages.device
     queries, passages = as_tensor(queries), as_tensor(passages)
-    keep_memory()
     if dtype is None:
         dtype = torch.bfloat16 if has_bfloat16(device) else torch.float32
     if not budget:

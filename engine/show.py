@@ -11,15 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.files import InputError, file_beside, one_line, read_jsonl, read_passages
+from engine.corpus import Corpus
+from engine.files import InputError, at_least, check_outputs, file_beside, one_line, read_jsonl, read_passages
 
 Row = dict[str, Any]
 Passages = dict[str, dict[str, str]]  # {"title", "text"} by id
 Ranks = Callable[[Sequence[float]], list[int]]
 
 
-def show(fret: str, corpus: str, html: str, changed: bool, limit: int, ranks: Ranks) -> None:
-    """Print the first `limit` rows, or write them as a page; say how many there are and what is left out."""
+def show(args: Any, ranks: Ranks) -> None:
+    """`llm.py show`: print the first rows, or write them as a page; say how many there are and what is left out."""
+    fret, html, changed = args.fret, args.html, args.changed
+    source = Path(args.corpus or Path(fret).parent / "corpus.jsonl")
+    check_outputs([html], fret, source)
+    at_least(0, limit=args.limit)
+    limit = args.limit or (10_000 if html else 5)
     rows: list[Row] = []
     total = matching = 0
     for total, row in enumerate(read_fret(fret), 1):
@@ -33,8 +39,7 @@ def show(fret: str, corpus: str, html: str, changed: bool, limit: int, ranks: Ra
     about += f"; {len(rows):,} shown"
     if matching > len(rows):
         about += f", {matching - len(rows):,} left out (--limit)"
-    source = Path(corpus or Path(fret).parent / "corpus.jsonl")
-    passages = known_passages(rows, read_passages(source) if corpus or source.is_file() else [])
+    passages = known_passages(rows, read_passages(source) if args.corpus or source.is_file() else [])
     unknown = {str(candidate["id"]) for row in rows for candidate in row["candidates"]} - passages.keys()
     if html:
         with file_beside(html) as new:
@@ -82,7 +87,7 @@ def in_order(row: Row, ranks: Ranks) -> list[tuple[int | None, int | None, Row]]
     return sorted(zip(*columns, candidates, strict=True), key=lambda item: -item[2]["R"])
 
 
-def known_passages(rows: Sequence[Row], corpus: Sequence[dict[str, str]]) -> Passages:
+def known_passages(rows: Sequence[Row], corpus: Corpus) -> Passages:
     """The corpus's passages, and those whose texts stand in the rows themselves."""
     passages = {p["_id"]: p for p in corpus}
     for row in rows:

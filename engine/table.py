@@ -138,6 +138,21 @@ def label_in(where: str, row: Json, *names: str) -> str:
 # Records, see data.py
 
 
+def read_records(path: str | Path, candidates: bool = True) -> list[Json]:
+    """A training file; the first wrong row is an error that names file:line and the fix.
+
+    Without `candidates` a mined file takes a fraction of the memory; a loss has no use for them.
+    """
+    rows = []
+    for where, row in read_jsonl(path):
+        row = {"negative": None, "symmetric": False, **row}
+        check_record(where, row)
+        if not candidates:
+            row.pop("candidates", None)
+        rows.append(row)
+    return rows
+
+
 def check_record(where: str, row: Json) -> None:
     """InputError for a record that training could not use, or would misread."""
     for key in ("task", "query"):

@@ -39,6 +39,20 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     return vectors
 
 
+def write_npy(path: str, model: Any, texts: Sequence[str], dim: int | None, precision: str) -> None:
+    """Encode texts into a .npy file, a row each; the vector of an empty one is 0."""
+    filled = [i for i, text in enumerate(texts) if text]
+    x = model.encode([texts[i] for i in filled], dim, precision, progress="texts")
+    rows = np.zeros((len(texts), x.shape[1]), np.float32)            # (texts, dim)
+    rows[filled] = x
+    with file_beside(path) as new, open(new, "wb") as file:
+        np.save(file, rows)
+    empty = len(texts) - len(filled)
+    if empty:
+        say(empty=f"{empty} passages have neither title nor text; their vectors are 0")
+    print(f"wrote {path}: float32 {rows.shape}; {model.lost() or 'no text was cut'}")
+
+
 def text_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 

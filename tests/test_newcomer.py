@@ -23,7 +23,7 @@ import gecko
 import llm
 import train
 from engine import corpus as corpus_module
-from engine import evaluate, files, folder, offline, show
+from engine import evaluate, files, folder, offline, results, show
 
 ROOT = Path(__file__).parent.parent
 WORDS = "red green blue stone river cloud bread salt wind fire lamp door sand moss rain".split()
@@ -155,7 +155,8 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
     small = train.Sizes(pairs=100, pre_steps=3, templates=2, steps=3)
     monkeypatch.setattr(train, "Sizes", lambda: small)
     name, after = RECIPE[stage]
-    interrupt(monkeypatch, next(m for m in (train, llm, gecko, offline, folder) if hasattr(m, name)), name, after)
+    module = next(m for m in (train, llm, gecko, offline, folder, results) if hasattr(m, name))
+    interrupt(monkeypatch, module, name, after)
     command = "train.py --llm offline --out OUT/demo"
     assert run(command, project, tmp_path, monkeypatch, capsys) == (1, "interrupted; run the same command again")
     assert not half_written(tmp_path)

@@ -10,6 +10,7 @@ import torch
 
 import gecko
 from engine import files, packed, search
+from engine import tokens as tokens_file
 
 BF16 = pytest.param("bf16", marks=pytest.mark.skipif(not search.has_bfloat16(torch.device("cpu")),
                                                      reason="no fast bfloat16 on this CPU"))
@@ -58,7 +59,7 @@ def test_blocks_and_precision_keep_the_vectors(model, precision, atol, monkeypat
     want = plainly(model)
     monkeypatch.setattr(gecko, "FEW_TOKENS", 0)
     whole = model.encode(TEXTS, precision=precision)
-    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 50)
+    monkeypatch.setattr(tokens_file, "TEXTS_AT_ONCE", 50)
     monkeypatch.setitem(gecko.BATCH_TOKENS, "cpu", 100)
     x = model.encode(TEXTS, precision=precision)
     assert x.dtype == np.float32
@@ -69,7 +70,7 @@ def test_blocks_and_precision_keep_the_vectors(model, precision, atol, monkeypat
 
 
 def test_texts_cut_are_counted_over_the_blocks(model, monkeypatch):
-    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 50)
+    monkeypatch.setattr(tokens_file, "TEXTS_AT_ONCE", 50)
     model.encode([*TEXTS, "word1 " * 1000, *TEXTS, "word1 " * 1000])
     assert model.truncated == 2 and model.lost() == "2 of 242 texts were cut at 256 tokens"
     model.encode(TEXTS)
@@ -110,7 +111,7 @@ def test_a_long_text_has_the_tokens_of_the_whole(model, text):
 def test_only_the_beginning_of_a_long_text_is_tokenised(model, monkeypatch):
     """A long document costs no more than the tokens that are kept of it."""
     seen, encode = [], model.tokenizer.encode_batch_fast
-    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 3)
+    monkeypatch.setattr(tokens_file, "TEXTS_AT_ONCE", 3)
 
     class Spy:
         no_padding, enable_truncation = model.tokenizer.no_padding, model.tokenizer.enable_truncation
@@ -120,7 +121,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(model, monkeypatch):
             seen.append([len(t) for t in texts])
             return encode(texts)
 
-    packed.tokenise(Spy(), ["word1 " * 10_000] * 4, 32)
+    tokens_file.tokenise(Spy(), ["word1 " * 10_000] * 4, 32)
     assert seen == [[16 * 32] * 3, [16 * 32]]
 
 

@@ -29,7 +29,7 @@ import data
 import gecko
 import llm
 import train
-from engine import files, packed
+from engine import files, tokens
 from engine.files import InputError
 from train import TrainConfig, main_loss, mrl_loss, pre_loss
 
@@ -447,7 +447,7 @@ def test_texts_are_tokenised_in_parts(monkeypatch, capsys):
     rows = records(30)
     whole = tokenised(small_model(), [rows], 12)
     said = capsys.readouterr().err
-    monkeypatch.setattr(packed, "TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", 7)
     parts = tokenised(small_model(), [rows], 12)
     assert parts[0] == whole[0] and (parts[1] == whole[1]).all()
     assert capsys.readouterr().err == said and "texts are cut at 12 tokens" in said
