@@ -27,7 +27,7 @@ import numpy as np
 from engine import convert as publishers
 from engine import pairs
 from engine.commandline import data_arguments
-from engine.convert import KINDS, Convert
+from engine.convert import KINDS, Convert, text_only
 from engine.corpus import Corpus, Passage
 from engine.corpus import builtin_corpus as builtin_corpus
 from engine.documents import read_corpus
@@ -62,11 +62,6 @@ def side(passage: Passage) -> Passage:
     return {"title": passage["title"], "text": passage["text"]}
 
 
-def text_only(text: str) -> Passage:
-    """A positive or negative without a title."""
-    return {"title": "", "text": text}
-
-
 def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str, str | None]:
     """The three texts that the encoder sees: input, positive target, and negative target or None.
 
@@ -88,13 +83,8 @@ def formatted(row: Record, formats: dict[str, str] = FORMATS) -> tuple[str, str,
 # Classification made contrastive (section 3.3)
 
 
-def classification_triples(
-    texts: Sequence[str],
-    labels: Sequence[Any],   # one a text
-    seed: int = 0,
-    task: str = "classification",
-    unique_ids: bool = True,
-) -> list[Record]:
+def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: int = 0,
+                           task: str = "classification", unique_ids: bool = True) -> list[Record]:
     """For each x: x+ with x's label, x- with any other, on all three the triple's own id, " [0]", ...
 
     Without ids, other rows of the same label are false negatives in the batch. With them, the id
@@ -249,12 +239,8 @@ def task_of(row: Record) -> str:
 PAIR_TASKS = ("search result", "question answering")  # section 3.1: short strings
 
 
-def builtin_pairs(
-    corpus: Corpus,
-    count: int,
-    seed: int = 0,
-    sources: Sequence[str] = pairs.SOURCES,
-) -> list[Record]:
+def builtin_pairs(corpus: Corpus, count: int, seed: int = 0,
+                  sources: Sequence[str] = pairs.SOURCES) -> list[Record]:
     """`count` unlabelled pairs out of documentation and source code, each with one of the tasks."""
     rows = []
     for task, query, title, text in pairs.builtin_pairs(corpus, count, seed, PAIR_TASKS, sources):
@@ -262,13 +248,9 @@ def builtin_pairs(
     return rows
 
 
-# ==================================================================================================
-# In practice: files of records, publishers' files, the command line.
-# ==================================================================================================
-
-
 # --------------------------------------------------------------------------------------------------
-# Publishers' files (engine/convert.py reads them) -> records
+# In practice: publishers' files (engine/convert.py reads them) -> records, the command line
+
 
 def converted(
     kind: str,
@@ -307,10 +289,6 @@ def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
     write_jsonl(output, rows)
     print(f"wrote {output}: {counted(rows)}")
     print(f"next: python data.py check {output}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Command line
 
 
 def corpus(output: str, documents: str) -> None:

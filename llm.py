@@ -23,6 +23,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,21 +171,17 @@ class LLM(Protocol):
         """RC(q, p) = log LLM(label | q, p, P_RC)."""
 
 
+@dataclass
 class LanguageModel:
     """The three calls, made of the prompts above and an LLM that knows strings alone (see engine/cache.py)."""
 
-    def __init__(
-        self,
-        strings: Strings,
-        score: str = "label",   # RC from the top label alone, or "expected": from all
-        seed: int = 0,
-        chars: int = 4000,      # of a passage that a prompt shows
-    ) -> None:
-        self.strings = strings
-        self.score = score
-        self.seed = seed
-        self.chars = chars
-        self.labels = Labels(strings)
+    strings: Strings
+    score: str = "label"    # RC from the top label alone, or "expected": from all
+    seed: int = 0
+    chars: int = 4000       # of a passage that a prompt shows
+
+    def __post_init__(self) -> None:
+        self.labels = Labels(self.strings)
         self.report = self.labels.report                             # what was asked
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
 
@@ -210,6 +207,7 @@ class LanguageModel:
         return [expected_relevance(log_p[start:start + len(labels)]) for start in starts]
 
     def prompt(self, template: str, p: Passage, q: str = "") -> str:
+        """One of the prompts above with its passage, and the query where it has a place."""
         return fill(template, query=q, passage=shown(p, self.chars))
 
     def scored_by(self, rank: str) -> dict[str, str | None]:
@@ -436,10 +434,6 @@ def ensure_seed(nearest: list[Any], seed: Any) -> list[Any]:
     return nearest if seed in nearest else nearest[:-1] + [seed]
 
 
-def is_score(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
-
-
 def scored_rows(
     rows: Records,
     candidates: Sequence[list[str]],  # ids, of each row
@@ -456,8 +450,9 @@ def scored_rows(
             for name, column in columns.items():
                 candidate[name] = next(column)
             found.append(candidate)
+        values = [candidate[name] for candidate in found for name in columns]
         # subtle: a score that is missing, or nan, must not become a rank
-        if not all(is_score(candidate[name]) for candidate in found for name in columns):
+        if not all(value is not None and math.isfinite(value) for value in values):
             scored.append({"_id": row["_id"], "failed": "a score is missing: an LLM call failed"})
             continue
         for candidate, R in zip(found, fused(found, rank), strict=True):
@@ -467,7 +462,7 @@ def scored_rows(
 
 
 def labelled(
-    rows: Records,        # scored, as a FRet file keeps them too
+    rows: Records,                 # scored, as a FRet file keeps them too
     passages: dict[str, Passage],  # by id
     positive: str,                 # "seed" or "p1"
     negative: str,                 # as in `relabel`
@@ -528,7 +523,6 @@ def right_texts(row: Record, passages: dict[str, Passage], positive: str) -> set
 # --------------------------------------------------------------------------------------------------
 # Command line
 
-
 # What `probe` asks: a passage with a query that it answers and one that it does not.
 TEA = ("Black tea is made by pouring boiling water over dried, oxidised leaves and letting them steep for four "
        "minutes.")
@@ -544,7 +538,7 @@ TRIALS = Trials(
 
 
 def open_llm(
-    o: Options,
+    o: Options,                      # the flags, see engine/commandline.py
     output: str,                     # beside which the answers are kept
     corpus: Corpus,
     embedder: Gecko | None = None,   # offline: what gives relevance

@@ -239,7 +239,7 @@ def batch_loss(
 def train(
     model: Gecko,                            # changed in place
     stage: str,                              # "prefinetune" (eq. 2) or "finetune" (eq. 3)
-    sets: Sequence[Records],        # the mixture of section 3.3
+    sets: Sequence[Records],                 # the mixture of section 3.3
     c: TrainConfig,
     weights: Sequence[float] | None = None,  # of the sets; None: all alike
     title: str = "",                         # of the progress bar
@@ -337,7 +337,10 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     corpus = corpus or (read_corpus(o.corpus) if o.corpus else builtin_corpus())
     labelled = read_split(o.eval) if o.eval else None                # before an LLM is opened, which may be large
     author = llm.open_llm(o, str(out / "llm.jsonl"), corpus)
-    draws = seeds_of_queries(o, author, corpus)
+    if isinstance(author, Recorded):
+        draws = author.draws()[:o.queries or None]
+    else:
+        draws = llm.seed_draws(corpus, o.queries or len(corpus), o.seed)
     if o.corpus:                                                     # an error now, before anything is spent
         held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
     print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
@@ -397,13 +400,6 @@ def pre_finetuned(o: Recipe, corpus: Corpus, sizes: Sizes, out: Path,
     return start, pre, pairs, replace(c, steps=steps, lr=2e-3)
 
 
-def seeds_of_queries(o: Recipe, author: Any, corpus: Corpus) -> list[int]:
-    """The places in the corpus of the passages that queries are written for."""
-    if isinstance(author, Recorded):
-        return author.draws()[:o.queries or None]
-    return llm.seed_draws(corpus, o.queries or len(corpus), o.seed)
-
-
 # Weights of the mixture (section 3.3), chosen on the dev questions: of pairs and templated queries, and the same
 # beside the LLM's. A set that is not there has none.
 PAIR_WEIGHTS = [2.0, 1.0]
@@ -450,14 +446,8 @@ def train_command(args: Arguments) -> None:
     first = processes()[0] == 0
     sets = [read_records(path, candidates=False) for path in paths]
     if first:
-        say(
-            stage=args.command,
-            init=args.init,
-            out=args.out,
-            rows=[len(rows) for rows in sets],
-            processes=processes()[1],
-            **vars(c),
-        )
+        sizes = [len(rows) for rows in sets]
+        say(stage=args.command, init=args.init, out=args.out, rows=sizes, processes=processes()[1], **vars(c))
     if args.init == "tiny":
         model = tiny([f"{r['query']} {r['positive'].get('title', '')} {r['positive']['text']}"
                       for r in itertools.chain(*sets)], c.seed)

@@ -11,11 +11,11 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.replies import Tops, first_token_log_prob
+from engine.replies import Answers, Keep, LogProbs, Tops, first_token_log_prob, keep_nothing
 
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
 
@@ -24,7 +24,7 @@ class Strings(Protocol):
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
     name: str                                                        # the server or folder
-    keep: Callable[[str, Any, Any], None]                            # told (call, item, answer) as each comes
+    keep: Keep
 
     def can(self, call: str) -> bool:
         """Does it do this call? Some servers score no prompt."""
@@ -35,10 +35,10 @@ class Strings(Protocol):
     def report(self) -> str:
         """What was asked of it so far."""
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
+    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         """A text that continues, or answers, each prompt."""
 
-    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> LogProbs:
         """Of each (prefix, text): the sum of log p of the text's tokens after the prefix."""
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
@@ -54,7 +54,7 @@ class Cached:
     def __init__(self, strings: Strings, path: str | Path) -> None:
         self.strings, self.name, self.path = strings, strings.name, Path(path)
         self.can, self.describe = strings.can, strings.describe
-        self.keep: Callable[[str, Any, Any], None] = self.put
+        self.keep: Keep = self.put
         strings.keep = self.put                                      # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
         self.lock = threading.Lock()
@@ -70,10 +70,10 @@ class Cached:
         if not line.endswith(b"\n"):
             self.file.write(b"\n")
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
+    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         return self.ask("complete", list(zip(prompts, seeds, strict=True)))
 
-    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> LogProbs:
         return self.ask("log_likelihood", pairs)
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
@@ -120,12 +120,12 @@ class Labels:
         self.strings = strings
         self.asked = self.unlisted = 0                               # unlisted: not among the top first tokens
 
-    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> LogProbs:
         if self.strings.can("log_likelihood"):
             return self.strings.log_likelihood(pairs)
         prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
         tops = dict(zip(prompts, self.strings.top_tokens(prompts), strict=True))
-        log_p: list[float | None] = []
+        log_p: LogProbs = []
         for prompt, label in pairs:
             top = tops[prompt]
             value, listed = first_token_log_prob(top, label) if top else (None, True)
@@ -151,7 +151,7 @@ class DryRun:
     name = "dry run"
 
     def __init__(self) -> None:
-        self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
+        self.keep: Keep = keep_nothing
         self.calls = self.size = self.shared = self.longest = 0      # the last three in bytes
         self.previous = b""
 
@@ -161,10 +161,10 @@ class DryRun:
     def describe(self, call: str) -> str:
         return self.name
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
+    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         return self.count(sorted(prompts))
 
-    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> LogProbs:
         self.count(sorted(prefix + text for prefix, text in set(pairs)))
         return [None] * len(pairs)
 

@@ -71,14 +71,14 @@ class Recipe(Options):
         super().__post_init__()
 
 
-def parser_of(page: str | None, epilog: str = "") -> argparse.ArgumentParser:
-    """A page's parser, which says the first paragraph of the page's docstring."""
-    return argparse.ArgumentParser(description=(page or "").split("\n\n")[0], epilog=epilog)
+def parsers(page: str | None) -> tuple[argparse.ArgumentParser, Any]:
+    """A page's parser, which says the first paragraph of the page's docstring, and that of its commands."""
+    parser = argparse.ArgumentParser(description=(page or "").split("\n\n")[0])
+    return parser, parser.add_subparsers(dest="command", required=True)
 
 
 def gecko_arguments(page: str | None, task: str) -> Arguments:
-    parser = parser_of(page)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser, commands = parsers(page)
     search = commands.add_parser("search", help="the passages nearest to one query").add_argument
     search("query", type=utf8)
     search("--corpus", help="corpus.jsonl (default: beside the model), or documents")
@@ -96,8 +96,7 @@ def gecko_arguments(page: str | None, task: str) -> Arguments:
 
 
 def data_arguments(page: str | None) -> Arguments:
-    parser = parser_of(page)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser, commands = parsers(page)
     corpus = commands.add_parser("corpus", help="write the built-in corpus, or a folder of .txt, .md and .rst")
     corpus.add_argument("output", help="the corpus.jsonl to write")
     corpus.add_argument("documents", nargs="?", default="", help="a folder of documents; none: the built-in corpus")
@@ -114,8 +113,7 @@ def data_arguments(page: str | None) -> Arguments:
 
 
 def llm_arguments(page: str | None) -> Arguments:
-    parser = parser_of(page)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser, commands = parsers(page)
     probe = commands.add_parser("probe", help="what an endpoint can do, with the evidence").add_argument
     probe("--llm", required=True, help="the endpoint's base URL; HTTP(S)_PROXY is not used")
     probe("--model", default="", help="else the first that it serves")
@@ -150,10 +148,10 @@ def llm_arguments(page: str | None) -> Arguments:
 
 def train_arguments(page: str | None, settings: type) -> Arguments:
     """The command is None for the recipe."""
-    parser = parser_of(page, "Without a command: the whole recipe in small.")
+    parser, commands = parsers(page)
+    parser.epilog, commands.required = "Without a command: the whole recipe in small.", False
     parser.add_argument("--out", default="runs/demo", help="the recipe's folder (%(default)s)")
     add_flags(parser, Recipe)
-    commands = parser.add_subparsers(dest="command")
     for stage, what in (("prefinetune", "pairs, in-batch negatives (eq. 2)"),
                         ("finetune", "records with hard negatives (eq. 3)")):
         command = commands.add_parser(stage, help=what)

@@ -18,16 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.beir import Beir, read_beir
+from engine.corpus import Passage
 from engine.files import InputError, flag
 from engine.search import topk
 from engine.table import as_text, column, content, label_in, optional_text, read_table, text_in
 
-Passage = dict[str, str]                    # {"title", "text"}, of a corpus with "_id"
-
-
 # What can be converted, and the paper's task for it (section 3.1, Table 9)
 KINDS = {"nli": "semantic similarity", "classification": "classification",
-              "pairs": "search result", "beir": "question answering", "choice": "question answering"}
+         "pairs": "search result", "beir": "question answering", "choice": "question answering"}
 
 
 @dataclass
@@ -87,7 +85,8 @@ def rows_of(kind: str, paths: Sequence[str], left_out: Counter[str], c: Convert,
     return beir(paths, c.split, model, task, c.depth)
 
 
-def without_title(text: str) -> Passage:
+def text_only(text: str) -> Passage:
+    """A text without a title."""
     return {"title": "", "text": text}
 
 
@@ -124,11 +123,11 @@ def nli(paths: Iterable[str], left_out: Counter[str]) -> Iterator[Row]:
             hypothesis = text_in(where, row, "sentence2", "hypothesis")
             premises.setdefault(premise, {}).setdefault(label, []).append(hypothesis)
     for premise, by_label in premises.items():
-        against = [without_title(text) for text in by_label.get("contradiction", [])]
+        against = [text_only(text) for text in by_label.get("contradiction", [])]
         if "entailment" not in by_label:
             left_out["premises that entail nothing"] += 1
         for n, entailed in enumerate(dict.fromkeys(by_label.get("entailment", []))):
-            yield Row(premise, without_title(entailed), rotated(against, n), symmetric=True)
+            yield Row(premise, text_only(entailed), rotated(against, n), symmetric=True)
 
 
 def rotated(items: list[Passage], n: int) -> list[Passage]:
@@ -160,7 +159,7 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Ite
         if number == -1 or not options[number - first]:
             left_out["questions without an answer"] += 1
             continue
-        answers = [without_title(text) for text in options]
+        answers = [text_only(text) for text in options]
         yield Row(text_in(where, row, "question"), answers[number - first], answers, draw=True)
 
 
@@ -275,5 +274,5 @@ def sides(where: str, value: Any) -> list[Passage]:
         if isinstance(part, dict):
             passages.append({key: optional_text(where, part, key) for key in ("title", "text")})
         else:
-            passages.append(without_title(as_text(where, part)))
+            passages.append(text_only(as_text(where, part)))
     return passages

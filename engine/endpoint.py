@@ -14,15 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cache import Pairs, Tops
+from engine.cache import Pairs
 from engine.files import say
 from engine.replies import (
+    Answers,
+    Keep,
+    LogProbs,
+    Tops,
     answer_text,
     check_not_cut,
     continuation_log_prob,
     first_token_log_prob,
     forced_log_prob,
     ids_and_pieces,
+    keep_nothing,
     listed_tokens,
     scored_tokens,
 )
@@ -80,17 +85,17 @@ class Endpoint:
         self.server = Server(url, threads, timeout, self.usage, backoff)
         self.name, self.model, self.trials = self.server.url, model, trials
         self.report = self.usage.report
-        self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
+        self.keep: Keep = keep_nothing
         self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
+    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         mode = self.require("complete")
         items = list(zip(prompts, seeds, strict=True))
         return self.each("complete", items, lambda item: self.completion(mode, *item))
 
-    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> LogProbs:
         score = self.scorer(self.require("log_likelihood"))
         return self.each("log_likelihood", pairs, lambda pair: score(*pair)[0])
 

@@ -59,7 +59,7 @@ def mrr(ranked: Ids, relevant: Relevant, k: int = 10) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Rank correlation
+# Rank correlation, and confidence
 
 
 def spearman_terms(x: Any, y: Any) -> np.ndarray:
@@ -79,10 +79,6 @@ def standard_ranks(values: Any) -> np.ndarray:
     _, group, size = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(size) - (size - 1) / 2)[group]                # (n)
     return (ranks - ranks.mean()) / ranks.std()
-
-
-# --------------------------------------------------------------------------------------------------
-# Confidence interval
 
 
 def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Pairs, Tops
+from engine.cache import Pairs
 from engine.files import InputError, first_line
+from engine.replies import Answers, Keep, LogProbs, Tops, keep_nothing
 
 Tokens = list[int]
 Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a cache of all but the last of these
@@ -51,7 +52,7 @@ class Local:
         self.name, self.read_tokens = f"hf:{folder}", 0
         self.temperature, self.max_tokens, self.stop = temperature, max_tokens, tuple(stop)
         self.rows = rows
-        self.keep: Callable[[str, Any, Any], None] = lambda call, item, answer: None
+        self.keep: Keep = keep_nothing
         self.ends = {self.tokenizer.eos_token_id}
         end = self.model.generation_config.eos_token_id
         self.ends.update(end if isinstance(end, list) else [end])
@@ -78,7 +79,7 @@ class Local:
     # The three calls
 
     @torch.inference_mode()
-    def log_likelihood(self, pairs: Pairs) -> list[float | None]:
+    def log_likelihood(self, pairs: Pairs) -> LogProbs:
         """Sum of log p of the text's tokens after its prefix."""
         texts: dict[str, list[str]] = {}
         for prefix, text in dict.fromkeys(pairs):
@@ -126,9 +127,9 @@ class Local:
         return answers
 
     @torch.inference_mode()
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str | None]:
+    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         """What the model writes after each prompt, up to a stop; equal prompts differ by their seed."""
-        answers: list[str | None] = [None] * len(prompts)
+        answers: Answers = [None] * len(prompts)
         for numbers, ids, cache in self.batches(prompts, self.rows):
             written = self.write(ids, cache, [seeds[n] for n in numbers])
             for n, text in zip(numbers, written, strict=True):

@@ -182,7 +182,16 @@ def evaluate(args: Any, load: Callable[[str], Any], format_query: Callable[..., 
     model = load(args.model)
     say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
         task=args.task or "by Table 9")
-    results = set_scores(model, args.beir, args.sts, args.split, args.dim, args.task)
+    results: dict[str, dict[str, float]] = {}
+    for name, folder in zip(short_names(args.beir), args.beir, strict=True):
+        by_name, symmetric = table_9(Path(folder).resolve().name)
+        known = read_beir(folder, args.split)
+        q, P = encode_beir(model, known, args.task or by_name, args.dim, symmetric, progress="passages")
+        scores = retrieval_scores(rankings(known, q, P), known)
+        results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
+    for name, path in zip(short_names(args.sts), args.sts, strict=True):
+        by_name, _ = table_9(Path(path).stem, "STS")
+        results[name] = {"spearman": float(sts_terms(model, path, args.dim, args.task or by_name).mean())}
     if tasks:
         adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)
         results |= mteb_scores(adapter, tasks, args.out)
@@ -192,19 +201,3 @@ def evaluate(args: Any, load: Callable[[str], Any], format_query: Callable[..., 
         out = Path(args.out, "scores.json") if tasks else Path(args.out)
         write_json(out, results)
         print(f"wrote {out}")
-
-
-def set_scores(model: Any, beir: Sequence[str], sts: Sequence[str], split: str, dim: int | None,
-               task: str | None) -> dict[str, dict[str, float]]:
-    """Figures of retrieval and similarity by the set's name; each set's task by Table 9, if none is given."""
-    results: dict[str, dict[str, float]] = {}
-    for name, folder in zip(short_names(beir), beir, strict=True):
-        by_name, symmetric = table_9(Path(folder).resolve().name)
-        known = read_beir(folder, split)
-        q, P = encode_beir(model, known, task or by_name, dim, symmetric, progress="passages")
-        scores = retrieval_scores(rankings(known, q, P), known)
-        results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
-    for name, path in zip(short_names(sts), sts, strict=True):
-        by_name, _ = table_9(Path(path).stem, "STS")
-        results[name] = {"spearman": float(sts_terms(model, path, dim, task or by_name).mean())}
-    return results

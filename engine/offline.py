@@ -25,6 +25,7 @@ import torch
 
 from engine.corpus import Corpus, Passage, sentences, terms
 from engine.files import InputError
+from engine.replies import Answers, LogProbs
 from engine.search import exact_dot
 
 Pairs = Sequence[tuple[str, Passage]]                                # of a query and a passage
@@ -61,8 +62,8 @@ class Offline:
             for everyday_word in set(terms(" ".join(phrases))) - STOP:
                 self.paraphrased.setdefault(everyday_word, set()).update(terms(word))
 
-    def generate(self, passages: Corpus) -> list[str | None]:
-        answers: list[str | None] = []
+    def generate(self, passages: Corpus) -> Answers:
+        answers: Answers = []
         for p in passages:
             self.drawn[p["_id"]] += 1
             rng = random.Random(f"{self.seed} {p['_id']} {self.drawn[p['_id']]}")
@@ -70,7 +71,7 @@ class Offline:
             answers.append(f"Task: {task}\nQuery: {query}")
         return answers
 
-    def query_likelihood(self, pairs: Pairs) -> list[float | None]:
+    def query_likelihood(self, pairs: Pairs) -> LogProbs:
         return [self.log_likelihood(terms(q), self.counts[p["_id"]]) for q, p in pairs]
 
     def log_likelihood(self, query: Sequence[str], counts: Counter[str]) -> float:
@@ -83,7 +84,7 @@ class Offline:
             total += math.log((tf + self.mu * p_collection) / (length + self.mu))
         return total
 
-    def relevance(self, pairs: Pairs) -> list[float | None]:
+    def relevance(self, pairs: Pairs) -> LogProbs:
         if self.similarity is None:
             raise InputError("offline relevance needs the initial retriever; give --model-dir")
         return list(self.similarity(pairs))

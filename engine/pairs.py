@@ -173,8 +173,7 @@ def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
         if start is None:
             continue
         indent, name = len(line) - len(line.lstrip()), start[2]
-        inside = itertools.takewhile(lambda below: is_inside(below, indent), lines[i + 1:i + 30])
-        body = "\n".join(inside)
+        body = "\n".join(itertools.takewhile(lambda below: is_inside(below, indent), lines[i + 1:i + 30]))
         before, _, rest = body.partition('"""')
         doc, _, code = rest.partition('"""')
         if before.strip() not in ("", "r"):                          # a text further down, no docstring

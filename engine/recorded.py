@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.corpus import Corpus, Passage, shown
+from engine.corpus import Corpus, shown
 from engine.files import InputError, read_jsonl
+from engine.offline import Pairs
+from engine.replies import Answers, LogProbs
 
 RECORD = Path(__file__).with_name("recorded.jsonl.gz")
 
@@ -76,8 +77,8 @@ class Recorded:
                 return ids
         return found
 
-    def generate(self, passages: Corpus) -> list[str | None]:
-        answers: list[str | None] = []
+    def generate(self, passages: Corpus) -> Answers:
+        answers: Answers = []
         for p in passages:
             rows = self.of_seed.get(p["_id"], [])
             number = self.drawn[p["_id"]]                            # drawn again: its next query
@@ -88,9 +89,9 @@ class Recorded:
                 answers.append(None)
         return answers
 
-    def query_likelihood(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def query_likelihood(self, pairs: Pairs) -> LogProbs:
         return [self.scores.get((query, p["_id"])) for query, p in pairs]
 
-    def relevance(self, pairs: Sequence[tuple[str, Passage]]) -> list[float | None]:
+    def relevance(self, pairs: Pairs) -> LogProbs:
         """No label is recorded (see tests/lab/RESULTS.md)."""
         return [None] * len(pairs)

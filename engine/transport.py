@@ -44,11 +44,7 @@ class CallFailed(Exception):
 
 
 class RetryableError(Exception):
-    """One exchange failed in a way that may pass. `seconds`: how long the server asks to wait, or None."""
-
-    def __init__(self, reason: str, seconds: float | None) -> None:
-        super().__init__(reason)
-        self.seconds = seconds
+    """(reason, how many seconds the server asks to wait, or None): a failure that may pass."""
 
 
 @dataclass
@@ -169,12 +165,12 @@ class Server:
             except CallFailed as error:                              # a reader's, which may quote the reply
                 raise CallFailed(self.quoted(str(error))) from error
             except RetryableError as error:
-                reason = str(error)
-                if error.seconds is not None:                        # all threads wait
-                    if error.seconds > MAX_RETRY_AFTER:
-                        raise LLMError(f"{reason}; it asks to wait {error.seconds:.0f} s: run the same "
-                                       "command again later") from error
-                    self.resume_at = max(self.resume_at, time.monotonic() + error.seconds)
+                reason, seconds = error.args
+                if seconds is not None:                              # all threads wait
+                    if seconds > MAX_RETRY_AFTER:
+                        raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same command again "
+                                       "later") from error
+                    self.resume_at = max(self.resume_at, time.monotonic() + seconds)
                     pause = 0.0
             except (OSError, http.client.HTTPException) as error:
                 if isinstance(error, TimeoutError) and not self.patient:

@@ -23,7 +23,7 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     folder = folder.resolve()
     path = folder.with_name(f"{folder.name}.vectors") / f"{corpus.resolve().name}.safetensors"
     made_by = model_key(model)
-    keys = [text_key(text) for text in texts]
+    keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
     known, vectors = read_vectors(path, made_by)
     rows = {key: row for row, key in enumerate(known)}
     new = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
@@ -51,10 +51,6 @@ def write_npy(path: str, model: Any, texts: Sequence[str], dim: int | None, prec
     if empty:
         say(empty=f"{empty} passages have neither title nor text; their vectors are 0")
     print(f"wrote {path}: float32 {rows.shape}; {model.lost() or 'no text was cut'}")
-
-
-def text_key(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def model_key(model: Any) -> str:
