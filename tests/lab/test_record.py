@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import record  # noqa: E402
+import rerank_small  # noqa: E402
 from recorded_students import listwise_loss  # noqa: E402
 
 CORPUS = [{"_id": name, "title": name, "text": f"All that there is to say about {name}."} for name in "abcdefgh"]
@@ -161,3 +162,11 @@ def test_listwise_loss_by_its_terms():
     assert float(loss) == pytest.approx(total) and float(loss) > 0
     cosines = torch.from_numpy(np.einsum("bd,bnd->bn", q, p))
     assert float(listwise_loss(torch.from_numpy(q), torch.from_numpy(p), 2.0 * cosines / 0.1, 0.1, 2.0)) < 1e-9
+
+
+@pytest.mark.parametrize("table, file", [(rerank_small.table, "rerank_small.json")])
+def test_results_show_what_the_files_say(table, file):
+    lab = Path(__file__).parent
+    said = (lab / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    missing = [line for line in table(json.loads((lab / "results" / file).read_text())) if line not in said]
+    assert not missing
