@@ -46,7 +46,7 @@ from engine.files import (
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
-from engine.tokens import tokenise, train_tokenizer
+from engine.tokens import TokenIds, tokenise, train_tokenizer
 from engine.vectors import kept_vectors, write_npy
 
 # Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
@@ -211,7 +211,7 @@ def embed(encoder: Encoder, ids: Tensor, mask: Tensor) -> Tensor:
     return mean_pool(encoder(ids, mask), mask)                       # (B, d)
 
 
-def pad(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+def pad(tokens: TokenIds, pad_id: int) -> tuple[Tensor, Tensor]:
     """Token ids of B texts -> ids and mask, both (B, T)."""
     lengths = torch.tensor([len(ids) for ids in tokens])             # (B)
     mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]  # (B, T)
@@ -266,7 +266,7 @@ class Gecko:
             notes.append(f"{self.unknown:.0%} of the tokens are unknown to this model's tokenizer")
         return "; ".join(notes)
 
-    def embed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def embed(self, tokens: TokenIds) -> Tensor:
         """Token ids of B texts -> (B, d) with gradient: `embed` above, or its twin for a bag of words."""
         if is_bag(self.encoder):
             return embed_bag(self.encoder, tokens)                   # (B, d)

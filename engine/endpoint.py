@@ -14,20 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cache import Pairs
+from engine.cache import Answers, Keep, LogProbs, Pairs, Tops, keep_nothing
 from engine.files import say
 from engine.replies import (
-    Answers,
-    Keep,
-    LogProbs,
-    Tops,
     answer_text,
     check_not_cut,
     continuation_log_prob,
     first_token_log_prob,
     forced_log_prob,
     ids_and_pieces,
-    keep_nothing,
     listed_tokens,
     scored_tokens,
 )

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Pairs
+from engine.cache import Answers, Keep, LogProbs, Pairs, Tops, keep_nothing
 from engine.files import InputError, first_line
-from engine.replies import Answers, Keep, LogProbs, Tops, keep_nothing
 
 Tokens = list[int]
 Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a cache of all but the last of these

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.files import InputError, one_line
 from engine.search import ONEDNN, has_bfloat16
+from engine.tokens import TokenIds
 
 # Shapes: B texts, N tokens of all texts, n tokens of each text of a run, d the model's dimension,
 #         H heads. A run is what stands together and has one length; attention goes run by run.
@@ -46,7 +47,7 @@ def check_finite(vectors: Tensor, texts: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------------
 # Faster than `embed` of gecko.py, and the same
 
-EmbedBatch = Callable[[Sequence[Sequence[int]]], Tensor]             # token ids of B texts -> (B, d)
+EmbedBatch = Callable[[TokenIds], Tensor]             # token ids of B texts -> (B, d)
 
 
 def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> EmbedBatch:
@@ -73,7 +74,7 @@ def is_bag(encoder: Any) -> bool:
                 and not encoder.embeddings["position_embeddings"].weight.any())
 
 
-def embed_bag(encoder: Any, tokens: Sequence[Sequence[int]]) -> Tensor:
+def embed_bag(encoder: Any, tokens: TokenIds) -> Tensor:
     """`embed` for a bag of words: the same numbers from one table lookup, without a W of B x T x d.
 
     Each row of W is LayerNorm(word + segment), so the norm is taken once a word of the vocabulary.
@@ -93,9 +94,10 @@ class Linear:
     oneDNN through torch's own name for it: W is laid out once, and what follows costs no further pass.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-        self.weight, self.bias = weight.to(dtype), bias.to(dtype)    # (out, in), (out)
-        self.onednn = ONEDNN and (dtype == torch.float32 or has_bfloat16(weight.device))
+    def __init__(self, dtype: torch.dtype, *parts: torch.nn.Linear) -> None:
+        self.weight = torch.cat([part.weight for part in parts]).to(dtype)  # (out, in)
+        self.bias = torch.cat([part.bias for part in parts]).to(dtype)      # (out)
+        self.onednn = ONEDNN and (dtype == torch.float32 or has_bfloat16(self.bias.device))
         if self.onednn:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
 
@@ -142,15 +144,13 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     c, e = encoder.config, encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:
-        parts = [layer.attention["self"][name] for name in ("query", "key", "value")]
-        weight, bias = torch.cat([x.weight for x in parts]), torch.cat([x.bias for x in parts])
-        qkv = Linear(weight, bias, dtype)
+        qkv = Linear(dtype, *(layer.attention["self"][name] for name in ("query", "key", "value")))
         blocks = layer.attention["output"], layer.intermediate, layer.output
-        out, up, down = (Linear(block["dense"].weight, block["dense"].bias, dtype) for block in blocks)
+        out, up, down = (Linear(dtype, block["dense"]) for block in blocks)
         norm_1, norm_2 = (copy.deepcopy(block["LayerNorm"]).to(dtype) for block in (blocks[0], blocks[2]))
         layers.append((qkv, out, up, down, norm_1, norm_2))
 
-    def embed_packed(tokens: Sequence[Sequence[int]]) -> Tensor:
+    def embed_packed(tokens: TokenIds) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
         ids = torch.tensor(list(itertools.chain(*tokens)))           # (N)
         position = torch.cat([torch.arange(len(t)) for t in tokens]) + c.first_position  # (N)

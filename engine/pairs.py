@@ -20,16 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.corpus import (
-    Corpus,
-    Passage,
-    documentation,
-    paragraphs,
-    passage,
-    quiet_import,
-    sentences,
-    spoken,
-)
+from engine.corpus import Corpus, Passage, documentation, paragraphs, passage, quiet_import, sentences, spoken
 
 LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
     torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim

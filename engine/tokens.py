@@ -10,6 +10,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from engine.files import InputError, one_line
 
+TokenIds = Sequence[Sequence[int]]   # of each text
+
 TEXTS_AT_ONCE = 1024         # that are tokenised together, to bound the memory
 CHARS_A_TOKEN = 16           # far more than a token has in the mean
 
