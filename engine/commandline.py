@@ -1,6 +1,6 @@
-"""The commands of the four pages and their flags, as argparse knows them.
+"""The commands of the four pages and their flags, as argparse knows them, and what a flag may be.
 
-A page's settings come as dataclasses, of which each field is a flag (see `flag` in files.py).
+Where a command has many settings they are a dataclass, of which each field is a flag (see `flag` in files.py).
 """
 
 from __future__ import annotations

@@ -184,16 +184,13 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
 # The table
 
 
-def results(
-    out: Path,
-    corpus: Corpus,
-    stages: dict[str, Any],                # models by their names in the table; None is BM25
-    asked: Sequence[Row],                  # the mined rows of held-out queries, where documents are the user's
-    labelled: Beir | None,
-    keep: float,                           # share of the first weights in a mean with the last; 0: none
-    save: Callable[[Any, Path], None],
-) -> dict[str, Any]:
-    """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko."""
+def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[Row], labelled: Beir | None,
+            keep: float, save: Callable[[Any, Path], None]) -> dict[str, Row]:
+    """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko.
+
+    asked: the mined rows of held-out queries, none of the built-in corpus. keep: the share of the weights before
+    training in a mean with those after it.
+    """
     gecko = stages["+ FRet (p_1, p_20)"]
     if keep:
         stages[f"{keep:g} as it came"] = mean_of(stages["as it came"], gecko, keep)
