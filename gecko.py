@@ -36,6 +36,7 @@ from engine.files import (
     InputError,
     at_least,
     check_output,
+    is_text,
     one_line,
     passage_texts,
     read_jsonl,
@@ -473,7 +474,7 @@ def read_texts(args: Arguments, formats: dict[str, str]) -> list[str]:
             texts.append(format_passage(text, title, formats) if title or text else "")
             continue
         query = row.get("query") or row.get("text")
-        if not isinstance(query, str) or not query.strip():
+        if not is_text(query):
             raise InputError(f'{where}: no "query" or "text"; every row needs one')
         texts.append(format_query(query, args.task, formats))
     return texts

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 from data import Record, Records, record, side
 from engine.cache import Cached, DryRun, Labels, Strings
 from engine.commandline import Arguments, Options, llm_arguments, rankings
-from engine.corpus import Corpus, Passage, shown, terms
+from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
 from engine.files import InputError, at_least, check_outputs, from_flags, read_filled, run, say
 from engine.kept import blocks_of_same, count_calls, read_queries, write_kept
@@ -403,8 +403,7 @@ def mine(
     """
     calls = {"ql": llm.query_likelihood, "rc": llm.relevance}
     passages = {p["_id"]: p for p in corpus}
-    texts, titles = [p["text"] for p in corpus], [p["title"] for p in corpus]
-    C = embedder.encode_passages(texts, titles)                      # (|C|, d)
+    C = embedder.encode_passages(*texts_and_titles(corpus))          # (|C|, d)
     finished: dict[int, Record] = {}
     following = 0                                                    # the next place in queries to yield
     # rows that ask the same stand in one block, for `labelled` compares them

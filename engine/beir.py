@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import InputError, beir_file, first_line, read_jsonl, read_passages
+from engine.files import InputError, beir_file, first_line, is_text, read_jsonl, read_passages
 
 Qrels = dict[str, dict[str, int]]           # {query id: {passage id: grade above 0}}
 
@@ -65,7 +65,7 @@ def read_queries(path: Path) -> dict[str, str]:
     queries: dict[str, str] = {}
     for where, row in read_jsonl(path):
         query, text = row.get("_id"), row.get("text")
-        if type(query) not in (str, int) or not isinstance(text, str) or not text.strip():
+        if type(query) not in (str, int) or not is_text(text):
             raise InputError(f'{where}: want "_id" and "text"; every query needs both')
         query = str(query)
         if queries.setdefault(query, text) != text:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.beir import Beir, read_beir
-from engine.corpus import Passage
+from engine.corpus import Passage, texts_and_titles
 from engine.files import InputError, flag
 from engine.search import topk
 from engine.table import as_text, column, content, label_in, optional_text, read_table, text_in
@@ -200,9 +200,7 @@ def beir(
 
 def nearest_passages(beir: Beir, model: Any, task: str, depth: int) -> dict[str, list[Passage]]:
     """The `depth` passages nearest to each query, by its id."""
-    texts = [p["text"] for p in beir.corpus]
-    titles = [p["title"] for p in beir.corpus]
-    P = model.encode_passages(texts, titles, progress="passages")    # (P, d)
+    P = model.encode_passages(*texts_and_titles(beir.corpus), progress="passages")  # (P, d)
     q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
     _, ids = topk(q, P, min(depth, len(P)))                          # (Q, depth)
     near = {}

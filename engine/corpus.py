@@ -23,6 +23,12 @@ from typing import Any
 Passage = dict[str, str]
 Corpus = Sequence[Passage]
 
+
+def texts_and_titles(corpus: Corpus) -> tuple[list[str], list[str]]:
+    """As a model's `encode_passages` takes them."""
+    return [p["text"] for p in corpus], [p["title"] for p in corpus]
+
+
 # --------------------------------------------------------------------------------------------------
 # Words and sentences
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from engine.beir import Beir
-from engine.corpus import Corpus, terms
-from engine.files import InputError, read_jsonl, say_lost
+from engine.corpus import Corpus, terms, texts_and_titles
+from engine.files import InputError, is_text, read_jsonl, say_lost
 from engine.search import topk
 
 # Q queries, P passages, d the dimension of their vectors, whose rows have length 1.
@@ -107,13 +107,11 @@ def encode_beir(
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
     """Unit vectors of a set."""
     settings = {"dim": dim, "precision": precision}
-    texts = [p["text"] for p in beir.corpus]
-    titles = [p["title"] for p in beir.corpus]
     if symmetric:
-        inputs = [f"{title} {text}".strip() for title, text in zip(titles, texts, strict=True)]
+        inputs = [f"{p['title']} {p['text']}".strip() for p in beir.corpus]
         P = model.encode_queries(inputs, task, progress=progress, **settings)
     else:
-        P = model.encode_passages(texts, titles, progress=progress, **settings)
+        P = model.encode_passages(*texts_and_titles(beir.corpus), progress=progress, **settings)
     if progress:
         say_lost(model, "passages")
     q = model.encode_queries(list(beir.queries.values()), task, **settings)
@@ -215,7 +213,7 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
         first, second = row.get("sentence1"), row.get("sentence2")
         score: Any = row.get("score")
         for text in (first, second):
-            if not isinstance(text, str) or not text.strip():
+            if not is_text(text):
                 raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
         if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not
             raise InputError(f"{where}: score is {score!r}; want a finite number")

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -233,6 +233,11 @@ def beir_file(folder: str | Path, name: str) -> Path:
     """A file of a BEIR folder; its .gz where that alone is there."""
     path = Path(folder) / name
     return next((p for p in (path, path.with_name(name + ".gz")) if p.is_file()), path)
+
+
+def is_text(value: Any) -> TypeGuard[str]:
+    """A string that is not blank."""
+    return isinstance(value, str) and value.strip() != ""
 
 
 def passage_texts(where: str, row: dict[str, Any]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.files import InputError, read_jsonl, write_jsonl
+from engine.files import InputError, is_text, read_jsonl, write_jsonl
 from engine.transport import LLMError
 
 Row = dict[str, Any]
@@ -23,7 +23,7 @@ def read_queries(path: str | Path, corpus: Sequence[Row]) -> list[Row]:
     rows = []
     for where, row in read_jsonl(path):
         for name in ("_id", "task", "query", "seed_id"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
+            if not is_text(row.get(name)):
                 raise InputError(f"{where}: want _id, task, query and seed_id, as `llm.py generate` writes")
         if row["seed_id"] not in ids:
             raise InputError(f"{where}: seed_id {row['seed_id']!r} is not in the corpus; give the "

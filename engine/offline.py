@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.corpus import Corpus, Passage, sentences, terms
+from engine.corpus import Corpus, Passage, sentences, terms, texts_and_titles
 from engine.files import InputError
 from engine.replies import Answers, LogProbs
 from engine.search import exact_dot
@@ -97,8 +97,8 @@ def similarity(embedder: Any, known: dict[str, np.ndarray] | None = None) -> Sim
 
 def cosines(embedder: Any, known: dict[str, np.ndarray], pairs: Pairs) -> list[float]:
     new = {p["_id"]: p for _, p in pairs if p["_id"] not in known}   # a passage is encoded once
-    texts, titles = [p["text"] for p in new.values()], [p["title"] for p in new.values()]
-    known.update(zip(new, embedder.encode_passages(texts, titles), strict=True))
+    P = embedder.encode_passages(*texts_and_titles(list(new.values())))       # (new, d)
+    known.update(zip(new, P, strict=True))
     queries = list(dict.fromkeys(q for q, _ in pairs))
     vectors = dict(zip(queries, embedder.encode_queries(queries), strict=True))
     q = torch.from_numpy(np.stack([vectors[q] for q, _ in pairs]))           # (pairs, d)

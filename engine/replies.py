@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from engine.files import is_text
 from engine.transport import CallFailed, Json
 
 Tops = list[tuple[str, float]]                # tokens and their log p
@@ -26,7 +27,7 @@ def answer_text(answer: Json) -> str:
     """The text of an answer, without a last line that was cut off."""
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
-    if not isinstance(text, str) or not text.strip():
+    if not is_text(text):
         raise CallFailed(f"no text, finish_reason {choice.get('finish_reason')}: does the model think first?")
     text.encode()                                                    # ValueError: half a surrogate pair
     if choice.get("finish_reason") in ("length", "content_filter"):

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.files import InputError, first_line, open_text, read_jsonl
+from engine.files import InputError, first_line, is_text, open_text, read_jsonl
 
 Json = dict[str, Any]                       # a row, by the names of its columns
 Cells = Iterator[tuple[str, list[str]]]     # ("file:line", the cells of a row)
@@ -156,7 +156,7 @@ def read_records(path: str | Path, candidates: bool = True) -> list[Json]:
 def check_record(where: str, row: Json) -> None:
     """InputError for a record that training could not use, or would misread."""
     for key in ("task", "query"):
-        if not isinstance(row.get(key), str) or not row[key].strip():
+        if not is_text(row.get(key)):
             raise InputError(f'{where}: no "{key}"; a record has task, query and positive')
     if row["symmetric"] not in (True, False) or not isinstance(row.get("kind"), str | None):
         raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; '
