@@ -183,9 +183,10 @@ def test_parse_generation_refuses(answer):
 
 
 @pytest.mark.parametrize("query", ["which part of a cell produces its energy",
+                                   "What part of a cell produces its energy?",
                                    "Best lightweight 2-person tent?", "internet box flashes orange"])
 def test_an_answer_that_repeats_an_example_is_a_failure(query):
-    """A small model copies the first example's query; the third here is one of its own."""
+    """A small model copies the first example's query, or nearly; the last here is one of its own."""
     if query.startswith("internet"):
         assert llm.parse_generation(f"Task: t\nQuery: {query}") == ("t", query)
     else:
