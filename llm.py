@@ -210,15 +210,6 @@ class LanguageModel:
         """One of the prompts above with its passage, and the query where it has a place."""
         return fill(template, query=q, passage=shown(p, self.chars))
 
-    def scored_by(self, rank: str) -> dict[str, str | None]:
-        """Which model gives the scores, and how; LLMError where it cannot."""
-        names, ql, rc = rank.split(","), None, None
-        if "ql" in names:
-            ql = self.strings.describe("log_likelihood")
-        if "rc" in names:
-            rc = f"{self.labels.describe()} ({self.score})"
-        return {"ql": ql, "rc": rc}
-
 
 def expected_relevance(log_p: Scores) -> float | None:
     """RC from the labels' log p, best label first: of the top label alone its log p, as in the paper; of
@@ -589,7 +580,7 @@ def mine_command(args: Arguments) -> None:
     embedder = load(args.model_dir)
     llm = open_llm(o, args.fret, corpus, embedder, args.score)
     # asked now, before the corpus is encoded: a server may not be able to score
-    source = {"scored_by": llm.scored_by(rank)} if isinstance(llm, LanguageModel) else {}
+    source = {"scored_by": llm.labels.scored_by(rank, llm.score)} if isinstance(llm, LanguageModel) else {}
     rows = mine(llm, embedder, corpus, queries, args.N, args.negative, rank, o.seed)
     if o.dry_run:
         return count_calls(rows, "mine", llm)

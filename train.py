@@ -39,14 +39,7 @@ import llm
 from data import Record, Records, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
 from engine.beir import read_split
 from engine.cache import DryRun
-from engine.commandline import (
-    Arguments,
-    Recipe,
-    checked,
-    path_and_weight,
-    read_dims,
-    train_arguments,
-)
+from engine.commandline import Arguments, Recipe, checked, path_and_weight, read_dims, train_arguments
 from engine.corpus import Corpus
 from engine.documents import heading_pairs, read_corpus
 from engine.files import flag, from_flags, run, say, write_jsonl
@@ -55,14 +48,7 @@ from engine.offline import Offline
 from engine.recorded import Recorded
 from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
 from engine.runs import Run, check_negatives, digest, save_into, tokenised
-from engine.scale import (
-    blockwise_loss,
-    cached_backward,
-    derive_seed,
-    processes,
-    start_processes,
-    stop_processes,
-)
+from engine.scale import blockwise_loss, cached_backward, derive_seed, processes, start_processes, stop_processes
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
 
 # B rows in a batch, d the model's dimension, tau the temperature, s = cos / tau. The vectors of a loss,
@@ -345,7 +331,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
         held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
     print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
     if isinstance(author, llm.LanguageModel):
-        author.scored_by(o.rank)                                     # an error now where it cannot rank
+        author.labels.scored_by(o.rank, author.score)                # an error now where it cannot rank
         counting = llm.LanguageModel(DryRun(), chars=o.chars)
         print(f"asked of {o.llm}: {cost(counting, corpus, draws, o.rank)}")
     if o.dry_run:

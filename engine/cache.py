@@ -134,8 +134,15 @@ class Labels:
             self.unlisted += not listed
         return log_p
 
-    def describe(self) -> str:
-        return self.strings.describe("log_likelihood" if self.strings.can("log_likelihood") else "top_tokens")
+    def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
+        """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
+        names, ql, rc = rank.split(","), None, None
+        if "ql" in names:
+            ql = self.strings.describe("log_likelihood")
+        if "rc" in names:
+            call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
+            rc = f"{self.strings.describe(call)} ({score})"
+        return {"ql": ql, "rc": rc}
 
     def report(self) -> str:
         """What was asked, and how far the scores can be trusted."""
