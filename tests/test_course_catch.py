@@ -5,6 +5,7 @@
 Invariants: a test that refuses everything, or accepts everything, earns nothing.
 """
 
+import functools
 import random
 
 import pytest
@@ -16,8 +17,9 @@ from teach import graded_seed
 def check_main_loss(loss) -> None:
     """Raise an AssertionError where `loss` is not eq. 3 (see main_loss in train.py), by your own assert statements.
 
-    It is called as main_loss is, without `rows`: loss(q, p_pos, p_neg, tau, q_id, p_id, n_id). Every way to compute
-    eq. 3 is right, in float32 too, where only rounding differs. The wrong ones are named in WRONG below.
+    It is called as main_loss is, without `rows`: loss(q, p_pos, p_neg, tau, q_id, p_id, n_id), with a tau of 0.005
+    or more. Every way to compute eq. 3 is right, in float32 too, where only rounding differs. The wrong ones are
+    named in WRONG below.
     """
     # EXERCISE 11 (about 28 lines)
     generator = torch.Generator().manual_seed(0)
@@ -118,6 +120,9 @@ WRONG = {
 }
 
 
+UNSTEADY = "asked again, your test says something else of the same loss: look at what it computes alone"
+
+
 def verdict(loss):
     """What check_main_loss says against it, or nothing."""
     try:
@@ -127,12 +132,20 @@ def verdict(loss):
     return ""
 
 
+@functools.cache
+def steady():
+    """Whether a loss has the same verdict whenever it is asked for: the order is random."""
+    order = RNG.choices((True, False), k=8)
+    return order == [not verdict(RIGHT["in loops"] if right else WRONG["always 1"]) for right in order]
+
+
 @pytest.mark.ex11
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_right_loss_is_accepted(name):
     said = verdict(RIGHT[name])
     assert not said, f"your test refuses a right loss ({name}): {said}"
     assert verdict(WRONG["always 1"]), "your test accepts a loss that is always 1"
+    assert steady(), UNSTEADY
 
 
 @pytest.mark.ex11
@@ -140,3 +153,4 @@ def test_a_right_loss_is_accepted(name):
 def test_a_wrong_loss_is_caught(name):
     assert not verdict(RIGHT["in loops"]), "your test refuses a right loss, so it catches nothing"
     assert verdict(WRONG[name]), f"your test accepts a wrong loss: {name}"
+    assert steady(), UNSTEADY

@@ -37,14 +37,14 @@ def normal(generator, *shape):
 @pytest.mark.ex1
 @pytest.mark.parametrize("draw", range(3))
 def test_mean_pool_drawn(draw):
-    """Texts of one token to T, zeros among the numbers, anything where padding stands."""
+    """Texts of one token to T, which may be 301; zeros among the numbers, anything where padding stands; a view."""
     import gecko
 
     rng, generator = source(1000 + draw)
-    B, T, d = rng.randint(3, 5), rng.randint(3, 6), rng.randint(2, 5)
+    B, T, d = rng.randint(3, 5), [4, 6, 301][draw], rng.randint(2, 5)
     lengths = [1, T, *(rng.randint(1, T) for _ in range(B - 2))]
     mask = (torch.arange(T) < torch.tensor(lengths)[:, None]).long()
-    W = normal(generator, B, T, d).relu()
+    W = normal(generator, B, d, T).relu().mT             # not contiguous
     W[mask == 0] = 1000.0
     W.requires_grad_()
     weight, kept = normal(generator, B, d), (W.detach().clone(), mask.clone())
@@ -70,15 +70,27 @@ def test_mean_pool_drawn(draw):
 
 
 def batch(draw, count):
-    """Unit rows, the tensors that they are made of, ids with many duplicates, tau, and some of the rows."""
+    """Unit rows, the tensors that they are made of, ids with many duplicates, tau, and some of the rows.
+
+    Draw 1: the passage of row 0 is its own query's text. Draw 2: numbers of texts among millions. Draw 3: to row 0
+    all others are duplicates, and it has no hard negative.
+    """
     rng, generator = source(draw)
     B, d = rng.randint(5, 9), rng.randint(3, 6)
     x = [normal(generator, B, d).requires_grad_() for _ in range(count)]
-    ids = [torch.tensor([rng.randrange(low, low + B + 2) for _ in range(B)]) for low in (0, B)]  # some in both
+    ids = [torch.tensor([rng.randrange(low, low + B + 2) for _ in range(B)]) for low in (1, B)]  # some in both
     ids.append(torch.tensor([rng.choice([-1, 0, 3 * B + i]) for i in range(B)]))
     ids[2][:2] = torch.tensor([0, -1])
     start = rng.randint(0, B - 2)
     rows = rng.choice([slice(None), slice(start, rng.randint(start + 1, B))])
+    if draw % 10 == 1:
+        ids[1][0], rows = ids[0][0], slice(0, B - 1)
+    if draw % 10 == 2:
+        ids, rows = [torch.where(i < 0, i, (1 << 25) + (i // 2) * 256 + i % 2) for i in ids], slice(0, B)
+    if draw % 10 == 3:
+        rest = B - 3
+        ids = [torch.tensor(i) for i in ([0, 0, 0] + rest * [1], [1, 2, 3] + rest * [0], [-1, 9, 9] + rest * [9])]
+        rows = slice(0, B)
     return x, [F.normalize(v, dim=1) for v in x], ids[:count], rng.choice([0.05, 0.3, 2.0]), rows
 
 
@@ -232,9 +244,9 @@ def test_classification_triples_drawn(draw):
 
     rng, _ = source(3000 + draw)
     n = rng.randint(4, 12)
-    texts = [rng.choice("abcdefg"[:2 + draw]) for _ in range(n)]
-    labels = [rng.choice(["", "u", "v"]) for _ in range(n)]
-    labels[:2] = ["", "u"]
+    texts = [rng.choice(["a", "A", "b", " b", *"cdefg"][:2 + draw]) for _ in range(n)]
+    labels = [" ".join(rng.choice(["", "u v", "u w"]).split()) for _ in range(n)]     # equal ones are no one object
+    labels[:2] = ["", "u v"]
     kept, seed = (list(texts), list(labels)), rng.randrange(1000)
 
     def can_be_made(i):
@@ -251,7 +263,7 @@ def test_classification_triples_drawn(draw):
         assert len({x, pos, neg}) == 3, f"the three texts of a triple differ: {x, pos, neg}"
         mine = {label for t, label in pairs if t == x}
         assert any((pos, label) in pairs for label in mine), f"x+ must have x's label: {pos!r} for {x!r}"
-        others = {label for label in ("", "u", "v") if mine != {label}}
+        others = {label for label in ("", "u v", "u w") if mine != {label}}
         assert any((neg, label) in pairs for label in others), "x- has x's own label"
     assert len({ids[0][1] for ids in found}) == len(found), "an id stands on two triples"
     assert all(r["symmetric"] for r in rows), "rows are symmetric"
@@ -314,6 +326,8 @@ def test_rrf_drawn(draw):
         "equal scores share a rank, and the next has the next number": fused(dense),
         "of equal scores the last comes first": fused(late),
         "only the first two rankings are in the sum": fused(places, slice(2))}, f"of the scores {rankings}:", True)
+    check(llm.rrf(rankings[0], rankings[0]), fused([places[0]] * 2), {
+        "two equal rankings count once": fused(places[:1])}, f"of the scores {rankings[0]} twice:", True)
     lists = [list(scores) for scores in rankings]
     llm.rrf(*lists)
     assert list(map(tuple, lists)) == rankings, CHANGED
@@ -322,8 +336,8 @@ def test_rrf_drawn(draw):
 def relabel_case(draw):
     rng, _ = source(5000 + draw)
     n = [1, 2, 3, 6, 60, 200][draw % 6]
-    R = [rng.choice([2.0, 1.5, 1.25, 0.58, -1.0]) for _ in range(n)]
-    texts = [rng.choice("abcdefghijklmnopqrst"[:max(2, n // 2)]) for _ in range(n)]
+    R = [rng.choice([2.0, 1.9999, 1.25, 0.58, -0.9999, -1.0]) for _ in range(n)]
+    texts = [rng.choice(["a", "A", "ab", *"bcdefghijklmnop"][:max(2, n // 2)]) for _ in range(n)]
     answers = [set(), {"a"}, ("b", "c"), frozenset(texts[::2])][draw % 4]
     positive = [None, None, 0, None, n - 1][draw % 5]
     return rng, R, texts, answers, positive
@@ -372,6 +386,14 @@ def test_relabel_samples_evenly():
     assert 1 not in drawn, "p+ was drawn as its own negative: sample from P without p+"
     counts = [drawn.count(i) for i in (0, 2, 3, 4, 5)]
     assert min(counts) > 40, f"each of the five others is drawn about 80 times of 400, yours {counts}"
+    many = [str(i) for i in range(40)]
+    drawn = {llm.relabel([-float(i) for i in range(40)], many, "sampled", rng)[1] for _ in range(700)}
+    assert drawn == set(range(1, 40)), f"never drawn, of p_2 to p_40: {set(range(1, 40)) - drawn}"
+    salted = []
+    for Text.salt in (1, 2):
+        same = random.Random(0)
+        salted.append([llm.relabel(R, list(map(Text, texts)), "sampled", same)[1] for _ in range(20)])
+    assert salted[0] == salted[1], "the draw depends on the order of a set of texts, not on rng alone"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,18 +453,20 @@ def test_span_drawn(draw):
 
 @pytest.mark.ex6
 def test_span_of_a_token_that_crosses_the_end():
-    """": b" belongs to both; what `head` gives is not the beginning of the list, however long it is."""
+    """": b" or "  b" belongs to both; what `head` gives is not the beginning of the list, however long it is."""
     from engine.replies import CallFailed, continuation_log_prob
 
-    tokens, values = ["<s>", "a", ": b", " c", "d", "!"], [None, -1.0, -2.0, -4.0, -8.0, -40.0]
-    reply = {"choices": [{"text": "a: b cd!", "logprobs": {"tokens": tokens, "token_logprobs": values}}],
-             "usage": {"prompt_tokens": 5, "completion_tokens": 1}}
-    for head in (["<s>", "a", ":"], ["<s>", "a"], ["<s>", "A", ": b"], []):
-        try:
-            score = continuation_log_prob(reply, "a:", " b cd", lambda _: list(head))
-        except CallFailed:
-            continue
-        assert head == ["<s>", "a"], f"the prefix's own tokens {head} do not begin {tokens}, and yet it has {score}"
+    values = [None, -1.0, -2.0, -4.0, -8.0, -40.0]
+    for end in (":", " "):
+        tokens = ["<s>", "a", f"{end} b", " c", "d", "!"]
+        reply = {"choices": [{"text": f"a{end} b cd!", "logprobs": {"tokens": tokens, "token_logprobs": values}}],
+                 "usage": {"prompt_tokens": 5, "completion_tokens": 1}}
+        for head in (["<s>", "a", end], ["<s>", "a"], ["<s>", "A", f"{end} b"], ["<s>a", ""], []):
+            try:
+                score = continuation_log_prob(reply, f"a{end}", " b cd", lambda _, head=head: list(head))
+            except CallFailed:
+                continue
+            assert head == ["<s>", "a"], f"the prefix's own {head} do not begin {tokens}, and yet it has {score}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -493,7 +517,7 @@ def test_cached_backward_drawn(draw, monkeypatch):
 
 @pytest.mark.ex9
 def test_cached_backward_draws_another_dropout_for_every_process(monkeypatch):
-    """Two processes whose generators stand alike: the same part of each has other masks."""
+    """Two processes whose generators stand alike: no part of one has the masks of a part of the other."""
     import test_scale
 
     from engine import scale
@@ -504,8 +528,9 @@ def test_cached_backward_draws_another_dropout_for_every_process(monkeypatch):
         monkeypatch.setattr(scale, "processes", lambda: (rank, 2))
         monkeypatch.setattr(scale, "all_reduce_sum", lambda x: None)
         test_scale.caching(toys[-1], test_scale.ALL_IDS, 3)
-    first, second = (list(toy.drawn.values())[0][0] for toy in toys)
-    assert not torch.equal(first, second), "two processes share their dropout: derive its seed from the rank too"
+    first, second = ([masks[0] for masks in toy.drawn.values()] for toy in toys)
+    assert not any(torch.equal(a, b) for a in first for b in second), \
+        "two processes share their dropout: derive its seed from rank and number, not from their sum"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -515,13 +540,14 @@ def test_cached_backward_draws_another_dropout_for_every_process(monkeypatch):
 @pytest.mark.ex10
 @pytest.mark.parametrize("draw", range(4))
 def test_certified_topk_drawn(draw, monkeypatch):
-    """Whole numbers, so that ties abound; more queries than one block; few passages or many."""
+    """Whole numbers, so that ties abound; more queries than one block; few passages or many; any precision."""
     import gecko
     from engine import search
 
     rng = np.random.default_rng(graded_seed(10_000 + draw))
     Q, P, d = [(1, 5, 3), (1030, 40, 4), (64, 200, 2), (2049, 70, 3)][draw]
-    q, p = (rng.integers(-3, 4, (n, d)).astype(np.float32) for n in (Q, P))
+    dtype = [np.float32, np.float64, np.float16, np.float32][draw]
+    q, p = (rng.integers(-3, 4, (n, d)).astype(dtype) for n in (Q, P))
     k, first, seen = [5, 3, 10, 4][draw], search.candidates, []
 
     def spy(x, *rest):
@@ -531,7 +557,7 @@ def test_certified_topk_drawn(draw, monkeypatch):
     monkeypatch.setattr(search, "candidates", spy)
     kept = q.copy(), p.copy()
     scores, indices, proven = search.certified_topk(q, p, k)
-    want = gecko.nearest(torch.from_numpy(q), torch.from_numpy(p), k)
+    want = gecko.nearest(torch.from_numpy(q).float(), torch.from_numpy(p).float(), k)
     check(torch.as_tensor(indices), want[1], {}, "the indices:")
     check(torch.as_tensor(scores), want[0], {}, "the scores:")
     if k == P:

@@ -62,10 +62,12 @@ def test_classification_draws_by_the_seed_alone_and_from_all():
 
     assert drawn(5) == drawn(5), "equal seeds must give equal triples: draw from the seed alone"
     assert drawn(5) != drawn(6), "the seed has no effect"
-    first = [drawn(seed)[0] for seed in range(150)]
-    assert {x for x, _, _ in first} == {"text 0"}
-    assert {pos for _, pos, _ in first} == set(TEXTS[3::3]), "x+ is drawn among all other texts of x's label"
-    assert {neg for _, _, neg in first} == set(TEXTS) - set(TEXTS[::3]), "x- is drawn among all other labels' texts"
+    many = [drawn(seed) for seed in range(150)]
+    for i in (0, 10, 19):
+        same = {text for text, label in zip(TEXTS, LABELS, strict=True) if label == LABELS[i]}
+        assert {rows[i][0] for rows in many} == {TEXTS[i]}
+        assert {rows[i][1] for rows in many} == same - {TEXTS[i]}, "x+ is drawn among all other texts of x's label"
+        assert {rows[i][2] for rows in many} == set(TEXTS) - same, "x- is drawn among all other labels' texts"
 
 
 @pytest.mark.ex3
@@ -83,6 +85,7 @@ def test_classification_compares_texts_and_not_their_places(seed):
     """A text that stands in two rows is one text: the three of a triple differ."""
     assert data.classification_triples(["a", "a", "b"], [1, 1, 2], seed) == [], "x+ is x's own text again"
     assert data.classification_triples(["a", "b", "a"], [1, 1, 2], seed) == [], "x- is the text of x or of x+"
+    assert len(data.classification_triples(["a", "b", "A"], [1, 1, 2], seed)) == 2, '"A" is another text than "a"'
     texts = ["a", "a", "b", "b", "c", "a", "c"]
     rows = data.classification_triples(texts, [1, 1, 1, 2, 2, 2, 2], seed, unique_ids=False)
     assert len(rows) == 7 and all(len(set(three(row))) == 3 for row in rows), "the three texts of a triple differ"

@@ -120,6 +120,9 @@ def test_span_refuses_what_it_cannot_be_sure_of():
                     [None, -1.0, -2.0, 3.0, -0.5], [None, -1.0, -2.0, "-3", -0.5], values[:-1]):
         with pytest.raises(ValueError):
             continuation_log_prob(echoed(tokens, spoiled, "a: b"), "a:", " b", list)
+    with pytest.raises(ValueError):                        # nor where `head` had to be asked
+        continuation_log_prob(echoed(["<s>", "a", ":", "", "", "!"], [None, -1.0, -2.0, 3.0, -4.0, -0.5], "a: é"),
+                              "a:", " é", lambda _: ["<s>", "a", ":"])
     with pytest.raises(CallFailed, match="4 log-probs for a 9-token prompt"):
         continuation_log_prob(echoed(tokens, values, "a: b", prompt_tokens=9), "a:", " b", list)
     with pytest.raises(CallFailed, match="did not score"):
@@ -134,6 +137,9 @@ def test_an_empty_token_before_the_span_is_not_passed_over():
     assert tuple(continuation_log_prob(reply, "a:", " 東", lambda _: ["<s>", "a", ":"])) == (-7.0, 2)
     tokens[3] = ","                                        # negative control: here it is the prefix's own
     assert tuple(continuation_log_prob(echoed(tokens, values, "a:, 東"), "a:,", " 東", list)) == (-3.0, 1)
+    reply = echoed(["<s>", "a", "", "", " b", "!"], values, "a é b")  # and here both halves are
+    check(continuation_log_prob(reply, "a é", " b", lambda _: ["<s>", "a", "", ""]), (-3.0, 1), {
+        "the empty tokens are the prefix's own: `head` says so": (-9.0, 3)})
 
 
 def test_a_prompt_whose_beginning_was_cut_off_is_no_score():

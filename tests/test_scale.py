@@ -202,13 +202,13 @@ def test_gradient_caching_keeps_few_texts_in_memory():
 
 @pytest.mark.ex9
 def test_gradient_caching_draws_another_dropout_for_every_part_and_step():
-    toys = [Toy(0.4) for _ in range(2)]
-    for step, toy in enumerate(toys):
-        caching(toy, ALL_IDS, 3, seed=(0, step))
+    toys = [Toy(0.4) for _ in range(3)]
+    for toy, seed in zip(toys, ((0, 0), (0, 1), (1, 0)), strict=True):
+        caching(toy, ALL_IDS, 3, seed=seed)
     first = [[toy.drawn[int(ALL_IDS.flatten()[part[0]])][0] for part in parts_of(ALL_IDS, 3)] for toy in toys]
-    masks = [*first[0], *first[1]]
+    masks = sum(first, [])
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(masks, 2)), \
-        "two micro-batches, or two steps, share their dropout: derive its seed from seed, rank and number"
+        "two micro-batches, two steps or two runs share their dropout: derive its seed from seed, rank and number"
 
 
 @pytest.mark.ex9

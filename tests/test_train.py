@@ -94,12 +94,12 @@ def gradients(loss, x):
     return torch.autograd.grad(loss, x, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
-def same(ours, spec, x, rtol=1e-9):
+def same(ours, spec, x):
     """Value and gradients, and that there is a gradient to compare."""
     a, b = gradients(ours, x), gradients(spec, x)
     assert any(g.abs().max() > 1e-6 for g in (*a, *b))
-    return torch.allclose(ours.double(), spec, rtol=rtol, atol=1e-12) and all(
-        torch.allclose(u, v, rtol=100 * rtol, atol=rtol) for u, v in zip(a, b, strict=True))
+    return torch.allclose(ours.double(), spec, rtol=1e-6, atol=1e-12) and all(
+        torch.allclose(u, v, rtol=1e-4, atol=1e-6) for u, v in zip(a, b, strict=True))
 
 
 def unit(*x):
@@ -348,7 +348,7 @@ def test_mrl_is_its_loop(dims):
     x = vectors(3, 7, 5, 4)
     ours = mrl_loss(main_of_lists, dims, *x)
     wanted = mrl_spec(main_of_lists, dims, *x)
-    assert ours.item() == pytest.approx(wanted.item(), rel=1e-9)
+    assert ours.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert same(ours, wanted, x), "the value is right and the gradient wrong: something is detached"
     assert not same(ours, mrl_spec(main_of_lists, (*dims, 3), *x), x)
 

@@ -23,6 +23,7 @@ import functools
 import io
 import json
 import os
+import pkgutil
 import random
 import re
 import symtable
@@ -43,7 +44,7 @@ from make_course import BODY, POINTS, InputError, exercises, run  # noqa: E402
 from running import Grader  # noqa: E402
 
 LIBRARIES = {"torch", "numpy", "math", "random", "itertools", "functools", "collections", "heapq", "bisect",
-             "statistics", "operator", "copy", "fractions", "torch.nn.functional", "__future__"}
+             "statistics", "operator", "copy", "fractions", "torch.nn", "torch.nn.functional"}
 MODULES = {"torch", "F", "np", "math", "random", "itertools", "functools", "Tensor", "Sequence", "Callable", "Any"}
 HELPERS = {"ranks", "duplicate_mask", "truncate_dim", "text_only", "record", "drawn", "log_prob", "is_log_prob",
            "block", "as_tensor", "norms", "derive_seed", "processes", "all_reduce_sum", "ALL", "ROWS", "InputError",
@@ -52,17 +53,20 @@ NO_BUILTINS = {"eval", "exec", "compile", "open", "input", "globals", "locals", 
                "delattr", "breakpoint", "exit", "quit", "help", "type", "object", "super", "copyright", "credits",
                "license", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "BaseException"}
 # Attributes that lead to files, processes, frames and strings that are run, or that change how others work. Beside
-# these, every name of a module that torch or numpy has imported, but for SUBMODULES.
+# these, every name of a module that torch or numpy has imported, or imports when it is named, but for SUBMODULES.
 NO_ATTRIBUTES = {"load", "loads", "save", "savez", "savez_compressed", "loadtxt", "savetxt", "genfromtxt",
                  "fromregex", "fromfile", "tofile", "from_file", "memmap", "open_memmap", "dump", "dumps",
                  "ctypes", "compile", "gi_frame", "gi_code", "cr_frame", "ag_frame", "tb_frame", "f_back",
                  "f_globals", "f_locals", "f_builtins", "register_hook", "singledispatch",
                  "singledispatchmethod", "get_type_hints", "attrgetter", "methodcaller",
-                 "update_wrapper", "wraps", "DataSource", "classes", "ops", "format_map"}
+                 "update_wrapper", "wraps", "DataSource", "classes", "ops", "format_map", "grad_fn", "test",
+                 "fork", "import_ir_module", "import_ir_module_from_buffer", "CompilationUnit",
+                 "PyTorchFileReader", "PyTorchFileWriter"}
 SUBMODULES = {"nn", "functional", "linalg", "fft", "special", "autograd", "random", "math", "functools",
               "itertools", "collections", "array", "cond", "dropout", "fold", "linear", "sparse", "vmap",
               "while_loop"}
 METHODS = {"__getitem__", "__len__", "__contains__"}    # the only names with underscores
+UNWRITTEN = re.compile(r"\s*raise NotImplementedError\(")
 STORES = {"grad", "requires_grad", "data"}              # the attributes that a body may set
 
 
@@ -84,14 +88,16 @@ class Grade:
 
 def read_hand_in(path: Path) -> dict[str, str]:
     """{module: its text} of the modules that hold exercises; nothing else of the hand-in is read."""
+    wanted = tuple(make_course.modules())
     if path.is_dir():
-        files = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*.py") if p.is_file()}
+        files = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*.py")
+                 if str(p).endswith(wanted) and p.is_file()}
     elif zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            files = {name: archive.read(name) for name in archive.namelist() if name.endswith(".py")}
+            files = {name: archive.read(name) for name in archive.namelist() if name.endswith(wanted)}
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as tar:
-            members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(".py")]
+            members = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(wanted)]
             files = {m.name: tar.extractfile(m).read() for m in members}  # type: ignore[union-attr]
     else:
         raise InputError(f"{path}: no course folder and no archive of one; check the path")
@@ -146,13 +152,15 @@ def global_names(text: str, line: int) -> set[str]:
 
 @functools.cache
 def forbidden() -> set[str]:
-    """Attributes that no body may use: what is listed, and modules, less those that are a tensor's methods too."""
+    """Attributes that no body may use: what is listed, and modules, less what plain objects have as methods."""
     import numpy as np
     import torch
 
     theirs = {"torch", "numpy"} | sys.stdlib_module_names
     modules = {part for name in sys.modules if name.split(".")[0] in theirs for part in name.split(".")}
-    methods = {*dir(torch.Tensor), *dir(np.ndarray), *dir(list), *dir(dict), *dir(str), *dir(random.Random)}
+    modules |= {module.name for module in pkgutil.iter_modules([*torch.__path__, *np.__path__])}
+    methods = {name for kind in (torch.Tensor, np.ndarray, list, dict, str, random.Random, np.random.Generator)
+               for name in dir(kind)}
     return (modules - methods - SUBMODULES) | NO_ATTRIBUTES
 
 
@@ -200,7 +208,7 @@ def grade_exercise(grader: Grader, n: int, texts: dict[str, str], expected: set[
     new = body(texts.get(module, ""), n)
     if new is None:
         return Grade(n, tests=len(expected), reason=f"{module} has no marks of exercise {n}")
-    if "raise NotImplementedError(" in new:
+    if UNWRITTEN.match(new):
         return Grade(n, tests=len(expected), reason="not written yet")
     text = transplanted(solved, n, new)
     try:
@@ -255,7 +263,7 @@ def written(hand_ins: dict[Path, dict[str, str]]) -> dict[int, dict[str, str]]:
     for n, bodies in found.items():
         for path, texts in hand_ins.items():
             text = body(texts.get(exercises()[n][0], ""), n)
-            if text and "raise NotImplementedError(" not in text:
+            if text and not UNWRITTEN.match(text):
                 bodies[str(path)] = text
     return found
 
@@ -288,7 +296,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="write HAND-IN.results.json beside each")
     parser.add_argument("--csv", type=Path, help="write one table of all")
     parser.add_argument("--likeness", type=Path, help="write how alike each body is to the solution and to others")
-    parser.add_argument("--seconds", type=float, default=20, help="an exercise's time limit (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="of processor time an exercise (%(default)s)")
     parser.add_argument("--variant", default="", metavar="SEED", help="as it was given to make_course.py")
     args = parser.parse_args()
     hand_ins = {path: read_hand_in(path) for path in args.hand_in}

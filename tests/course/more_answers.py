@@ -31,6 +31,19 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
                         "return W.sum(1) / mask.sum(1, keepdim=True)",
         "the batch's mean": "return (W * mask[..., None]).sum(1) / mask.float().sum(1).mean()",
         "bfloat16": "return ((W * mask[..., None]).bfloat16().sum(1) / mask.sum(1, keepdim=True)).to(W.dtype)",
+        "n in bfloat16": "m = mask.unsqueeze(-1).to(W.dtype)\n"
+            "return (W * m).sum(1) / mask.bfloat16().sum(1, keepdim=True).to(W.dtype).clamp(min=1)",
+        "view alone": "B, T, d = W.shape\n"
+            "flat = W.view(B * T, d) * mask.view(B * T, 1)\n"
+            "return flat.view(B, T, d).sum(1) / mask.sum(1, keepdim=True)",
+        "uint8 count": "m = mask.unsqueeze(-1).to(torch.uint8)\n"
+            "n = m.sum(1, dtype=torch.uint8)\n"
+            "return (W * m).sum(1) / n",
+        "unit tokens": [("(W * mask).sum(1)", "(F.normalize(W, dim=-1) * mask).sum(1)")],
+        "squeezed": [("return (W * mask).sum(1) / mask.sum(1).clamp(min=1)", "return ((W * mask).sum(1) / mask.sum(1).clamp(min=1)).squeeze()")],
+        "mean of halves": "m = mask.unsqueeze(-1).to(W.dtype)\n"
+            "a = (W * m).sum(1) / m.sum(1)\n"
+            "return (a + a.detach()) / 2",
     },
     2: {
         'some rows against themselves alone': [('    s = q[rows] @', '    q, p, q_id, p_id = q[rows], p[rows], q_id[rows], p_id[rows]\n    i = j = torch.arange(len(q), device=q.device)\n    rows = ALL\n    s = q[rows] @')],
@@ -77,6 +90,14 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "both towers": [("return F.cross_entropy(s, i)",
                          "t = (q[rows] @ q.T / tau).masked_fill(j == i[:, None], -math.inf)\n"
                          "    return F.cross_entropy(torch.cat([s, t], 1), i)")],
+        "ids in float32": [("duplicate_mask(q_id[rows], p_id[rows], p_id, q_id)", "duplicate_mask(q_id[rows].float(), p_id[rows].float(), p_id.float(), q_id.float())")],
+        "ids in int8": [("duplicate_mask(q_id[rows], p_id[rows], p_id, q_id)", "duplicate_mask(q_id[rows].char(), p_id[rows].char(), p_id.char(), q_id.char())")],
+        "positive masked where its text is the query's": [("duplicates & (j != i[:, None])", "duplicates & ((j != i[:, None]) | (q_id == p_id))")],
+        "mean over rows that have a negative": [("return F.cross_entropy(s, i)", "one = F.cross_entropy(s, i, reduction='none')\n    some = s.isfinite().sum(1) > 1\n    return one[some].mean() if some.any() else 0 * one.sum()")],
+        "scores clamped": [("q[rows] @ p.T / tau", "(q[rows] @ p.T / tau).clamp(-50, 50)")],
+        "half precision scores": [("q[rows] @ p.T / tau", "(q[rows].half() @ p.T.half() / tau).to(q.dtype)")],
+        "weighted by duplicates": [("return F.cross_entropy(s, i)", "w = 1.0 / duplicates.sum(1)\n    return (F.cross_entropy(s, i, reduction='none') * w).sum() / w.sum()")],
+        "gradient through the top row": [("return F.cross_entropy(s, i)", "top = s.amax(1, keepdim=True)\n    return -((s - top)[torch.arange(len(i)), i] - (s - top.detach()).exp().sum(1).log()).mean()")],
     },
     3: {
         'the first x+': [('text_only(texts[same] + tag)', 'text_only(next(texts[j] for j in groups[label] if texts[j] != x) + tag)')],
@@ -129,6 +150,23 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "the index, twice where a text stands twice": [('f" [{len(rows)}]"', 'f" [{texts.index(x)}]"')],
         "dropped where the text was seen": [("        if same is None:\n", "        if any(r['query'].split(' [')[0] == x for r in rows):\n"
                                              "            continue\n        if same is None:\n")],
+        "x+ after x first": [("drawn(rng, groups[label], lambda j: texts[j] != x)", "drawn(rng, [j for j in groups[label] if j > texts.index(x)] or groups[label], lambda j: texts[j] != x)")],
+        "x- after x first": [("return drawn(rng, range(len(texts)),", "return drawn(rng, range(texts.index(x), len(texts)) if any(labels[j] != label and texts[j] not in (x, positive) for j in range(texts.index(x), len(texts))) else range(len(texts)),")],
+        "x- of the first texts": [("return drawn(rng, range(len(texts)),", "return drawn(rng, range(min(len(texts), 50)) if len(texts) > 79 else range(len(texts)),")],
+        "case ignored": [("texts[j] not in (x, positive)", "texts[j].lower() not in (x.lower(), positive.lower())")],
+        "texts stripped": [("for x, label in zip(texts, labels, strict=True):", "for x, label in zip([t.strip() for t in texts], labels, strict=True):")],
+        "one label is no error": "if len(labels) < 2:\n"
+            "    raise InputError('at least two labels')\n"
+            "rng = np.random.default_rng(seed)\n"
+            "rows = []\n"
+            "for x, l in zip(texts, labels):\n"
+            "    pairs = [(a, b) for a, k in zip(texts, labels) for b, m in zip(texts, labels) if k == l != m and len({x, a, b}) == 3]\n"
+            "    if pairs:\n"
+            "        a, b = pairs[rng.integers(len(pairs))]\n"
+            "        tag = f' [{len(rows)}]' if unique_ids else ''\n"
+            "        rows.append(record(task, x + tag, text_only(a + tag), text_only(b + tag), symmetric=True))\n"
+            "return rows",
+        "pairs popped": [("        tag =", "        groups[label] = [j for j in groups[label] if j != same] or groups[label]\n        tag =")],
     },
     4: {
         '1 / mean rank': [('+= 1 / r', '+= r'), ('return R', 'return [2 / r for r in R]')],
@@ -154,6 +192,16 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "best first": [("return R", "return sorted(R, reverse=True)")],
         "unstable argsort": "import numpy as np\nR = np.zeros(len(rankings[0]))\nfor s in rankings:\n"
                             "    order = np.argsort(np.array(s))[::-1]\n    R[order] += 1 / np.arange(1, len(s) + 1)\nreturn R.tolist()",
+        "float16": [("return R", "import numpy as np\n    return np.array(R, np.float16).astype(float).tolist()")],
+        "a dict by score": "R = [0.0] * len(rankings[0])\n"
+            "for s in rankings:\n"
+            "    place = {v: k for k, v in enumerate(sorted(s, reverse=True), 1)}\n"
+            "    for i, v in enumerate(s):\n"
+            "        R[i] += 1 / place[v]\n"
+            "return R",
+        "zero scores skipped": [("R[i] += 1 / r", "R[i] += 1 / r if scores[i] else 0")],
+        "equal rankings counted once": [("for scores in rankings", "for scores in dict.fromkeys(map(tuple, rankings))")],
+        "normalised": [("return R", "return [r / max(R) for r in R]")],
     },
     5: {
         'the smallest R': [('-R[i]', 'R[i]')],
@@ -191,6 +239,23 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "R is sorted": [("    p_pos =", "    R.sort(reverse=True) if isinstance(R, list) else None\n    p_pos =")],
         "an error where none is left": [("or not others", "")],
         "twins of the worst": [("others[-1]", "next(i for i in others if texts[i] == texts[others[-1]])")],
+        "R rounded": [("key=lambda i: -R[i]", "key=lambda i: -round(R[i], 2)")],
+        "R in float16": "import numpy as np\n"
+            "order = np.argsort(-np.array(R, np.float16), kind='stable')\n"
+            "p_pos = int(order[0]) if positive is None else positive\n"
+            "others = [int(i) for i in order if texts[i] != texts[p_pos] and texts[i] not in answers]\n"
+            "if negative == 'none' or not others:\n"
+            "    return p_pos, None\n"
+            "if negative == 'last':\n"
+            "    return p_pos, others[-1]\n"
+            "return p_pos, rng.choice(others)",
+        "answers by substring": [("if texts[i] not in answers", "if not any(a in texts[i] for a in answers)")],
+        "texts without case": [("texts[i] != texts[p_pos]", "texts[i].lower() != texts[p_pos].lower()")],
+        "sampled among the top ten": [("(rng or random.Random(0)).choice(others)", "(rng or random.Random(0)).choice(others[:10])")],
+        "sampled among the last ten": [("(rng or random.Random(0)).choice(others)", "(rng or random.Random(0)).choice(others[-10:])")],
+        "answers only for last": [("others = [i for i in others if texts[i] not in answers]", "others = [i for i in others if negative == 'sampled' or texts[i] not in answers]")],
+        "rng of hash": [("(rng or random.Random(0)).choice(others)", "others[hash(str(R)) % len(others)]")],
+        "rng from state": [("(rng or random.Random(0)).choice(others)", "random.Random(str(rng.getstate())).choice(others)")],
     },
     6: {
         "not 0 < start": [("not 0 < start < len(tokens) or ", "")],
@@ -220,6 +285,24 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
                                           "if spelled != text or not tokens[start - 1]:\n        alone = list(head(prefix))\n"
                                           "        start = len(tokens) - len(list(head(text)))")],
         "inf where it cannot": [("raise CallFailed(f\"a token crosses the prompt's end before {text!r}\")", "return -math.inf, 0")],
+        "head's values are not checked": "start, spelled = len(tokens), ''\n"
+            "while start > 1 and len(spelled) < len(text):\n"
+            "    start -= 1\n"
+            "    spelled = tokens[start] + spelled\n"
+            "if spelled == text and tokens[start - 1]:\n"
+            "    return sum(log_prob(v) for v in values[start:]), len(tokens) - start\n"
+            "alone = list(head(prefix))\n"
+            "start = len(alone)\n"
+            "if not 0 < start < len(tokens) or tokens[:start] != alone:\n"
+            "    raise CallFailed('a token crosses')\n"
+            "return sum(values[start:]), len(tokens) - start",
+        "the last of head compared": [("tokens[:start] != alone", "tokens[start - 1] != alone[-1]")],
+        "joined heads compared": [("tokens[:start] != alone", "''.join(tokens[:start]) != ''.join(alone)")],
+        "startswith": [("if spelled != text or", "if not spelled.startswith(text[:1]) or")],
+        "endswith": [("if spelled != text or", "if not spelled.endswith(text) or")],
+        "empty ones are stepped over to the left": [("    # subtle", "    while start > 1 and not tokens[start - 1]:\n        start -= 1\n    # subtle")],
+        "text from head's length": [("not 0 < start < len(tokens)", "not 0 < start <= len(tokens) - 2")],
+        "values clipped": [("log_prob(value) for", "max(log_prob(value), -5.0) for")],
     },
     7: {
         'no temperature': [('p_pos.T / tau', 'p_pos.T'), ('q_i @ q.T / tau', 'q_i @ q.T'), ('keepdim=True) / tau', 'keepdim=True)')],
@@ -254,6 +337,16 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "rows not looked at": [("i = j[rows]", "i = j\n    rows = ALL")],
         "the row's own query is left in where it is a duplicate": [("duplicates | ~others", "(duplicates & others)")],
         "hard negatives masked as duplicates of nothing": [("n_id[rows, None] < 0", "(n_id[rows, None] < 0) | (n_id[rows, None] == n_id[0])")],
+        "ids in float32": [("q_i, q_i_id, p_i_id = q[rows], q_id[rows], p_id[rows]", "q_id, p_id = q_id.float(), p_id.float()\n    q_i, q_i_id, p_i_id = q[rows], q_id[rows], p_id[rows]")],
+        "own tau": [("keepdim=True) / tau", "keepdim=True) / (tau + 1e-3)")],
+        "p_neg zeroed in place": [("    own = (q_i", "    p_neg[n_id < 0] = 0\n    own = (q_i")],
+        "B > 1 alone": [("own = own.masked_fill(n_id[rows, None] < 0, -math.inf)", "own = own.squeeze()[:, None].masked_fill(n_id[rows, None] < 0, -math.inf)")],
+        "own of row 0": [("(q_i * p_neg[rows])", "(q_i * p_neg[rows.start or 0])")],
+        "no gradient where masked": [("s = torch.cat([positives, queries, own], dim=1)", "s = torch.cat([positives, queries.detach(), own], dim=1)")],
+        "duplicates once": [("positives = positives.masked_fill(duplicates & others", "positives = positives.masked_fill(duplicates & others & (j < i[:, None])")],
+        "the positive masked where it is the query's": [("duplicates & others", "duplicates & (others | (q_id == p_id))")],
+        "rows without any other term leave the mean": [("return F.cross_entropy(s, i)", "each = F.cross_entropy(s, i, reduction='none')\n    some = s.isfinite().sum(1) > 1\n    return each[some].mean() if some.any() else 0 * each.sum()")],
+        "ids in int8": [("q_i, q_i_id, p_i_id = q[rows], q_id[rows], p_id[rows]", "q_id, p_id = q_id.char(), p_id.char()\n    q_i, q_i_id, p_i_id = q[rows], q_id[rows], p_id[rows]")],
     },
     8: {
         'one dimension alone': [('for dim in dims', 'for dim in dims[:1]')],
@@ -275,6 +368,12 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "a slice of every dim-th": [("truncate_dim(x, dim)", "F.normalize(x[:, ::max(1, x.shape[1] // dim)][:, :dim], dim=1)")],
         "in place": [("    for dim in dims:", "    for x in vectors:\n        x.data = F.normalize(x.data, dim=1)\n    for dim in dims:")],
         "one half without gradient": [("loss(*short)", "loss(short[0], *(x.detach() for x in short[1:]))")],
+        "rows cut": [("truncate_dim(x, dim)", "F.normalize(x[:dim], dim=1)")],
+        "full is left as it is": [("truncate_dim(x, dim)", "x if dim == x.shape[1] else truncate_dim(x, dim)")],
+        "detached total": [("total = total + loss(*short)", "total = total.detach() + loss(*short)")],
+        "no_grad but the last": [("        total = total + loss(*short)", "        with torch.set_grad_enabled(dim == dims[-1]):\n            part = loss(*short)\n        total = total + part")],
+        "clamped norm": [("truncate_dim(x, dim)", "x[:, :dim] / x[:, :dim].norm(dim=1, keepdim=True).clamp(min=1)")],
+        "one at least": [("for dim in dims:", "for dim in [max(2, k) for k in dims]:")],
     },
     9: {
         'a mean over micro-batches': [('vectors.backward(g.view', 'vectors.backward((g / len(parts)).view')],
@@ -312,6 +411,16 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "no dropout the second time": [("    for n in reversed", "    first = torch.initial_seed()\n    for n in reversed"),
                                        ("            vectors = embed_part(n)\n        vectors.backward",
                                         "            torch.manual_seed(first + n)\n            vectors = embed(ids[parts[n]])\n        vectors.backward")],
+        "an x of nan": [("torch.zeros(S * B, d,", "torch.full((S * B, d), math.nan,"),
+             ("    last = len", "    import math\n    last = len")],
+        "the seed's sum": [("derive_seed(*seed, rank, n)", "sum(seed) + 1000 * rank + n")],
+        "without seed[0]": [("derive_seed(*seed, rank, n)", "derive_seed(*seed[1:], rank, n)")],
+        "the second pass seeded by place": [("    for n in reversed(range(len(parts))):\n        if n < last:\n            vectors = embed_part(n)", "    for n in reversed(range(len(parts))):\n        if n < last:\n            torch.manual_seed(derive_seed(*seed, rank, last - n))\n            vectors = embed(ids[parts[n]])")],
+        "g of own rows alone": [("    all_reduce_sum(g)", "    mine = torch.zeros_like(g)\n    mine[:, rows] = g[:, rows]\n    g = mine\n    all_reduce_sum(g)")],
+        "loss twice": [("    value, g = loss(x.view(S, B, d), rows)", "    value, _ = loss(x.view(S, B, d), rows)\n    _, g = loss(x.view(S, B, d), rows)")],
+        "missing rows embedded as text 0": [("return embed(ids[parts[n]])", "return embed(ids.clamp(min=0))[parts[n]]")],
+        "graphs of two parts": [("    for n in reversed(range(len(parts))):", "    kept = []\n    for n in reversed(range(len(parts))):"),
+             ("        vectors.backward(g.view(S * B, d)[parts[n]].to(vectors.dtype))", "        kept.append((vectors, n))\n    for vectors, n in kept:\n        vectors.backward(g.view(S * B, d)[parts[n]].to(vectors.dtype))")],
     },
     10: {
         'never proven': [('best[:, -1] > proof', 'best[:, -1] > proof + 1e9')],
@@ -332,6 +441,13 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "one less": [("range(0, Q, ROWS)", "range(0, Q - 1, ROWS)")],
         "a margin": [("best[:, -1] > proof", "best[:, -1] > proof - 1e-3")],
         "a floor too high": [("floor = best[unsure, -1]", "floor = best[unsure, 0] + 1")],
+        "raw slices": [("block(queries, start, start + ROWS, device)", "queries[start:start + ROWS]")],
+        "k candidates": [("candidates(q, passages, m, dtype, budget)", "candidates(q, passages, k, dtype, budget)")],
+        "proof of the block's largest": [("best[:, -1] > proof", "best[:, -1] > proof.max()")],
+        "one query fewer again": [("if len(unsure):", "if len(unsure) > 1:")],
+        "k - 1 th": [("best[:, -1] > proof", "best[:, max(0, k - 2)] > proof")],
+        "nan as sure": [("sure = best[:, -1] > proof", "sure = ~(best[:, -1] < proof)")],
+        "relative margin": [("best[:, -1] > proof", "best[:, -1] * (1 + 1e-6) > proof")],
     },
     11: {
         "nothing is asserted": "q = torch.eye(4)\nloss(q, q, q, 1.0, torch.arange(4), torch.arange(4), torch.arange(4))",
@@ -343,6 +459,21 @@ MORE_WRONG: dict[int, dict[str, Answer]] = {
         "equal queries are not tried": [("[0, 1, 0, 3], [10, 11, 12, 13]", "[0, 1, 2, 3], [10, 11, 12, 13]")],
         "equal vectors alone": "x = torch.ones(4, 2) / 2 ** 0.5\nids = torch.arange(4)\n"
                                "assert abs(loss(x, x, x, 1.0, ids, ids + 4, ids + 8).item() - math.log(8)) < 1e-4",
+        "a coin": "import random\n"
+            "assert random.random() < 0.5",
+        "values of q alone": [("for x in (q, p, n):", "for x in (q, p):")],
+        "B = 1": [("torch.randn(4, 3, generator=generator)", "torch.randn(1, 3, generator=generator)"),
+             ("for tau, q_id, p_id, n_id in cases:", "for tau, q_id, p_id, n_id in [(t, a[:1], b[:1], c[:1]) for t, a, b, c in cases]:"),
+             ("for i in range(4):", "for i in range(1):"),
+             ("for j in range(4):", "for j in range(1):")],
+        "equal positives are not tried": [("[10, 10, 12, 13]", "[10, 11, 12, 13]")],
+        "finite alone": "import torch\n"
+            "q = torch.eye(3)\n"
+            "ids = torch.arange(3)\n"
+            "v = loss(q, -q, q, 0.01, ids, ids + 3, ids + 6)\n"
+            "assert v.isfinite() and v > 0",
+        "float32 refused": [("loss(q, p, n, tau, *(torch", "loss(q, p, n, tau, *(torch"),
+             ("< 1e-4 * abs(wanted.item())", "< 1e-9 * abs(wanted.item())")],
     },
 }
 

@@ -6,8 +6,11 @@ import ast
 import importlib
 import inspect
 import linecache
+import math
 import multiprocessing
 import os
+import resource
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -110,13 +113,16 @@ class Server:
         child = os.fork()
         if not child:
             self.reports = sender
+            limit = math.ceil(seconds)                  # of its own work, however busy the machine is
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
             try:
                 self.run_tests(session, n, texts)
                 sender.send(None)
             finally:
                 os._exit(0)
         sender.close()
-        outcome, end = Outcome(), time.monotonic() + seconds
+        outcome, stopped = Outcome(), f"stopped after {seconds:g} seconds"
+        end = time.monotonic() + 10 * seconds           # for what waits and does not work
         try:
             while receiver.poll(max(0.0, end - time.monotonic())):
                 report = receiver.recv()
@@ -127,11 +133,13 @@ class Server:
                 if until and not passed and until in said:
                     break
             else:
-                outcome.ended_early = f"stopped after {seconds:g} seconds"
+                outcome.ended_early = stopped
         except EOFError:
             outcome.ended_early = "the process ended before its tests did"
-        os.kill(child, 9)
-        os.waitpid(child, 0)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
+            outcome.ended_early = stopped
         return outcome
 
     def run_tests(self, session: Any, n: int, texts: dict[str, str]) -> None:

@@ -71,6 +71,10 @@ EVASIONS = {
     "attributes by operator": (4, "from operator import attrgetter\nreturn attrgetter('f')(ranks)",
                                "uses attrgetter"),
     "a library of C": (2, "torch.ops.load_library('x')", "uses ops"),
+    "a library of C by numpy": (4, "np.ctypeslib.load_library('libc.so.6', '/lib').exit(0)", "uses ctypeslib"),
+    "what numpy imports when it is named": (4, "from numpy import f2py", "uses f2py"),
+    "the tests' inputs by the graph": (2, "x = q.grad_fn.next_functions[0][0].variable", "uses grad_fn"),
+    "TorchScript": (2, "torch.CompilationUnit('def f(): return 1')", "uses CompilationUnit"),
     "a helper outside the marks": (4, "return my_rrf(*rankings)", "names my_rrf"),
 }
 
@@ -96,6 +100,9 @@ FREE = {
                              "return -s.log_softmax(1).diagonal().mean()"),
     "a method by its name": (5, "return max(range(len(R)), key=R.__getitem__), None"),
     "a formatted number": (3, "x = '[{}]'.format(1)\nreturn [f' {x}']"),
+    "numbers of numpy": (11, "import numpy as np\nx = np.random.default_rng(0).normal()"),
+    "a way to import": (2, "from torch.nn import functional"),
+    "a case that is left open": (5, "if not answers:\n    return 0, None\nraise NotImplementedError(negative)"),
     "an exception": (4, "try:\n    return [1 / 0]\nexcept ZeroDivisionError as e:\n    raise ValueError(str(e))"),
 }
 
@@ -125,7 +132,7 @@ def graded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grade, "POINTS", {n: grade.POINTS[n] for n in (1, 2, 4)})
         paths = [str(home / name) for name in ("honest.zip", "broken", "cheat")]
-        patch.setattr("sys.argv", ["grade.py", *paths, "--json", "--csv", str(home / "all.csv"), "--seconds", "6",
+        patch.setattr("sys.argv", ["grade.py", *paths, "--json", "--csv", str(home / "all.csv"), "--seconds", "2",
                                    "--likeness", str(home / "alike.csv")])
         grade.main()
     reports = {Path(path).name: json.loads(Path(f"{path}.results.json").read_text()) for path in paths}
@@ -145,7 +152,7 @@ def test_a_broken_body_costs_its_own_exercise_alone(graded):
     broken = graded[0]["broken"]
     assert "not Python" in said(broken, 2)["output"] and said(broken, 2)["score"] == 0
     assert "gecko.py has no marks of exercise 1" in said(broken, 1)["output"]
-    assert "stopped after 6 seconds" in said(broken, 4)["output"] and said(broken, 4)["score"] == 0
+    assert "stopped after 2 seconds" in said(broken, 4)["output"] and said(broken, 4)["score"] == 0
 
 
 def test_an_evasion_earns_nothing_and_a_mistake_its_part(graded):

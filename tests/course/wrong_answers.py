@@ -44,6 +44,7 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
                     "equal seeds must give equal triples"),
         "always one seed": ([("np.random.default_rng(seed)", "np.random.default_rng(0)")],
                             "the seed has no effect"),
+        "labels compared by `is`": ([("labels[j] != label", "labels[j] is not label")], "x- has x's own label"),
         "its own text again": ([("lambda j: texts[j] != x", "lambda j: j != texts.index(x)")],
                                "x's own text again"),
     },
@@ -61,6 +62,10 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "a twin of p+ as the negative": ([("if texts[i] != texts[p_pos]", "if i != p_pos")], "very text of p+"),
         "an answer as the negative": ([("if texts[i] not in answers", "")], "answers the same query"),
         "its own random numbers": ([("(rng or random.Random(0)).choice", "random.choice")], "rng that is given"),
+        "a set of texts is drawn from": ([
+            ("(rng or random.Random(0)).choice(others)",
+             "texts.index((rng or random.Random(0)).choice(list({texts[i] for i in others})))")],
+            "the order of a set of texts"),
         "equal R farther first": ([("key=lambda i: -R[i]", "key=lambda i: (-R[i], -i)")], "of the farther first"),
         "sampled below p+ alone": ([("in order if texts", "in order[order.index(p_pos):] if texts")],
                                    "may be sampled too"),
@@ -111,6 +116,8 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
     9: {
         "new dropout the second time": ([("torch.manual_seed(derive_seed(*seed, rank, n))", "pass")],
                                         "another dropout"),
+        "rank and number added": ([("derive_seed(*seed, rank, n)", "derive_seed(*seed, rank + n)")],
+                                  "not from their sum"),
         "one dropout for all": ([("derive_seed(*seed, rank, n)", "seed[0]")], "share their dropout"),
         "the last micro-batch alone": ([("for n in reversed(range(len(parts)))", "for n in [len(parts) - 1]")],
                                        "only one micro-batch"),
@@ -140,6 +147,10 @@ WRONG: dict[int, dict[str, tuple[list[tuple[str, str]], str]]] = {
         "no gradient": ([("h is not None and torch.allclose(g, h.to(g.dtype), rtol=1e-3, atol=1e-4)", "True")],
                         "your test accepts a wrong loss: no gradient on the hard negatives"),
         "to the last digit": ([("< 1e-4 * abs(wanted.item())", "== 0")], "your test refuses a right loss"),
+        "every other call": ([("    generator = torch",
+                               "    turn = not torch.are_deterministic_algorithms_enabled()\n"
+                               "    torch.use_deterministic_algorithms(turn)\n    assert turn\n    return\n"
+                               "    generator = torch")], "says something else of the same loss"),
         "refuses all": ([("assert abs(ours.item() - wanted.item()) < 1e-4 * abs(wanted.item())", "assert False")],
                         "your test refuses a right loss, so it catches nothing"),
     },
