@@ -87,6 +87,7 @@ def serve(folder: str, seed: str, connection: Connection) -> None:
     sys.path[:0] = [folder, f"{folder}/tests"]
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
+    exercises()                                         # kept, so that no fork reads the pages again
     files = sorted(set(sum(graders().values(), [])), key=lambda file: ("test_course" in file, file))
     options = ["-q", "--tb=native", "--capture=sys", "-p", "no:cacheprovider", "-p", "no:logging"]
     pytest.main([*options, *files], plugins=[Server(connection)])
