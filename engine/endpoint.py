@@ -37,7 +37,7 @@ CHATS: tuple[ScoringMode, ...] = (
     ("chat", {"reasoning_effort": "none"}),
     ("chat", {"reasoning_effort": "none", "max_tokens": None, "max_completion_tokens": 256, "temperature": 1}))
 MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in this order
-    "complete": (*CHATS, ("completions", {})),
+    "complete": (*CHATS[:3], ("completions", {}), CHATS[3]),         # a small model is better at those
     "log_likelihood": (("echo", {}), ("forced", {})),
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),

@@ -281,6 +281,22 @@ def test_an_answer_that_follows_no_form_is_an_answer(monkeypatch):
         assert endpoint(server).complete(["Task:"], [1]) == ["Tea is a drink."]
 
 
+def test_a_model_that_copies_an_example_in_chat_is_asked_to_complete(monkeypatch):
+    """As a small instruct model does, whose chats all say the same; what the chat template hides, P_QG shows."""
+    copied = "Task: find an answer\nQuery: What part of a cell produces its energy?"
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": copied}}
+    chats = []
+
+    def chat(self, body):
+        chats.append(body)
+        return 200, {"choices": [choice]}
+
+    monkeypatch.setattr(FakeServer, "chat", chat)
+    with FakeServer("llama-server") as server:
+        assert endpoint(server).require("complete") == ("completions", {})
+    assert len(chats) == 3
+
+
 def test_what_was_found_is_said_before_a_run(capsys):
     with FakeServer("vllm") as server:
         endpoint(server).log_likelihood([("a:", " b")])
