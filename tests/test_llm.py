@@ -121,6 +121,7 @@ def test_relabel_takes_first_and_last():
         "p- has the very text of p+; compare texts, not numbers": (1, 2)})
     assert tuple(llm.relabel(R, ["b"] * 5)) == (1, None), "where all texts are p+'s there is no negative"
     check(llm.relabel(R, texts, answers={"c"}), (1, 4), {"p- answers the same query in another row": (1, 2)})
+    check(llm.relabel(R, texts, answers={"b"}), (1, 2), {"p+ may be one of the answers; p- may not": (3, 2)})
 
 
 @pytest.mark.ex5
