@@ -223,8 +223,12 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     return pairs
 
 
-def sts_terms(model: Any, path: str | Path, dim: int | None = None, task: str = "semantic similarity",
-              ) -> np.ndarray:
+def sts_terms(
+    model: Any,
+    path: str | Path,
+    dim: int | None = None,
+    task: str = "semantic similarity",
+) -> np.ndarray:
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
     first, second, scores = zip(*read_sts(path), strict=True)
     x = model.encode_queries(first, task, dim=dim)                   # (pairs, dim)

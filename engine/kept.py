@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,53 +47,69 @@ def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[i
         yield block
 
 
+class Kept:
+    """The rows that did not fail, and what is counted on the way, of which `check` judges them at the end."""
+
+    def __init__(self, rows: Iterable[Row], what: str) -> None:
+        self.rows, self.what = rows, what
+        self.count: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.seed_first: Counter[str] = Counter()                    # rows, by ranking
+        self.chance = 0.0                                            # the sum of the mined rows' 1 / N
+        self.scores: dict[str, set[Any]] = {"ql": set(), "rc": set()}  # up to two different ones of each
+
+    def __iter__(self) -> Iterator[Row]:
+        for row in self.rows:
+            if "failed" not in row:
+                self.add(row)
+                yield row
+                continue
+            self.failures.append(row["failed"])
+            if len(self.failures) >= MAX_FAILED_AT_FIRST and not self.count["kept"]:
+                break
+        self.check()
+
+    def add(self, row: Row) -> None:
+        self.count["kept"] += 1
+        self.count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
+        self.count["no negative"] += row.get("negative_id", "") is None
+        if "candidates" not in row:
+            return
+        for name, scores in self.scores.items():
+            if len(scores) < 2:
+                scores.update(candidate[name] for candidate in row["candidates"])
+        self.seed_first.update(puts_seed_first(row))
+        self.count["mined"] += 1
+        self.chance += 1 / len(row["candidates"])
+
+    def check(self) -> None:
+        """LLMError when nine in ten failed, or all scores are equal: that endpoint does not score."""
+        kept, failed = self.count["kept"], len(self.failures)
+        if failed > 9 * kept:
+            raise LLMError(f"{self.what}: {kept} of the first {failed + kept} rows succeeded, too few to go on; "
+                           f"failures: {'; '.join(self.failures[:3])}")
+        for name, scores in self.scores.items():
+            if len(scores) == 1 and None not in scores:
+                raise LLMError(f"all {name} scores equal {scores.pop()}: the endpoint does not score; "
+                               "nothing was written")
+
+
 def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> Counter[str]:
     """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
-    The counts of rows: kept, failed, relabelled (p+ is not p_seed), no negative. LLMError, and nothing
-    written, when nine in ten failed, or all scores are equal: that endpoint does not score.
+    The counts of rows: kept, mined, relabelled (p+ is not p_seed), no negative. LLMError, and nothing written,
+    where `Kept.check` says so.
     """
-    count: Counter[str] = Counter()
-    seed_first: Counter[str] = Counter()                             # rows, by ranking
-    chances: list[float] = []                                        # 1 / N of each row
-    failures: list[str] = []
-    values: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two different scores of each
-
-    def kept() -> Iterator[Row]:
-        for row in tqdm(rows, total=total, desc=what, unit="row"):
-            if "failed" in row:
-                failures.append(row["failed"])
-                if len(failures) >= MAX_FAILED_AT_FIRST and not count["kept"]:
-                    break
-                continue
-            count["kept"] += 1
-            count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
-            count["no negative"] += row.get("negative_id", "") is None
-            for name, seen in values.items():
-                if len(seen) < 2:
-                    seen.update(candidate[name] for candidate in row.get("candidates", ()))
-            if "candidates" in row:
-                seed_first.update(puts_seed_first(row))
-                chances.append(1 / len(row["candidates"]))
-            yield row
-        if len(failures) > 9 * count["kept"]:
-            seen_rows = len(failures) + count["kept"]
-            raise LLMError(f"{what}: {count['kept']} of the first {seen_rows} rows succeeded, too few to go on; "
-                           f"failures: {'; '.join(failures[:3])}")
-        for name, seen in values.items():
-            if len(seen) == 1 and None not in seen:
-                raise LLMError(f"all {name} scores equal {seen.pop()}: the endpoint does not score; "
-                               "nothing was written")
-
+    kept = Kept(tqdm(rows, total=total, desc=what, unit="row"), what)
     try:
-        write_jsonl(path, kept())
+        write_jsonl(path, kept)
     finally:
         if hasattr(llm, "report"):
             print(llm.report())
-    if chances:
-        print(shares(seed_first, sum(chances) / len(chances), len(chances)))
-    count["failed"] = len(failures)
-    example = f"; a failure: {failures[0]}" if failures else ""
+    count, mined = kept.count, kept.count["mined"]
+    if mined:
+        print(shares(kept.seed_first, kept.chance / mined, mined))
+    example = f"; a failure: {kept.failures[0]}" if kept.failures else ""
     print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
     return count
 

@@ -97,13 +97,13 @@ def similarity(embedder: Any, known: dict[str, np.ndarray] | None = None) -> Sim
 
 def cosines(embedder: Any, known: dict[str, np.ndarray], pairs: Pairs) -> list[float]:
     new = {p["_id"]: p for _, p in pairs if p["_id"] not in known}   # a passage is encoded once
-    P = embedder.encode_passages(*texts_and_titles(list(new.values())))       # (new, d)
+    P = embedder.encode_passages(*texts_and_titles(list(new.values())))  # (new, d)
     known.update(zip(new, P, strict=True))
     queries = list(dict.fromkeys(q for q, _ in pairs))
     vectors = dict(zip(queries, embedder.encode_queries(queries), strict=True))
-    q = torch.from_numpy(np.stack([vectors[q] for q, _ in pairs]))           # (pairs, d)
-    p = torch.from_numpy(np.stack([known[p["_id"]] for _, p in pairs]))      # (pairs, d)
-    return exact_dot(q, p).tolist()
+    q = np.stack([vectors[query] for query, _ in pairs])             # (pairs, d)
+    p = np.stack([known[passage["_id"]] for _, passage in pairs])    # (pairs, d)
+    return exact_dot(torch.from_numpy(q), torch.from_numpy(p)).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -113,13 +113,13 @@ def cosines(embedder: Any, known: dict[str, np.ndarray], pairs: Pairs) -> list[f
 @functools.cache
 def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
-    lines = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8").splitlines()
-    found = {}
-    for line in lines:
+    text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
+    phrases_of = {}
+    for line in text.splitlines():
         if not line.startswith("#"):
             term, phrases = line.split(":")
-            found[term.strip()] = [phrase.strip() for phrase in phrases.split(",")]
-    return found
+            phrases_of[term.strip()] = [phrase.strip() for phrase in phrases.split(",")]
+    return phrases_of
 
 
 @functools.cache
@@ -151,11 +151,12 @@ def templated_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tup
 def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
     """One of the tasks and a query for it, from the documentation of a function or class."""
     found = sentences(p["text"][:1500]) or [p["text"][:200]]
-    said = found[0] if rng.random() < 0.6 else rng.choice(found)
-    said = re.split(r"-+>", said)[-1]                                # "f(x) -> what it returns"
-    said = re.sub(r"\([^()]*\)|[`*'\"]", " ", said).lower()
-    words = said.strip(" .:").split() or terms(p["title"])
-    text, exchanged = " ".join(words), 0.6
+    sentence = found[0] if rng.random() < 0.6 else rng.choice(found)
+    sentence = re.split("-+>", sentence)[-1]                         # "f(x) -> what it returns"
+    sentence = re.sub(r"\([^()]*\)|[`*'\"]", " ", sentence).lower()
+    words = sentence.strip(" .:").split() or terms(p["title"])
+    text = " ".join(words)
+    exchanged = 0.6                                                  # share of the thesaurus's terms
     task = rng.choice(tasks)
     if task == "question answering":
         text = re.sub("^returns? (true|false)( if| iff| when)", "check whether", text)
@@ -186,18 +187,20 @@ CLAUSES = re.compile(r"[,;:]\s+|\s+(?:which|whereas|while|thereby|although|becau
 
 def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     """A query for an article: what its title or a sentence, more often a late one, states."""
-    max_words, text = 18, p["text"] or p["title"]
-    found, pick = sentences(text) or [text], rng.random()
-    said = rng.choice(found[-3:] if pick < 0.45 else found)
+    max_words = 18
+    text = p["text"] or p["title"]
+    found = sentences(text) or [text]
+    pick = rng.random()
+    statement = rng.choice(found[-3:] if pick < 0.45 else found)
     if pick > 0.7 and len(p["title"].split()) > 3:
-        said = p["title"]
+        statement = p["title"]
     for empty in (SECTION, BRACKETS, LINKING, LINKING, STATING):
-        said = empty.sub("", said)
-    said = said.strip(" .;:,")
-    if len(said.split()) > max_words:                                # one of its clauses, or its beginning
-        clauses = [c for c in CLAUSES.split(said) if 6 <= len(c.split()) <= max_words]
-        said = rng.choice(clauses or [said])
-    words = said.split()[:max_words] or text.split()[:max_words]
+        statement = empty.sub("", statement)
+    statement = statement.strip(" .;:,")
+    if len(statement.split()) > max_words:                           # one of its clauses, or its beginning
+        clauses = [c for c in CLAUSES.split(statement) if 6 <= len(c.split()) <= max_words]
+        statement = rng.choice(clauses or [statement])
+    words = statement.split()[:max_words] or text.split()[:max_words]
     # a question would need grammar; a statement is said twice as often as the others
     task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
     if task == "search result":
@@ -205,4 +208,6 @@ def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
         start = rng.randrange(max(1, len(words) - 4))
         return task, " ".join(words[start:start + rng.randint(3, 6)])
     kept = [w for w in words if rng.random() > 0.2]
-    return task, " ".join(kept if task == "sentence similarity" and len(kept) > 3 else words)
+    if task == "sentence similarity" and len(kept) > 3:
+        words = kept
+    return task, " ".join(words)

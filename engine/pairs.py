@@ -85,7 +85,9 @@ def chunks(row: Passage) -> list[Passage]:
 def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, str]:
     """(query, title, text): a name, a sentence or a span of words, against the rest of the passage."""
     title, text = row["title"], row["text"]
-    words, found, kind = text.split(), sentences(text), rng.random()
+    words = text.split()
+    found = sentences(text)
+    kind = rng.random()
     if kind >= 0.7 and len(words) > 3:
         n = int(rng.integers(3, min(11, len(words))))
         start = int(rng.integers(len(words) - n + 1))
@@ -94,9 +96,8 @@ def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, s
             text = " ".join(words[:start] + words[stop:])
         return " ".join(words[start:stop]), title, text
     if kind >= 0.4 and len(found) > 1:
-        i = 0 if rng.random() < 0.5 else int(rng.integers(len(found)))
-        rest = found[:i] + found[i + 1:]
-        return found[i], title if rng.random() < 0.7 else "", " ".join(rest)
+        query = found.pop(0 if rng.random() < 0.5 else int(rng.integers(len(found))))
+        return query, title if rng.random() < 0.7 else "", " ".join(found)
     query = spoken(title)
     if rng.random() >= 0.5:
         query = " ".join(query.split()[-2:])

@@ -17,43 +17,51 @@ from engine.files import InputError, at_least, check_outputs, file_beside, one_l
 Row = dict[str, Any]
 Passages = dict[str, dict[str, str]]  # {"title", "text"} by id
 Ranks = Callable[[Sequence[float]], list[int]]
+UNKNOWN = {"title": "", "text": ""}  # a passage whose text is not here
 
 
 def show(args: Any, ranks: Ranks) -> None:
     """`llm.py show`: print the first rows, or write them as a page; say how many there are and what is left out."""
-    fret, html, changed = args.fret, args.html, args.changed
-    source = Path(args.corpus or Path(fret).parent / "corpus.jsonl")
-    check_outputs([html], fret, source)
+    source = Path(args.corpus or Path(args.fret).parent / "corpus.jsonl")
+    check_outputs([args.html], args.fret, source)
     at_least(0, limit=args.limit)
-    limit = args.limit or (10_000 if html else 5)
+    rows, about = first_rows(args.fret, args.changed, args.limit or (10_000 if args.html else 5))
+    corpus = read_passages(source) if args.corpus or source.is_file() else []
+    passages = known_passages(rows, corpus)
+    if args.html:
+        with file_beside(args.html) as new:
+            new.write_text(as_page(rows, passages, about, ranks), encoding="utf-8")
+        about = f"wrote {args.html}: {about}\nnext: open it in a browser"
+    else:
+        for row in rows:
+            print(*as_lines(row, passages, ranks), sep="\n", end="\n\n")
+    candidates = {str(candidate["id"]) for row in rows for candidate in row["candidates"]}
+    unknown = len(candidates - passages.keys())
+    if unknown:
+        print(f"no text here for {unknown:,} of the candidates; --corpus FILE gives it")
+    print(about)
+
+
+def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
+    """The first rows, or of those where p+ is not p_seed; how many there are, and how many are left out."""
     rows: list[Row] = []
     total = matching = 0
-    for total, row in enumerate(read_fret(fret), 1):
-        if not changed or row.get("positive_id") != row.get("seed_id"):
-            matching += 1
-            if matching <= limit:
-                rows.append(row)
-    about = f"{Path(fret).name}: {total:,} records"
+    for total, row in enumerate(read_fret(path), 1):
+        if changed and row.get("positive_id") == row.get("seed_id"):
+            continue
+        matching += 1
+        if matching <= limit:
+            rows.append(row)
+    about = f"{Path(path).name}: {total:,} records"
     if changed:
         about += f", p+ is not p_seed in {matching:,}"
     about += f"; {len(rows):,} shown"
     if matching > len(rows):
         about += f", {matching - len(rows):,} left out (--limit)"
-    passages = known_passages(rows, read_passages(source) if args.corpus or source.is_file() else [])
-    unknown = {str(candidate["id"]) for row in rows for candidate in row["candidates"]} - passages.keys()
-    if html:
-        with file_beside(html) as new:
-            new.write_text(as_page(rows, passages, about, ranks), encoding="utf-8")
-        about = f"wrote {html}: {about}\nnext: open it in a browser"
-    else:
-        for row in rows:
-            print(*as_lines(row, passages, ranks), sep="\n", end="\n\n")
-    if unknown:
-        print(f"no text here for {len(unknown):,} of the candidates; --corpus FILE gives it")
-    print(about)
+    return rows, about
 
 
-def read_fret(path: str | Path) -> Iterator[Row]:
+def read_fret(path: str) -> Iterator[Row]:
     """The rows that `mine` wrote, with all that is shown of them."""
     for where, row in read_jsonl(path, strict=False):
         try:
@@ -105,10 +113,13 @@ def as_lines(row: Row, passages: Passages, ranks: Ranks) -> Iterator[str]:
     for n, (r_ql, r_rc, candidate) in enumerate(in_order(row, ranks), 1):
         line = f"  {n:2}"
         for score, rank in ((candidate["ql"], r_ql), (candidate["rc"], r_rc)):
-            line += f"{'none' if score is None else format(score, '.3f'):>10} {rank or '':>4}"
-        marks = [mark for mark, name in (("p+", "positive"), ("p-", "negative"), ("seed", "seed"))
-                 if row[f"{name}_id"] == candidate["id"]]
-        p = passages.get(str(candidate["id"]), {"title": "", "text": ""})
+            number = "none" if score is None else f"{score:.3f}"
+            line += f"{number:>10} {rank or '':>4}"
+        marks = []
+        for mark, key in (("p+", "positive_id"), ("p-", "negative_id"), ("seed", "seed_id")):
+            if row[key] == candidate["id"]:
+                marks.append(mark)
+        p = passages.get(str(candidate["id"]), UNKNOWN)
         text = one_line(f"{p['title'] or candidate['id']}  {p['text']}", 60)
         yield f"{line}  {candidate['R']:.3f}  {' '.join(marks):7}  {text}".rstrip()
 
@@ -122,16 +133,24 @@ def as_page(rows: Sequence[Row], passages: Passages, about: str, ranks: Ranks) -
 
     records = []
     for row in rows:
-        record = {"id": row["_id"], "kind": row["kind"], "task": row["task"], "query": row["query"][:2000]}
-        for name, key in (("seed", "seed_id"), ("pos", "positive_id"), ("neg", "negative_id")):
-            record[name] = number(row[key])
-        record["candidates"] = [[number(c["id"]), c["ql"], r_ql, c["rc"], r_rc, c["R"]]
-                                for r_ql, r_rc, c in in_order(row, ranks)]
-        records.append(record)
+        records.append({
+            "id": row["_id"],
+            "kind": row["kind"],
+            "task": row["task"],
+            "query": row["query"][:2000],
+            "seed": number(row["seed_id"]),
+            "pos": number(row["positive_id"]),
+            "neg": number(row["negative_id"]),
+            "candidates": [[number(c["id"]), c["ql"], r_ql, c["rc"], r_rc, c["R"]]
+                           for r_ql, r_rc, c in in_order(row, ranks)],
+        })
     texts = []
     for key in numbers:
-        p = passages.get(key, {"title": "", "text": ""})
-        texts.append([key, p["title"], p["text"] if len(p["text"]) <= 1000 else p["text"][:1000] + "..."])
+        p = passages.get(key, UNKNOWN)
+        text = p["text"]
+        if len(text) > 1000:
+            text = text[:1000] + "..."
+        texts.append([key, p["title"], text])
     # subtle: a "<" in the data could end the script element that holds it
     data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
     return Path(__file__).with_name("viewer.html").read_text(encoding="utf-8").replace("@data@", data, 1)
