@@ -28,15 +28,14 @@ from engine import convert as publishers
 from engine import pairs
 from engine.commandline import data_arguments
 from engine.convert import KINDS, Convert, text_only
-from engine.corpus import Corpus, Passage
-from engine.corpus import builtin_corpus as builtin_corpus
+from engine.corpus import Corpus, Passage, builtin_corpus
 from engine.documents import read_corpus
 from engine.files import InputError, at_least, check_output, from_flags, run, write_jsonl
 from engine.show import counted, overview
 from engine.table import read_records
 from gecko import FORMATS, format_passage, format_query, load
 
-Record = dict[str, Any]  # the row described at `record`
+Record = dict[str, Any]  # a training row, with the keys that `record` gives it
 Records = Sequence[Record]
 # x, x+ and x- are the three texts of a classification triple; B rows in a batch.
 
@@ -89,8 +88,8 @@ def classification_triples(texts: Sequence[str], labels: Sequence[Any], seed: in
 
     Without ids, other rows of the same label are false negatives in the batch. With them, the id
     alone tells a row from all others, and what is left to learn from is x-. The three texts differ:
-    x+ is drawn from the texts of x's label that leave an x-, then x- from the texts of other labels.
-    Rows are symmetric. An x that has no such texts is left out; a single label is an InputError,
+    x+ is drawn from the texts of x's label, then x- from those of other labels; an x+ that leaves no
+    x- is not drawn. Rows are symmetric. An x that has no such texts is left out; a single label is an InputError,
     "at least two labels".
     """
     # EXERCISE 3 (about 25 lines)
@@ -208,7 +207,7 @@ def batches(
     steps: int,
     seed: int,
 ) -> list[np.ndarray]:
-    """For every step the numbers of its rows, (B), counted through all sets.
+    """For every step its row numbers, (B), which run on from one set to the next.
 
     mix: "sets" is `schedule`; "mixed" draws each row of a batch from a set by weight; "tasks" draws each
     from a task, all tasks with equal weight (the paper's uniform sampling, in its diversity table). A FRet
@@ -256,7 +255,7 @@ def converted(
     kind: str,
     paths: Sequence[str],
     left_out: Counter[str],  # gets, by the reason, how many rows gave no record
-    c: Convert | None = None,
+    c: Convert | None = None,  # the flags, see engine/convert.py
 ) -> list[Record]:
     """Records of files of one kind."""
     c = c or Convert()

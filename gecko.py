@@ -3,7 +3,7 @@
 Eq. 1 turns a text into a vector: a transformer M maps its n tokens to W of shape (n, d), and the mean
 of W's rows is the text's embedding. This page holds the formats of texts, that encoder (BERT's
 architecture, parameters named as Hugging Face names them), encoding, nearest neighbours, and the
-smallest encoder. engine/search.py, packed.py and folder.py do the same faster and read model folders.
+smallest encoder. engine/search.py and packed.py do the same faster, folder.py knows model folders.
 
     python gecko.py search "round a number up" --model runs/demo/gecko
     python gecko.py encode IN.jsonl OUT.npy --model runs/demo/gecko --passages
@@ -282,6 +282,7 @@ class Gecko:
         precision: str = "float32",    # or "bf16"
         progress: str = "",            # the name of a bar; none without
     ) -> np.ndarray:                   # (len(texts), dim) float32 unit vectors, in the order given
+        """Eq. 1 for any number of texts: tokens, batches of like length, means, cut to length 1."""
         d = self.encoder.config.hidden_size
         if dim is not None and not 1 <= dim <= d:
             raise InputError(f"--dim {dim}: this model has {d} dimensions, give 1 to that "
@@ -397,7 +398,7 @@ def prompts_of(formats: dict[str, str]) -> dict[str, str]:
 
 
 def formats_of(prompts: dict[str, str], default: str) -> dict[str, str]:
-    """The formats of an encoder of other makers: their prompts, or none."""
+    """The formats of an encoder of other makers: their prompts; `default` where they name none."""
     if prompts.items() >= prompts_of(FORMATS).items():               # ours, saved by sentence-transformers
         return FORMATS
     query = prompts.get("query", default)
@@ -457,7 +458,7 @@ def search_command(args: Arguments) -> None:
     q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
     say_lost(model, "query")
     texts = [format_passage(p["text"], p["title"], model.formats) for p in passages]
-    P = torch.from_numpy(kept_vectors(model, folder, corpus, texts))  # (P, d)
+    P = torch.from_numpy(kept_vectors(model, folder, corpus, texts))  # (P, d) encoded once, then on disk
     scores, indices = topk(q, truncate_dim(P, args.dim), min(args.k, len(passages)))  # (1, k) twice
     for score, i in zip(scores[0], indices[0], strict=True):
         found = passages[i]

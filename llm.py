@@ -13,8 +13,8 @@ Where we differ from the paper, or fill a gap in it:
 1. Prompts (3.2, not published): P_QG, P_QL and P_RC below are ours.
 2. The seed is always among the N candidates: where retrieval misses it, it takes the last place.
 3. Ties in R (silent): the passage that the initial retriever ranks higher comes first.
-4. A passage is cut in prompts (3.2, silent) to what a model's context holds: --chars.
-5. `offline` is no language model but statistics; `recorded` is one's answers, kept: engine/recorded.py.
+4. A long passage is cut in prompts (3.2, silent), to fit the LLM's context: --chars.
+5. Two take an LLM's place: `offline`, statistics, and `recorded`, answers that a real one gave once (engine/).
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class LanguageModel:
     chars: int = 4000       # of a passage that a prompt shows
 
     def __post_init__(self) -> None:
-        self.labels = Labels(self.strings)
+        self.labels = Labels(self.strings)                           # scores labels on any server
         self.report = self.labels.report                             # what was asked
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
 
@@ -228,11 +228,12 @@ def expected_relevance(log_p: Scores) -> float | None:
     return sum(graded) / sum(p)
 
 
+# Of each example's query in P_QG, its words
 EXAMPLES = [set(terms(line.removeprefix("Query:"))) for line in P_QG.splitlines() if line.startswith("Query: ")]
 
 
 def parse_generation(answer: str) -> tuple[str, str]:
-    """The task and the query of an answer to P_QG; ValueError when it is not two such lines.
+    """The task and the query of an answer to P_QG; ValueError where it has none, or repeats an example.
 
     >>> parse_generation("Task: find an answer\\nQuery: what is tea")
     ('find an answer', 'what is tea')
@@ -293,7 +294,7 @@ def relabel(
     texts: Sequence[str],             # of the same
     negative: str = "last",           # or "sampled", "none"
     rng: random.Random | None = None,
-    positive: int | None = None,      # p+ of the paper's p_seed rows
+    positive: int | None = None,      # index of p+, where it is not p_1
     answers: Collection[str] = (),    # texts that are right for the same query elsewhere
 ) -> tuple[int, int | None]:
     """The indices of p+ and p- among the N candidates.
@@ -388,7 +389,7 @@ def mine(
     rank: str = "ql,rc",            # the rankings that R sums over
     seed: int = 0,                  # of sampled negatives
     block: int = 256,               # queries that the LLM is given at a time, about
-    choose: Callable[[Record, list[str]], list[str]] | None = None,  # other candidates than the ids found
+    choose: Callable[[Record, list[str]], list[str]] | None = None,  # (query, ids found) -> ids to rank
 ) -> Iterator[Record]:
     """The embedder's top N of q from C, ranked by the LLM, fused and relabelled.
 
@@ -460,7 +461,7 @@ def labelled(
     negative: str,                 # as in `relabel`
     seed: int = 0,
 ) -> list[Record]:
-    """FRet records out of scored rows: the rows of Table 3, with no LLM call.
+    """FRet records out of scored rows, with no LLM call: any row of Table 3, by `positive` and `negative`.
 
     Where rows ask the same, the seed and the positive of one are no hard negative of another: they answer
     its query too.

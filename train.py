@@ -12,7 +12,7 @@ negative and same-tower negatives, and is repeated on the first dimensions (Matr
 Where we differ from the paper, or fill a gap in it:
 1. tau, optimiser, learning rate, batch size, steps, weight of the Matryoshka terms (3.3, silent): the
    fields of TrainConfig; AdamW, linear warm-up and decay; all dimensions weigh the same.
-2. Duplicates (silent): no text is a negative of its equal; `duplicate_mask` and `tokenised` see to it.
+2. Duplicates (silent): no text is a negative of its equal; `duplicate_mask` sees to it, and engine/runs.py.
 3. A row without a hard negative leaves that term of eq. 3 out.
 4. Batches (3.3, silent): from one set at a time; `--mix` has the other choices, see data.py.
 """
@@ -43,8 +43,9 @@ from engine.commandline import Arguments, Recipe, checked, path_and_weight, read
 from engine.corpus import Corpus
 from engine.documents import heading_pairs, read_corpus
 from engine.files import flag, from_flags, run, say, write_jsonl
+from engine.kept import read_queries, write_kept
 from engine.mteb import evaluate
-from engine.offline import Offline
+from engine.offline import Offline, similarity
 from engine.recorded import Recorded
 from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
 from engine.runs import Run, check_negatives, digest, save_into, tokenised
@@ -241,7 +242,7 @@ def train(
     tokens, text_ids = tokenised(model, rows, c.max_length)          # text_ids: (rows, 3)
     steps = c.steps or max(1, int(c.epochs * len(text_ids) / c.batch_size))
     plan = batches(sets, weights, c.mix, c.batch_size, steps, c.seed)  # row numbers of every step
-    check_negatives(functools.partial(batch_loss, stage, 1.0), S, text_ids, plan)
+    check_negatives(functools.partial(batch_loss, stage, 1.0), S, text_ids, plan)  # else nothing is learned
 
     # the optimiser, and the run's folder; `key` holds all that decides the result, so that nothing else resumes it
     max_lr = c.lr or (1e-2 if is_bag(model.encoder) else 3e-5)
@@ -255,7 +256,7 @@ def train(
     this_run = Run(out, model.encoder, optimiser, steps, key, save_model, measure)
     losses = this_run.resume(c.resume, anew)                         # of the steps that are done already
     bar = tqdm(range(len(losses), steps), desc=title or stage, unit="step", initial=len(losses),
-               total=steps, disable=processes()[0] > 0)
+               total=steps, disable=processes()[0] > 0)              # `processes`: (rank, how many)
 
     def embed(ids: Tensor) -> Tensor:                                # (n) -> (n, d), 0 where there is no text
         x = torch.zeros(len(ids), d, dtype=parameters[0].dtype, device=model.device)
@@ -279,7 +280,7 @@ def train(
             vectors = [embed(side) for side in ids[:S]]              # q, p_pos and p_neg, each (B, d)
             loss = mrl_loss(loss_of, dims, *vectors)
             loss.backward()
-        else:                                                        # a batch larger than memory, or processes
+        else:                                                        # the same in parts: many rows, or processes
             in_blocks = functools.partial(blockwise_loss, loss_of, truncate_dim, dims)
             loss = cached_backward(embed, in_blocks, ids[:S], tokens, c.micro_batch, d, parameters, (c.seed, step))
         norm = torch.nn.utils.clip_grad_norm_(parameters, c.clip)
@@ -317,12 +318,13 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
            corpus: Corpus | None = None) -> dict[str, Any]:
     """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus or on your documents.
 
-    What an earlier run of the same flags and data trained is read again, and no LLM is asked twice.
+    `o` holds the flags (engine/commandline.py). A run of the same flags and data goes on from where it was, and
+    asks no LLM twice.
     """
     sizes = sizes or Sizes()
     corpus = corpus or (read_corpus(o.corpus) if o.corpus else builtin_corpus())
     labelled = read_split(o.eval) if o.eval else None                # before an LLM is opened, which may be large
-    author = llm.open_llm(o, str(out / "llm.jsonl"), corpus)
+    author = llm.open_llm(o, str(out / "llm.jsonl"), corpus)          # writes the queries, and ranks the passages
     if isinstance(author, Recorded):
         draws = author.draws()[:o.queries or None]
     else:
@@ -341,8 +343,8 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     start, pre, pairs, c = pre_finetuned(o, corpus, sizes, out)
 
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
-    llm.write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
-    queries = llm.read_queries(out / "queries.jsonl", corpus)
+    write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
+    queries = read_queries(out / "queries.jsonl", corpus)
     queries, held = hold_out(queries, o.held_out if o.corpus else 0.0, o.seed)
 
     print("3.2  The initial retriever, trained on (q, p_seed)")
@@ -350,15 +352,15 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
 
     print("3.2  FRet, step 2: the retriever's top 20, ranked by the same LLM, the ranks fused, relabelled")
     if isinstance(author, Offline):
-        author.similarity = llm.similarity(retriever)                # its second ranking
-    known = author.candidates if isinstance(author, Recorded) else None
+        author.similarity = similarity(retriever)                    # its second ranking
+    known = author.candidates if isinstance(author, Recorded) else None    # scored then, whatever is found
     mined = llm.mine(author, retriever, corpus, [*queries, *held], min(20, len(corpus)), rank=o.rank, choose=known)
-    llm.write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
-    rows, asked = held_apart(out / "fret.jsonl", held)
+    write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
+    rows, asked = held_apart(out / "fret.jsonl", held)                # to train on, and held out
     print(example(rows))
 
     print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
-    gecko = trained(pre, "finetune", [rows, *pairs], WEIGHTS, c, out / "gecko")  # from pre, as the retriever
+    gecko = trained(pre, "finetune", [rows, *pairs], WEIGHTS, c, out / "gecko")  # from pre again
 
     stages = {"BM25": None, "as it came": pre}
     if start is not pre:
