@@ -12,7 +12,10 @@ import math
 import sys
 from pathlib import Path
 
-import matplotlib
+try:
+    import matplotlib
+except ModuleNotFoundError:
+    sys.exit("figures.py needs matplotlib; install it: pip install matplotlib")
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

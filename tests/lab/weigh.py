@@ -6,9 +6,9 @@ poor measure alone: a line that does three things is three lines.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
-import sys
 import tokenize
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,10 @@ def weigh(path: Path) -> Weight:
 
 
 if __name__ == "__main__":
-    weights = [weigh(Path(name)) for name in sys.argv[1:]]
-    for name, weight in zip(sys.argv[1:], weights, strict=True):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("   ")[0])
+    parser.add_argument("files", nargs="+")
+    names = parser.parse_args().files
+    weights = [weigh(Path(name)) for name in names]
+    for name, weight in zip(names, weights, strict=True):
         print(f"{name:20}", "  ".join(f"{field} {value}" for field, value in weight._asdict().items()))
     print(f"{'all':20} lines {sum(weight.lines for weight in weights)}  words {sum(w.words for w in weights)}")
