@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from engine.corpus import Corpus, Passage, sentences, terms
 from engine.files import InputError, beir_file, read_filled
-from engine.markup import MARKDOWN, MAX_WORDS, passages_of
+from engine.markup import MARKDOWN, passages_of
 from engine.pairs import chunks, title_body_pair
 
 MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in about twice as much
@@ -51,7 +51,7 @@ def read_corpus(path: str | Path) -> list[Passage]:
     return passages
 
 
-def read_documents(folder: str | Path, max_words: int = MAX_WORDS) -> tuple[list[Passage], list[str]]:
+def read_documents(folder: str | Path) -> tuple[list[Passage], list[str]]:
     """The passages of all documents below a folder, or of one file; and what was left out, a line each."""
     root = Path(folder)
     paths, notes = documents_below(root)
@@ -64,7 +64,7 @@ def read_documents(folder: str | Path, max_words: int = MAX_WORDS) -> tuple[list
         if text is None:
             unreadable.append(name)
             continue
-        rows = passages_of(name, text, max_words)
+        rows = passages_of(name, text)
         if not rows:
             empty.append(name)
         found += len(rows)

@@ -48,13 +48,12 @@ class Local:
             raise InputError(f"{folder}: transformers opens no causal language model there "
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
-        self.name, self.read_tokens = f"hf:{folder}", 0
-        self.temperature, self.max_tokens, self.stop = temperature, max_tokens, tuple(stop)
-        self.rows = rows
+        self.name = f"hf:{folder}"
+        self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
         self.keep: Keep = keep_nothing
-        self.ends = {self.tokenizer.eos_token_id}
+        self.read_tokens = 0
         end = self.model.generation_config.eos_token_id
-        self.ends.update(end if isinstance(end, list) else [end])
+        self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
         self.new_cache: Callable[[], Any] = DynamicCache
@@ -90,10 +89,10 @@ class Local:
             batch = [(prefix, text) for prefix in row_of for text in texts[prefix]]
             batch.sort(key=lambda pair: len(pair[1]))                # of like length: little padding
             for start in range(0, len(batch), self.rows):
-                some = batch[start:start + self.rows]
-                rows = [row_of[prefix] for prefix, _ in some]
-                values = self.continuations(ids[rows], of_rows(cache, rows), some)
-                for pair, value in zip(some, values, strict=True):
+                chunk = batch[start:start + self.rows]
+                rows = [row_of[prefix] for prefix, _ in chunk]
+                values = self.continuations(ids[rows], of_rows(cache, rows), chunk)
+                for pair, value in zip(chunk, values, strict=True):
                     scores[pair] = value
                     self.keep("log_likelihood", pair, value)         # a stopped run goes on from here
         return [scores[pair] for pair in pairs]
@@ -183,7 +182,8 @@ class Local:
             for n in numbers:                                        # padded so that all end together
                 padding = [-1] * (longest - len(tokens[n]))
                 rows.append(head + padding + tokens[n][len(head):])
-            ids, cache = self.tensor(rows), of_rows(head_cache, [0] * len(rows))
+            ids = self.tensor(rows)
+            cache = of_rows(head_cache, [0] * len(rows))
             if longest > len(head) + 1:
                 self.forward(ids[:, :-1], cache)
             yield numbers, ids, cache

@@ -57,10 +57,10 @@ def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> st
     """What a recipe will ask of an LLM, by one whose strings ask nobody and count."""
     query, N = "such as a person types who looks for", min(20, len(corpus))
     for start in range(0, len(draws), 256):                          # all prompts at once are gigabytes
-        some = draws[start:start + 256]
-        llm.generate([corpus[i] for i in some])
+        seeds = draws[start:start + 256]
+        llm.generate([corpus[i] for i in seeds])
         # which passages will be found is not known yet; their number and mean length are
-        pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in some for n in range(N)]
+        pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in seeds for n in range(N)]
         if "ql" in rank.split(","):
             llm.query_likelihood(pairs)
         if "rc" in rank.split(","):
@@ -107,12 +107,13 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     names = held_passages([row["seed_id"] for row in rows], share, seed)
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
-    asked, known = [row["query"] for row in held], [row["query"] for row in train]
-    of_held = near_equal(known, asked)
-    twice = near_equal(known, [], once=True)
+    queries = [row["query"] for row in train]
+    of_held = near_equal(queries, [row["query"] for row in held])
+    twice = near_equal(queries, [], once=True)
     kept = [row for row, near, again in zip(train, of_held, twice, strict=True) if not near and not again]
-    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(of_held)} that "
-          f"nearly equal a held-out one and {len(train) - len(kept) - sum(of_held)} that stand twice")
+    near_held = sum(of_held)
+    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {near_held} that "
+          f"nearly equal a held-out one and {len(train) - len(kept) - near_held} that stand twice")
     return kept, held
 
 
@@ -141,7 +142,9 @@ def example(rows: Sequence[Row]) -> str:
 def as_beir(corpus: Corpus, rows: Sequence[Row], right: str) -> Beir:
     """Rows as a retrieval set, in which the passage of `right` is right: "seed_id", or "positive_id" for p_1."""
     by_id = sorted(corpus, key=lambda p: p["_id"], reverse=True)     # as read_beir has it
-    return Beir(by_id, {row["_id"]: row["query"] for row in rows}, {row["_id"]: {row[right]: 1} for row in rows})
+    queries = {row["_id"]: row["query"] for row in rows}
+    qrels = {row["_id"]: {row[right]: 1} for row in rows}
+    return Beir(by_id, queries, qrels)
 
 
 def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
@@ -173,10 +176,11 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
         # nDCG@10 of one question is 0 to 1, with a standard deviation of about 0.4 between stages
         print(f"{few} questions are few: they tell gains of {80 / few ** 0.5:.0f} points of nDCG@10 and more; "
               "for smaller ones raise --queries or give more documents")
-    best = max(chosen, key=lambda stage: chosen[stage])
+    best = max(chosen, key=chosen.__getitem__)
     first = next(iter(chosen))
+    none_better = "; no training made it better" if best == first else ""
     print(f"kept: {best}, best on the other {half} held-out questions (nDCG@10 {chosen[best]:.3f}; {first} "
-          f"{chosen[first]:.3f})" + ("; no training made it better" if best == first else ""))
+          f"{chosen[first]:.3f}){none_better}")
     return table, best
 
 
@@ -201,8 +205,9 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
     write_questions(out / "questions", corpus)
     test = read_beir(out / "questions")
     columns = {name: measured(model, test, gecko.dims, {"": test.qrels}) for name, model in stages.items()}
-    return results_table(out / "results.json", f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at "
-                         + " and ".join(f"d = {dim}" for dim in gecko.dims), columns)
+    dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
+    title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
+    return results_table(out / "results.json", title, columns)
 
 
 def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping[str, Any]) -> Columns:
@@ -237,14 +242,15 @@ def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict
     above: list[float] = []
     for stage, scores in stages.items():
         table[stage] = {column: means(values) for column, values in scores.items()}
-        printed = []
+        cells = []
         for column in columns:
             row = table[stage].get(column)
-            printed.append(f"{row['ndcg@10']:.3f} {row['recall@100']:.3f}" if row else "-")
+            cells.append(f"{row['ndcg@10']:.3f} {row['recall@100']:.3f}" if row else "-")
         ndcg = scores[columns[0]]["ndcg@10"]
         low, high = paired_bootstrap(above or ndcg, ndcg)
         table[stage]["gain"] = [round(low, 4), round(high, 4)]
-        print(f"  {stage:20} {'   '.join(printed):26}   " + (f"[{low:+.3f}, {high:+.3f}]" if above else ""))
+        gain = f"[{low:+.3f}, {high:+.3f}]" if above else ""
+        print(f"  {stage:20} {'   '.join(cells):26}   {gain}")
         above = ndcg
     write_json(path, table)
     return table

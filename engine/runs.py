@@ -49,7 +49,7 @@ class Run:
         """The last checkpoint. A folder has its name only once it is whole."""
         return max(self.out.glob("checkpoint-*"), default=None) if self.out else None
 
-    def resume(self, wanted: bool, anew: bool = False) -> list[float]:
+    def resume(self, wanted: bool, anew: bool) -> list[float]:
         """The losses of the steps that are done already: none, or if wanted the last checkpoint's.
 
         Another run's checkpoint is refused, or with `anew` removed.
