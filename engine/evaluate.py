@@ -212,12 +212,11 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     for where, row in read_jsonl(path):
         first, second = row.get("sentence1"), row.get("sentence2")
         score: Any = row.get("score")
-        for text in (first, second):
-            if not is_text(text):
-                raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
+        if not (is_text(first) and is_text(second)):
+            raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
         if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not
             raise InputError(f"{where}: score is {score!r}; want a finite number")
-        pairs.append((str(first), str(second), score))
+        pairs.append((first, second, score))
     if len({score for _, _, score in pairs}) == 1:
         raise InputError(f"{path}: all scores are equal; a rank correlation needs two that differ")
     return pairs

@@ -106,10 +106,17 @@ def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
             check_output(output, *inputs, *outputs[n + 1:])
 
 
-def open_text(path: str | Path) -> Any:
-    """Open UTF-8 text, plain or .gz, to read it."""
+@contextlib.contextmanager
+def open_text(path: str | Path) -> Iterator[Any]:
+    """UTF-8 text, plain or .gz, to read it; InputError, also within the `with`, where it is not."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file; check the path")
     opener = gzip.open if str(path).endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig")                 # with a byte order mark or without
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:      # with a byte order mark or without
+            yield file
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
 
 
 def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -117,26 +124,21 @@ def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dic
 
     `strict`: half a surrogate pair is an error too; JSON can escape it, but no tokenizer or file takes it.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; check the path")
     n = 0
-    try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where, n = f"{path}:{number}", n + 1
-                try:
-                    row = json.loads(line)
-                    if strict and "\\ud" in line.lower():            # the escape of a half, or of both
-                        json.dumps(row, ensure_ascii=False).encode()
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{where}: not a JSON object; one JSON object a line")
-                yield where, row
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where, n = f"{path}:{number}", n + 1
+            try:
+                row = json.loads(line)
+                if strict and "\\ud" in line.lower():                # the escape of a half, or of both
+                    json.dumps(row, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: not a JSON object; one JSON object a line")
+            yield where, row
     if not n:
         raise InputError(f"{path}: no rows; one JSON object a line is needed")
 

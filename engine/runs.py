@@ -58,9 +58,10 @@ class Run:
         losses: list[float] = []
         if last:
             state = read_json(last / "state.json", dict)
-            wanted = wanted and not (anew and state["key"] != self.key)
-            if wanted and state["key"] != self.key:
+            same = state["key"] == self.key
+            if wanted and not same and not anew:
                 raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
+            wanted = wanted and same
             if wanted:
                 read_checkpoint(last, self.encoder, self.optimiser)
                 losses, self.best = state["losses"], state["best"]

@@ -10,12 +10,11 @@ import csv
 import io
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.files import InputError, first_line, is_text, open_text, read_jsonl
+from engine.files import InputError, is_text, open_text, read_jsonl
 
 Json = dict[str, Any]                       # a row, by the names of its columns
 Cells = Iterator[tuple[str, list[str]]]     # ("file:line", the cells of a row)
@@ -27,14 +26,8 @@ def read_table(path: str) -> Iterator[tuple[str, Json]]:
     if ending not in (".csv", ".tsv"):
         yield from read_jsonl(path)
         return
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; check the path")
-    try:
-        with open_text(path) as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text"
-                         ) from error
+    with open_text(path) as file:
+        text = file.read()
     rows = cells(path, text, ",", True) if ending == ".csv" else tsv(path, text)
     _, header = next(rows, ("", []))
     if len(set(header)) < len(header) or not header:
