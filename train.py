@@ -44,11 +44,11 @@ from engine.corpus import Corpus
 from engine.documents import heading_pairs, read_corpus
 from engine.files import flag, from_flags, run, say, write_jsonl
 from engine.kept import read_queries, write_kept
-from engine.mteb import evaluate
+from engine.mteb import evaluate_command
 from engine.offline import Offline, similarity
 from engine.recorded import Recorded
 from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
-from engine.runs import Run, check_negatives, digest, save_into, tokenised
+from engine.runs import Run, check_negatives, run_key, save_into, tokenised
 from engine.scale import blockwise_loss, cached_backward, derive_seed, processes, start_processes, stop_processes
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
 
@@ -251,7 +251,7 @@ def train(
     autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
     model.dims = tuple(dims)
     settings = f"{stage} {replace(c, eval='', save_every=0, resume=False)} {model.encoder.config}"
-    key = digest(settings, itertools.chain([text_ids], plan, model.encoder.parameters(), tokens))
+    key = run_key(settings, itertools.chain([text_ids], plan, model.encoder.parameters(), tokens))
     save_model, measure = functools.partial(save, model), on_dev(model, c.eval)
     this_run = Run(out, model.encoder, optimiser, steps, key, save_model, measure)
     losses = this_run.resume(c.resume, anew)                         # of the steps that are done already
@@ -462,7 +462,7 @@ def main() -> None:
         print(f'next: python gecko.py search "your question" --model {out}/gecko')
         print(f"      python llm.py show {out}/fret.jsonl --changed")
     elif args.command == "evaluate":
-        evaluate(args, load, format_query)
+        evaluate_command(args, load, format_query)
     else:
         train_command(args)
 

@@ -136,13 +136,14 @@ class Labels:
 
     def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
         """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
-        names, ql, rc = rank.split(","), None, None
+        names = rank.split(",")
+        source: dict[str, str | None] = {"ql": None, "rc": None}
         if "ql" in names:
-            ql = self.strings.describe("log_likelihood")
+            source["ql"] = self.strings.describe("log_likelihood")
         if "rc" in names:
             call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-            rc = f"{self.strings.describe(call)} ({score})"
-        return {"ql": ql, "rc": rc}
+            source["rc"] = f"{self.strings.describe(call)} ({score})"
+        return source
 
     def report(self) -> str:
         """What was asked, and how far the scores can be trusted."""

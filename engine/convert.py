@@ -138,20 +138,20 @@ def rotated(items: list[Passage], n: int) -> list[Passage]:
 
 def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Iterator[Row]:
     """MedMCQA: question, options opa to opd, and cop, the right one's number, counted from `first`."""
-    rows, numbers = [], []
+    rows = []
     for path in paths:
         for where, row in read_table(path):
             cop = label_in(where, row, "cop")
             if not re.fullmatch("-1|[0-4]", cop):
                 raise InputError(f"{where}: cop {cop!r}; give the right option's number, or -1")
-            rows.append((where, row))
-            numbers.append(int(cop))
+            rows.append((where, row, int(cop)))
     if first == -1:
-        first = first_option(*rows[0], set(numbers))
+        where, row, _ = rows[0]
+        first = first_option(where, row, {number for _, _, number in rows})
     if first not in (0, 1):
         raise InputError(f"--first {first}: give 0 or 1")
     print(f"  options are counted from {first}: cop {first} is opa")
-    for (where, row), number in zip(rows, numbers, strict=True):
+    for where, row, number in rows:
         if number not in (-1, *range(first, first + 4)):
             raise InputError(f"{where}: cop {number}, but options are counted from {first}; "
                              "give --first, or convert files of two countings apart")

@@ -174,7 +174,7 @@ def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None,
 # A user's own sets, and the command
 
 
-def evaluate(args: Any, load: Callable[[str], Any], format_query: Callable[..., str]) -> None:
+def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callable[..., str]) -> None:
     """`train.py evaluate`: the figures of a model on all sets that are named."""
     if not args.beir and not args.sts and not args.mteb:
         raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")

@@ -40,7 +40,7 @@ class Run:
     encoder: torch.nn.Module
     optimiser: torch.optim.Optimizer
     steps: int
-    key: str                                                  # the `digest` of all that the run depends on
+    key: str                                                  # the `run_key` of all that the run depends on
     save: Callable[[Path], None]                              # writes the model into a new folder
     measure: Callable[[], dict[str, float]] | None = None     # on dev, with an "ndcg@10"
     best: float = -1.0                                        # of these
@@ -195,7 +195,7 @@ def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.opt
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
-def digest(settings: str, arrays: Iterable[np.ndarray | Tensor | array[int]]) -> str:
+def run_key(settings: str, arrays: Iterable[np.ndarray | Tensor | array[int]]) -> str:
     """What a run is: flags, data and first weights. A checkpoint of another run is not continued."""
     total = hashlib.sha256(settings.encode())
     for values in arrays:
