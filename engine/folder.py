@@ -103,7 +103,7 @@ def read_folder(path: Path) -> Folder:
                              "that `python train.py` wrote (runs/demo/gecko)")
     with readable(path):
         config = read_config(path / "config.json")
-        normalised = check_modules(path)
+        normalised = check_modules(path, config["hidden_size"])
         tokenizer = read_tokenizer(path, config["vocab_size"])
         folder = Folder(config, read_weights(path), tokenizer, 0, [], {})
         read_settings(path, folder, normalised)
@@ -128,13 +128,15 @@ def read_config(path: Path) -> Json:
             raise InputError(f"{path}: {key} is {value!r}, not a number from 0 on; save the model again")
         config[key] = value
     config.setdefault("pad_token_id", 0 if config["model_type"] == "bert" else 1)
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    if config["num_hidden_layers"] and (heads < 1 or d % heads):
+        raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")
     return config
 
 
-def check_modules(path: Path) -> bool:
+def check_modules(path: Path, d: int) -> bool:
     """modules.json and 1_Pooling: encoder, mean over all tokens; true where vectors are made of length 1."""
-    kinds = ["Transformer", "Pooling"]
-    poolings = list(path.glob("1_Pooling/config.json"))
+    kinds, poolings = ["Transformer", "Pooling"], sorted(path.glob("1_Pooling/config.json"))
     listed = path / "modules.json"
     if listed.is_file():
         modules = read_json(listed, list)
@@ -155,6 +157,8 @@ def check_modules(path: Path) -> bool:
         if not mean or not raw.get("include_prompt", True):
             raise InputError(f"{pooling}: pooling {modes!r} is not supported, nor a prompt left out of it; "
                              "only the mean over all tokens (eq. 1) is")
+        if raw.get("embedding_dimension", raw.get("word_embedding_dimension", d)) != d:
+            raise InputError(f"{pooling}: the pooling's dimension does not fit the encoder's hidden_size {d}")
     return "Normalize" in kinds
 
 
@@ -199,12 +203,9 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if last >= vocab_size:
         raise InputError(f"{file}: {last + 1} tokens, but the weights have {vocab_size}; "
                          "the two files do not belong together")
-    settings = read_optional(path / "tokenizer_config.json")
-    state = json.loads(tokenizer.to_str())
-    wrong = []
-    for key in ("truncation_side", "padding_side"):
-        if settings.get(key, "right") != "right":
-            wrong.append(f"{key} {settings[key]!r}")
+    settings, state = read_optional(path / "tokenizer_config.json"), json.loads(tokenizer.to_str())
+    wrong = [f"{key} {settings[key]!r}" for key in ("truncation_side", "padding_side")
+             if settings.get(key, "right") != "right"]
     for key, (part, name) in OVERRIDES.items():
         stated = state[part] or {}
         if key in settings and name in stated and settings[key] != stated[name]:
@@ -220,8 +221,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 def read_settings(path: Path, folder: Folder, normalised: bool) -> None:
     """Prompts, formats, Matryoshka dims, longest text: gecko.json's, else sentence-transformers'."""
-    ours = read_optional(path / "gecko.json")
-    theirs = read_optional(path / "config_sentence_transformers.json")
+    ours, theirs = read_optional(path / "gecko.json"), read_optional(path / "config_sentence_transformers.json")
     encoder: Json = {}
     for kind in ENCODERS:                                            # bert or, by older versions, the encoder's own
         encoder = encoder or read_optional(path / f"sentence_{kind}_config.json")
