@@ -221,7 +221,8 @@ def main() -> None:
             else:
                 train(model, stage, [records], settings, title=case)
             scores[case][seed] = ndcg(model, sets, args.precision)
-            print(table(results)[-1], f"{time.monotonic() - start:.0f} s", flush=True)
+            line = next(line for line in table(results) if line.startswith(f"| {case} |"))
+            print(line, f"{time.monotonic() - start:.0f} s", flush=True)
             if args.out:
                 with file_beside(args.out) as new:
                     new.write_text(json.dumps(results) + "\n", encoding="utf-8")
