@@ -16,6 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import record  # noqa: E402
+import recorded_students  # noqa: E402
 import rerank_small  # noqa: E402
 from recorded_students import listwise_loss  # noqa: E402
 
@@ -164,7 +165,8 @@ def test_listwise_loss_by_its_terms():
     assert float(listwise_loss(torch.from_numpy(q), torch.from_numpy(p), 2.0 * cosines / 0.1, 0.1, 2.0)) < 1e-9
 
 
-@pytest.mark.parametrize("table, file", [(rerank_small.table, "rerank_small.json")])
+@pytest.mark.parametrize("table, file", [
+    (rerank_small.table, "rerank_small.json"), (recorded_students.table, "recorded_minilm.json")])
 def test_results_show_what_the_files_say(table, file):
     lab = Path(__file__).parent
     said = (lab / "RESULTS.md").read_text(encoding="utf-8").splitlines()
