@@ -15,6 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import forgetting  # noqa: E402
 import record  # noqa: E402
 import recorded_students  # noqa: E402
 import rerank_small  # noqa: E402
@@ -166,7 +167,8 @@ def test_listwise_loss_by_its_terms():
 
 
 @pytest.mark.parametrize("table, file", [
-    (rerank_small.table, "rerank_small.json"), (recorded_students.table, "recorded_minilm.json")])
+    (rerank_small.table, "rerank_small.json"), (recorded_students.table, "recorded_tiny.json"),
+    (recorded_students.table, "recorded_minilm.json"), (forgetting.table, "forgetting.json")])
 def test_results_show_what_the_files_say(table, file):
     lab = Path(__file__).parent
     said = (lab / "RESULTS.md").read_text(encoding="utf-8").splitlines()
