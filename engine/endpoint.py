@@ -37,7 +37,8 @@ CHATS: tuple[ScoringMode, ...] = (
     ("chat", {"reasoning_effort": "none"}),
     ("chat", {"reasoning_effort": "none", "max_tokens": None, "max_completion_tokens": 256, "temperature": 1}))
 MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in this order
-    "complete": (*CHATS[:3], ("completions", {}), CHATS[3]),         # a small model is better at those
+    # a small model copies a prompt's examples in a chat and not in a completion; OpenAI's last mode has none
+    "complete": (*CHATS[:-1], ("completions", {}), CHATS[-1]),
     "log_likelihood": (("echo", {}), ("forced", {})),
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),

@@ -12,18 +12,17 @@ drawn again.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
-from tables import points
+from tables import points, show_file, write_results
 
 from engine.beir import read_split
 from engine.evaluate import encode_beir, rankings, retrieval_scores, short_names
-from engine.files import run, write_json
+from engine.files import run
 from engine.mteb import table_9
 from engine.results import mean_of
 from gecko import load
@@ -52,8 +51,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bf16"))
     parser.add_argument("--out", default="", help="write each question's nDCG@10 to this JSON file")
     args = parser.parse_args()
-    if args.before.endswith(".json"):
-        print("\n".join(table(json.loads(Path(args.before).read_text(encoding="utf-8")))))
+    if show_file(args.before, table):
         return
     before, after = load(args.before), load(args.after)
     sets = dict(zip(short_names(args.sets), map(read_split, args.sets), strict=True))
@@ -67,7 +65,7 @@ def main() -> None:
             ndcg[name][f"{share:g}"] = np.round(values, 4).tolist()
     print("\n".join(table(ndcg)))
     if args.out:
-        write_json(args.out, ndcg)
+        write_results(args.out, ndcg)
         print(f"wrote {args.out}")
 
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tables import points
+from tables import points, show_file, write_results
 from torch import Tensor
 
 import llm
@@ -35,7 +35,7 @@ from data import Record
 from engine.beir import Beir, read_beir
 from engine.corpus import builtin_corpus
 from engine.evaluate import rankings, retrieval_scores
-from engine.files import InputError, file_beside, run
+from engine.files import InputError, run
 from engine.recorded import RECORD, Recorded
 from gecko import Gecko, format_passage, format_query, is_bag, load
 from train import TrainConfig, learning_rate, train
@@ -189,11 +189,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "float32"))
     args = parser.parse_args()
-    if args.questions.endswith(".json"):
-        print("\n".join(table(json.loads(Path(args.questions).read_text(encoding="utf-8")))))
+    if show_file(args.questions, table):
         return
     torch.set_num_threads(args.threads)
-    corpus, record = builtin_corpus(), Recorded(builtin_corpus(), args.record)
+    corpus = builtin_corpus()
+    record = Recorded(corpus, args.record)
     sets = {split: read_beir(args.questions, split) for split in SPLITS}
     print(record.report(), flush=True)
     passages = {p["_id"]: p for p in corpus}
@@ -224,8 +224,7 @@ def main() -> None:
             line = next(line for line in table(results) if line.startswith(f"| {case} |"))
             print(line, f"{time.monotonic() - start:.0f} s", flush=True)
             if args.out:
-                with file_beside(args.out) as new:
-                    new.write_text(json.dumps(results) + "\n", encoding="utf-8")
+                write_results(args.out, results)
 
 
 def minilm() -> str:

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import numpy as np
 import torch
 from record import P_QL
-from tables import points
+from tables import points, show_file, write_results
 
 import llm
 from engine.beir import read_beir
 from engine.corpus import shown
 from engine.evaluate import encode_beir, ndcg, rankings
-from engine.files import file_beside, run
+from engine.files import run
 from engine.local import Local
 from gecko import fill, load
 
@@ -55,8 +55,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="", help="write each question's nDCG@10 to this JSON file")
     args = parser.parse_args()
-    if args.model.endswith(".json"):
-        print("\n".join(table(json.loads(Path(args.model).read_text(encoding="utf-8")))))
+    if show_file(args.model, table):
         return
     torch.set_num_threads(args.threads)
     beir = read_beir(args.questions, args.split)
@@ -101,8 +100,7 @@ def main() -> None:
     rounded = {name: np.round(values, 4).tolist() for name, values in ranked.items()}
     print("\n".join(table({"ndcg@10": rounded})))
     if args.out:
-        with file_beside(args.out) as new:
-            new.write_text(json.dumps(about | {"ndcg@10": rounded}) + "\n", encoding="utf-8")
+        write_results(args.out, about | {"ndcg@10": rounded})
 
 
 if __name__ == "__main__":

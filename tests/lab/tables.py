@@ -338,6 +338,19 @@ def points(values: Any, other: Any) -> str:
     return f"{gains.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def show_file(name: str, table: Callable[[Any], list[str]]) -> bool:
+    """Whether a name is that of a results file, JSON on one line, whose table is then printed."""
+    if not name.endswith(".json"):
+        return False
+    print("\n".join(table(json.loads(Path(name).read_text(encoding="utf-8")))))
+    return True
+
+
+def write_results(path: str, results: Any) -> None:
+    with file_beside(path) as new:
+        new.write_text(json.dumps(results) + "\n", encoding="utf-8")
+
+
 Gain = tuple[float, float, float]                            # points, and their 95 % interval
 
 
