@@ -178,9 +178,12 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
               "for smaller ones raise --queries or give more documents")
     best = max(chosen, key=chosen.__getitem__)
     first = next(iter(chosen))
-    none_better = "; no training made it better" if best == first else ""
+    verdict = "; no training made it better" if best == first else ""
+    now, before = (np.mean([table[stage][truth]["ndcg@10"] for truth in truths]) for stage in (best, first))
+    if now < before:
+        verdict += f"; on the questions of the table it is worse: {now:.3f}, {first} {before:.3f}"
     print(f"kept: {best}, best on the other {half} held-out questions (nDCG@10 {chosen[best]:.3f}; {first} "
-          f"{chosen[first]:.3f}){none_better}")
+          f"{chosen[first]:.3f}){verdict}")
     return table, best
 
 

@@ -6,6 +6,8 @@ another stage beats on the half that chooses.
 """
 
 import json
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,18 @@ def test_each_column_has_its_own_truth_and_the_best_of_one_half_is_kept(tmp_path
     assert json.loads((tmp_path / "r.json").read_text()) == table
     _, best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": of_seed, "worse": lost}, None)
     assert best == "start" and "no training made it better" in capsys.readouterr().out
+
+
+def test_what_is_kept_and_is_worse_on_the_other_half_is_said(tmp_path, capsys):
+    order = sorted(asked_rows(), key=lambda row: random.Random(row["seed_id"]).random())
+    first_half = {row["query"] for row in order[:8]}
+    lucky = Pointing(lambda text: text if text in first_half else WORDS[WORDS.index(text) - 1])
+    unlucky = Pointing(lambda text: text if text not in first_half else WORDS[WORDS.index(text) - 1])
+    _, best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": unlucky, "tuned": lucky}, None)
+    out = capsys.readouterr().out
+    assert best == "tuned" and re.search(r"on the questions of the table it is worse: 0\.\d+, start 0\.\d+\n", out)
+    held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": unlucky, "same": unlucky}, None)
+    assert "it is worse" not in capsys.readouterr().out
 
 
 def test_labels_stand_beside(tmp_path, capsys):
