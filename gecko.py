@@ -32,23 +32,12 @@ from tqdm import tqdm
 
 from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
-from engine.files import (
-    InputError,
-    at_least,
-    check_output,
-    is_text,
-    one_line,
-    passage_texts,
-    read_jsonl,
-    run,
-    say,
-    say_lost,
-)
+from engine.files import InputError, at_least, check_output, one_line, run, say, say_lost
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
 from engine.tokens import TokenIds, tokenise, train_tokenizer
-from engine.vectors import kept_vectors, write_npy
+from engine.vectors import kept_vectors, rows_to_encode, write_npy
 
 # Shapes: B texts in a batch, T tokens (the longest of the batch), d the model's dimension, H heads,
 #         Q queries, P passages, k neighbours.
@@ -454,7 +443,7 @@ def search_command(args: Arguments) -> None:
     model = load(folder)
     corpus = Path(args.corpus or folder.parent / "corpus.jsonl")
     passages = read_corpus(corpus)
-    say(model=args.model, corpus=corpus, passages=len(passages), task=args.task, dim=args.dim or "all")
+    say(**vars(args), passages=len(passages))
     q = model.encode_queries([args.query], args.task, dim=args.dim)  # (1, dim)
     say_lost(model, "query")
     texts = [format_passage(p["text"], p["title"], model.formats) for p in passages]
@@ -466,27 +455,17 @@ def search_command(args: Arguments) -> None:
         print(f"{score:.3f}  {one_line(name, 80)}  {one_line(found['text'], 80)}")
 
 
-def read_texts(args: Arguments, formats: dict[str, str]) -> list[str]:
-    """The formatted texts of a file, one a row; "" for a passage that has neither title nor text."""
-    texts = []
-    for where, row in read_jsonl(args.input):
-        if args.passages:
-            title, text = passage_texts(where, row)
-            texts.append(format_passage(text, title, formats) if title or text else "")
-            continue
-        query = row.get("query") or row.get("text")
-        if not is_text(query):
-            raise InputError(f'{where}: no "query" or "text"; every row needs one')
-        texts.append(format_query(query, args.task, formats))
-    return texts
-
-
 def encode_command(args: Arguments) -> None:
     check_output(args.output, args.input)
     model = load(args.model)
-    texts = read_texts(args, model.formats)
-    kind = "passages" if args.passages else f"queries of task {args.task!r}"
-    say(model=args.model, kind=kind, rows=len(texts), dim=args.dim or "all", precision=args.precision)
+    texts = []
+    for title, text in rows_to_encode(args.input, args.passages):
+        if not args.passages:
+            texts.append(format_query(text, args.task, model.formats))
+        else:
+            # an empty passage keeps its row
+            texts.append(format_passage(text, title, model.formats) if title or text else "")
+    say(**vars(args), rows=len(texts))
     write_npy(args.output, model, texts, args.dim, args.precision)
 
 

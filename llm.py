@@ -559,7 +559,7 @@ def generate_command(args: Arguments) -> None:
     o, corpus = from_flags(Options, args), read_filled(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
     at_least(1, limit=limit)
-    say(corpus=args.corpus, passages=len(corpus), limit=limit, **vars(o))
+    say(**vars(args), passages=len(corpus))
     llm = open_llm(o, args.queries, corpus)
     rows = generate(llm, corpus, seed_draws(corpus, limit, o.seed))
     if o.dry_run:
@@ -577,11 +577,13 @@ def mine_command(args: Arguments) -> None:
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")
-    say(corpus=args.corpus, queries=len(queries), N=args.N, rank=rank, **vars(o))
+    say(**vars(args), rows=len(queries))
     embedder = load(args.model_dir)
     llm = open_llm(o, args.fret, corpus, embedder, args.score)
     # asked now, before the corpus is encoded: a server may not be able to score
-    source = {"scored_by": llm.labels.scored_by(rank, llm.score)} if isinstance(llm, LanguageModel) else {}
+    source = {}
+    if isinstance(llm, LanguageModel):
+        source = {"scored_by": llm.labels.scored_by(rank, llm.score)}
     rows = mine(llm, embedder, corpus, queries, args.N, args.negative, rank, o.seed)
     if o.dry_run:
         return count_calls(rows, "mine", llm)

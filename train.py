@@ -354,7 +354,8 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     if isinstance(author, Offline):
         author.similarity = similarity(retriever)                    # its second ranking
     known = author.candidates if isinstance(author, Recorded) else None    # scored then, whatever is found
-    mined = llm.mine(author, retriever, corpus, [*queries, *held], min(20, len(corpus)), rank=o.rank, choose=known)
+    N = min(20, len(corpus))
+    mined = llm.mine(author, retriever, corpus, [*queries, *held], N, rank=o.rank, choose=known)
     write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
     rows, asked = held_apart(out / "fret.jsonl", held)                # to train on, and held out
     print(example(rows))
@@ -403,7 +404,9 @@ def title_body_pairs(o: Recipe, corpus: Corpus, sizes: Sizes) -> list[list[Recor
                  for query, title, text in heading_pairs(corpus)]]
     stand_in = Offline(corpus, None, list(llm.FREQUENT_TASKS), o.seed)
     draws = llm.seed_draws(corpus, sizes.templates * len(corpus), o.seed)
-    return [builtin_pairs(corpus, sizes.pairs, o.seed), list(llm.generate(stand_in, corpus, draws))]
+    pairs = builtin_pairs(corpus, sizes.pairs, o.seed)
+    templated = list(llm.generate(stand_in, corpus, draws))
+    return [pairs, templated]
 
 
 def untrained(corpus: Corpus, pairs: Records, seed: int = 0) -> Gecko:
@@ -435,7 +438,7 @@ def train_command(args: Arguments) -> None:
     sets = [read_records(path, candidates=False) for path in paths]
     if first:
         sizes = [len(rows) for rows in sets]
-        say(stage=args.command, init=args.init, out=args.out, rows=sizes, processes=processes()[1], **vars(c))
+        say(**vars(args), rows=sizes, processes=processes()[1])
     if args.init == "tiny":
         model = tiny([f"{r['query']} {r['positive'].get('title', '')} {r['positive']['text']}"
                       for r in itertools.chain(*sets)], c.seed)

@@ -7,7 +7,7 @@ or one that is torn, counts for nothing and is written anew.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from engine.files import file_beside, first_line, say, say_lost
+from engine.files import InputError, file_beside, first_line, is_text, passage_texts, read_jsonl, say, say_lost
 
 
 def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -> np.ndarray:
@@ -37,6 +37,18 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     vectors = vectors[[rows[key] for key in keys]]                   # (len(texts), d)
     write_vectors(path, made_by, keys, vectors)
     return vectors
+
+
+def rows_to_encode(path: str, passages: bool) -> Iterator[tuple[str, str]]:
+    """Title and text of each row of passages, or a query without a title."""
+    for where, row in read_jsonl(path):
+        text = row.get("query") or row.get("text")
+        if passages:
+            yield passage_texts(where, row)
+        elif is_text(text):
+            yield "", text
+        else:
+            raise InputError(f'{where}: no "query" or "text"; every row needs one')
 
 
 def write_npy(path: str, model: Any, texts: Sequence[str], dim: int | None, precision: str) -> None:

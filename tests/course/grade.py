@@ -22,6 +22,7 @@ import csv
 import functools
 import io
 import json
+import math
 import os
 import pkgutil
 import random
@@ -63,8 +64,7 @@ NO_ATTRIBUTES = {"load", "loads", "save", "savez", "savez_compressed", "loadtxt"
                  "fork", "import_ir_module", "import_ir_module_from_buffer", "CompilationUnit",
                  "PyTorchFileReader", "PyTorchFileWriter"}
 SUBMODULES = {"nn", "functional", "linalg", "fft", "special", "autograd", "random", "math", "functools",
-              "itertools", "collections", "array", "cond", "dropout", "fold", "linear", "sparse", "vmap",
-              "while_loop"}
+              "itertools", "collections", "sparse"}
 METHODS = {"__getitem__", "__len__", "__contains__"}    # the only names with underscores
 UNWRITTEN = re.compile(r"\s*raise NotImplementedError\(")
 STORES = {"grad", "requires_grad", "data"}              # the attributes that a body may set
@@ -152,7 +152,7 @@ def global_names(text: str, line: int) -> set[str]:
 
 @functools.cache
 def forbidden() -> set[str]:
-    """Attributes that no body may use: what is listed, and modules, less what plain objects have as methods."""
+    """Attributes that no body may use: what is listed, and modules, less methods and functions of such a name."""
     import numpy as np
     import torch
 
@@ -161,7 +161,10 @@ def forbidden() -> set[str]:
     modules |= {module.name for module in pkgutil.iter_modules([*torch.__path__, *np.__path__])}
     methods = {name for kind in (torch.Tensor, np.ndarray, list, dict, str, random.Random, np.random.Generator)
                for name in dir(kind)}
-    return (modules - methods - SUBMODULES) | NO_ATTRIBUTES
+    # some module of torch has the name of a function; which ones are imported differs from process to process
+    functions = {name for library in (torch, np, torch.nn.functional, math) for name in dir(library)
+                 if callable(getattr(library, name))}
+    return (modules - methods - functions - SUBMODULES) | NO_ATTRIBUTES
 
 
 def flags(text: str, solved: str, n: int) -> list[str]:
