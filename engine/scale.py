@@ -20,7 +20,7 @@ from engine.packed import length_batches
 
 # S sides (inputs, positives, hard negatives), B rows of all processes, d the vectors' dimension.
 
-BLOCK = 32 << 20   # bytes of one (rows, B) matrix of scores, of which a loss holds about eight at a time
+BLOCK = 16 << 20   # bytes of one (rows, B) matrix of scores, of which a loss holds about eight at a time
 
 
 def cached_backward(
