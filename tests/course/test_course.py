@@ -2,8 +2,9 @@
 
     python -m pytest tests/course/test_course.py
 
-Invariants: without its body all tests of an exercise fail, with NotImplementedError; right answers pass all without
-all other bodies; each wrong one is caught by its own exercise's tests, with a message that says why.
+Invariants: where one exercise alone is stripped, all its tests fail, with NotImplementedError, and all others' pass,
+since these pass with every other body stripped; so do right answers; each wrong one is caught by its own exercise's
+tests, with a message that says why.
 """
 
 import ast
@@ -41,8 +42,10 @@ def without(numbers):
 def test_right_answers_pass_without_the_others(grader, n):
     """So no exercise needs another to be solved first, none is graded by another's tests, and any style will do."""
     texts, module = without(set(EXERCISES) - {n}), EXERCISES[n][0]
-    for style, answer in list(RIGHT[n].items())[-2:]:
-        outcome = grader.outcome(n, texts | {module: text_of(texts[module], n, answer)})
+    answers = [("the reference", texts[module])]
+    answers += [(style, text_of(texts[module], n, answer)) for style, answer in list(RIGHT[n].items())[-2:]]
+    for style, text in answers:
+        outcome = grader.outcome(n, texts | {module: text})
         assert outcome.tests and not outcome.failed, (style, outcome.failed)
 
 

@@ -226,6 +226,27 @@ def gain_text(cell):
     return f"{cell['gain']:+.1f}{spread}"
 
 
+RESULTS = Path(__file__).with_name("results")
+
+
+def real_points(folder=RESULTS):
+    """(student, ranker's nDCG@10, points of p_1 over p_seed without negatives) of the recorded language model.
+
+    Its nDCG is that of query likelihood on dev questions by people, ten candidates each (rerank_small.json); the
+    gain is the mean over seeds on the recipe's test questions (recorded_*.json).
+    """
+    ranked = json.loads((folder / "rerank_small.json").read_text(encoding="utf-8"))["ndcg@10"]["QL"]
+    points = []
+    for path in sorted(folder.glob("recorded_*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        runs_of = [results["ndcg@10"][case] for case in ("p_1, none", "p_seed, none")]
+        seeds = runs_of[0].keys() & runs_of[1].keys()
+        p_1, p_seed = (np.mean([of[seed]["test"] for seed in seeds]) for of in runs_of)
+        student = results["student"].replace("pre", "bag of words")     # runs/demo/pre
+        points.append((student, float(np.mean(ranked)), 100 * float(p_1 - p_seed)))
+    return points
+
+
 def chart(rows):
     """Gain against the ranker's nDCG, and against how much more often than the seed its p_1 is right."""
     from matplotlib import pyplot
@@ -239,6 +260,8 @@ def chart(rows):
         for axis, x in zip(axes, (v["ranker_ndcg"], v["p1_right"] - v["seed_right"]), strict=True):
             axis.scatter(x, v["gain"], color=colors[share], marker=markers[name], s=34, edgecolor="black",
                          linewidth=0.4)
+    for (student, x, gain), marker in zip(real_points(), "*P", strict=True):
+        axes[0].scatter(x, gain, color="black", marker=marker, s=90, label=f"Qwen2.5-Coder 1.5B, {student} learns")
     axes[0].set(xlabel="the ranker's nDCG@10 on the candidates",
                 ylabel="points of p_1 over p_seed, nDCG@10 on test")
     axes[1].set(xlabel="share of p_1 that is right, less share of seeds that is right")

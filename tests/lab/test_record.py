@@ -17,8 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import forgetting  # noqa: E402
 import record  # noqa: E402
-import recorded_students  # noqa: E402
+import recorded_students
 import rerank_small  # noqa: E402
+import study_labels  # noqa: E402
 from recorded_students import listwise_loss  # noqa: E402
 
 CORPUS = [{"_id": name, "title": name, "text": f"All that there is to say about {name}."} for name in "abcdefgh"]
@@ -174,3 +175,14 @@ def test_results_show_what_the_files_say(table, file):
     said = (lab / "RESULTS.md").read_text(encoding="utf-8").splitlines()
     missing = [line for line in table(json.loads((lab / "results" / file).read_text())) if line not in said]
     assert not missing
+
+
+def test_the_chart_s_points_of_the_recorded_model(tmp_path):
+    """Its QL's nDCG, and the mean gain over the seeds that have both."""
+    def written(name, content):
+        (tmp_path / name).write_text(json.dumps({"ndcg@10": content, "student": "pre"}))
+
+    written("rerank_small.json", {"QL": [0.5, 1.0]})
+    written("recorded_x.json", {"p_seed, none": {"0": {"test": [0.2, 0.4]}, "1": {"test": [0.3, 0.3]}},
+                                "p_1, none": {"0": {"test": [0.4, 0.4]}, "2": {"test": [1.0, 1.0]}}})
+    assert study_labels.real_points(tmp_path) == [("bag of words", 0.75, pytest.approx(10.0))]
