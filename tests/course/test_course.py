@@ -2,9 +2,9 @@
 
     python -m pytest tests/course/test_course.py
 
-Invariants: where one exercise alone is stripped, all its tests fail, with NotImplementedError, and all others' pass,
-since these pass with every other body stripped; so do right answers; each wrong one is caught by its own exercise's
-tests, with a message that says why.
+Invariants: where one exercise alone is stripped, all its tests fail, with NotImplementedError, and the tests of all
+others pass, since they pass with every other body stripped; so do right answers; each wrong one is caught by the tests
+of its own exercise, with a message that says why.
 """
 
 import ast
