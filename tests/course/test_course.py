@@ -3,8 +3,8 @@
     python -m pytest tests/course/test_course.py
 
 Invariants: where one exercise alone is stripped, all its tests fail, with NotImplementedError, and the tests of all
-others pass, since they pass with every other body stripped; so do right answers; each wrong one is caught by the tests
-of its own exercise, with a message that says why.
+others pass, since they pass with every other body stripped; so do right answers; each wrong one is caught by the
+tests of its own exercise, with a message that says why.
 """
 
 import ast
