@@ -7,7 +7,6 @@ against the documentation of what that code calls.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import itertools
@@ -31,7 +30,7 @@ SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
 
 
 def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
-                  sources: Sequence[str] = SOURCES) -> Iterator[tuple[str, str, str, str]]:
+                  ) -> Iterator[tuple[str, str, str, str]]:
     """`count` times (task, query, title, text), of four kinds, each with one of the tasks.
 
     own, library: a name, sentence or span of words and the rest of its passage. commented: a comment
@@ -39,13 +38,12 @@ def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
     words, and the documentation of that function. The shares were chosen on the dev questions.
     """
     rng = np.random.default_rng(seed)
-    source = source_texts(sources)
+    source = source_texts()
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for name, text in source["docstring"]]
     own_pieces = [piece for row in corpus for piece in chunks(row)]
     library_pieces = [piece for row in libraries for piece in chunks(row)]
-    callees = Callees(corpus)
-    calling = [callees.of_all(source["comment"]), callees.of_all(source["function"])]
+    calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
     shares = [0.4, 0.15, 0.15, 0.3] if all(calling) else [0.5, 0.3, 0.2, 0]
     for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=shares):
@@ -104,14 +102,13 @@ def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, s
     return query, title if rng.random() < 0.3 else "", text
 
 
-@functools.cache
-def source_texts(sources: Sequence[str]) -> dict[str, list[Texts]]:
+def source_texts() -> dict[str, list[Texts]]:
     """What people write about code, of every Python file, each once; nothing is imported.
 
     {"comment": (words, code), "function": (its name or docstring, its body), "docstring": (name, text)}
     """
     found: dict[str, list[Texts]] = {"comment": [], "function": [], "docstring": []}
-    for path in source_files(sources):
+    for path in source_files():
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (UnicodeDecodeError, OSError):                        # some tests of the library; a dead link
@@ -122,8 +119,8 @@ def source_texts(sources: Sequence[str]) -> dict[str, list[Texts]]:
     return {kind: list(dict.fromkeys(pairs)) for kind, pairs in found.items()}
 
 
-def source_files(sources: Sequence[str]) -> Iterator[Path]:
-    for name in sources:
+def source_files() -> Iterator[Path]:
+    for name in SOURCES:
         if name == "stdlib":
             root = Path(sysconfig.get_paths()["stdlib"])
         else:
@@ -183,44 +180,37 @@ def is_inside(line: str, indent: int) -> bool:
     return not line.strip() or len(line) - len(line.lstrip()) > indent
 
 
-class Callees:
-    """The passages of what a piece of code calls, as far as a name alone tells.
+# Of an object of unknown type a method is taken for that of the first of these types that has it
+TYPES = ("str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray")
 
-    >>> Callees([passage("os.remove", ""), passage("builtins.str.split", "")]).of("os.remove(x.split()[0])")
-    [0, 1]
+
+def with_calls(corpus: Corpus, pairs: Sequence[Texts]) -> list[tuple[str, list[int]]]:
+    """(words, passages of what the code calls), where a name alone tells and there are one to six of them.
+
+    >>> with_calls([passage("os.remove", ""), passage("builtins.str.split", "")], [("x", "os.remove(y.split()[0])")])
+    [('x', [0, 1])]
     """
-
-    TYPES = ("str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray")
-
-    def __init__(self, corpus: Corpus) -> None:
-        self.by_name: dict[str, int] = {}
-        self.by_last_part: dict[str, list[int]] = {}
-        for i, row in enumerate(corpus):
-            name = row["_id"].removeprefix("builtins.")
-            self.by_name[name] = i
-            self.by_last_part.setdefault(name.rpartition(".")[2], []).append(i)
-        self.modules = {name.partition(".")[0] for name in self.by_name} - set(self.TYPES)
-
-    def of(self, code: str) -> list[int]:
-        found: dict[int, None] = {}                                  # each once, in order
+    passages: dict[str, list[int]] = {}                              # of a name, and of ".method"
+    for i, row in enumerate(corpus):
+        name = row["_id"].removeprefix("builtins.")
+        passages[name] = [i]
+        passages.setdefault("." + name.rpartition(".")[2], []).append(i)
+    modules = {name.partition(".")[0] for name in passages} - set(TYPES)
+    for method, same in passages.items():
+        if method.startswith("."):
+            likely = [passages[kind + method] for kind in TYPES if kind + method in passages]
+            if likely:
+                passages[method] = likely[0]
+            elif len(same) > 2:                                      # many classes have it
+                passages[method] = []
+    found = []
+    for words, code in pairs:
+        called: dict[int, None] = {}                                 # each once, in order
         for call in re.findall(r"([A-Za-z_][\w.]*)\(", code):
-            found.update(dict.fromkeys(self.passages(call)))
-        return list(found)
-
-    def of_all(self, pairs: Sequence[Texts]) -> list[tuple[str, list[int]]]:
-        """(words, what the code calls), of code that calls one to six known things."""
-        called = [(words, self.of(code)) for words, code in pairs]
-        return [(words, numbers) for words, numbers in called if 0 < len(numbers) <= 6]
-
-    def passages(self, call: str) -> list[int]:
-        first, dot, _ = call.partition(".")
-        if call in self.by_name:
-            return [self.by_name[call]]
-        if not dot or first in self.modules:
-            return []
-        method = call.rpartition(".")[2]                             # of an object of unknown type
-        for kind in self.TYPES:
-            if f"{kind}.{method}" in self.by_name:
-                return [self.by_name[f"{kind}.{method}"]]
-        same = self.by_last_part.get(method, [])
-        return same if len(same) <= 2 else []
+            first, dot, _ = call.partition(".")
+            if call not in passages and dot and first not in modules:
+                call = "." + call.rpartition(".")[2]
+            called.update(dict.fromkeys(passages.get(call, [])))
+        if 0 < len(called) <= 6:
+            found.append((words, list(called)))
+    return found
