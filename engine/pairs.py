@@ -187,8 +187,8 @@ TYPES = ("str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytear
 def with_calls(corpus: Corpus, pairs: Sequence[Texts]) -> list[tuple[str, list[int]]]:
     """(words, passages of what the code calls), where a name alone tells and there are one to six of them.
 
-    >>> with_calls([passage("os.remove", ""), passage("builtins.str.split", "")], [("x", "os.remove(y.split()[0])")])
-    [('x', [0, 1])]
+    >>> with_calls([passage("os.remove", ""), passage("builtins.str.split", "")], [("w", "os.remove(x.split())")])
+    [('w', [0, 1])]
     """
     passages: dict[str, list[int]] = {}                              # of a name, and of ".method"
     for i, row in enumerate(corpus):

@@ -56,7 +56,7 @@ def test_calls_are_found_by_name_alone_and_only_where_that_is_safe(code, called)
     names = ["os.remove", "builtins.len", "builtins.str.split", "re.Pattern.split", "queue.Queue.get",
              "asyncio.Queue.get", "contextvars.ContextVar.get", "shutil.rmtree", "mailbox.Maildir.clean"]
     found = pairs.with_calls([passage(name, "") for name in names], [("words", code)])
-    assert [(words, [names[i] for i in numbers]) for words, numbers in found] == ([("words", called)] if called else [])
+    assert found == ([("words", [names.index(name) for name in called])] if called else [])
 
 
 def test_chunks_keep_every_paragraph():

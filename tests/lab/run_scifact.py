@@ -195,7 +195,7 @@ def main() -> None:
     first = Cached(load(args.init), out / "vectors.npz")
     P = encoded(first, corpus)
     stage("encode the abstracts")
-    ranker = Offline(corpus, llm.similarity(first), list(llm.FREQUENT_TASKS))
+    ranker = Offline(corpus, first, list(llm.FREQUENT_TASKS))
     if not (out / "queries.jsonl").is_file():
         written = llm.generate(ranker, corpus, llm.seed_draws(corpus, QUERIES, 0))
         llm.write_kept(out / "queries.jsonl", written, QUERIES, "generate")

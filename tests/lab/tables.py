@@ -231,7 +231,7 @@ def rerank_scores(ranker: llm.LLM, retriever: Gecko, beir: Beir, N: int, task: s
     by_id = {p["_id"]: p for p in beir.corpus}
     q, P = evaluate.encode_beir(retriever, beir, task, precision=precision)   # (Q, d) and (P, d)
     if isinstance(ranker, llm.Offline):
-        ranker.similarity = llm.similarity(retriever, dict(zip(by_id, P, strict=True)))   # not made again
+        ranker.embedder, ranker.vectors = retriever, dict(zip(by_id, P, strict=True))     # not made again
     nearest = {query: ids[:N] for query, ids in evaluate.rankings(beir, q, P).items()}
     pairs = []
     for query, ids in nearest.items():
