@@ -7,6 +7,7 @@ A model is whatever has encode_queries and encode_passages.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,14 +170,13 @@ class BM25:
         length = np.array([count.total() for count in counts])       # (P)
         norm = K1 * (1 - B + B * length / length.mean())             # (P)
         self.size = len(corpus)
-        weights: dict[str, dict[int, float]] = {}                    # of each term, in its passages
+        # of each term its passages, and its weight in each
+        self.postings: dict[str, tuple[array[int], array[float]]] = {}
         for passage, count in enumerate(counts):
             for term, tf in count.items():
-                weight = tf * (K1 + 1) / (tf + norm[passage])
-                weights.setdefault(term, {})[passage] = weight
-        self.postings: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # (n) passages, (n) weights
-        for term, row in weights.items():
-            self.postings[term] = np.array(list(row)), np.array(list(row.values()))
+                passages, weights = self.postings.setdefault(term, (array("q"), array("d")))
+                passages.append(passage)
+                weights.append(tf * (K1 + 1) / (tf + norm[passage]))
 
     def scores(self, query: str) -> np.ndarray:
         """One score a passage, (P)."""
@@ -187,7 +187,7 @@ class BM25:
             passages, weights = self.postings[term]
             n = len(passages)
             idf = math.log(1 + (self.size - n + 0.5) / (n + 0.5))
-            scores[passages] += weights * idf
+            scores[passages] += np.multiply(weights, idf)
         return scores
 
 

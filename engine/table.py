@@ -63,26 +63,25 @@ def tsv(path: str, text: str) -> Cells:
     doubled quote in it.
     """
     if '"' not in text:
-        yield from cells(path, text, "\t", False)
-        return
-    errors: dict[bool, InputError] = {}
-    counts: dict[bool, int] = {}                                     # rows, read as quoted and as unquoted
+        return cells(path, text, "\t", False)
+    readings: dict[bool, list[Any]] = {}                             # as quoted and as unquoted
+    errors = []
     for quoted in (True, False):
         try:
-            counts[quoted] = sum(1 for _ in cells(path, text, "\t", quoted))
+            readings[quoted] = list(cells(path, text, "\t", quoted))
         except InputError as error:
-            errors[quoted] = error
-    if len(errors) == 2:
-        raise InputError(f"{errors[True]} (read as unquoted: {errors[False]})")
-    quoted = True in counts
+            errors.append(error)
+    if not readings:
+        raise InputError("{} (read as unquoted: {})".format(*errors))
+    quoted = True in readings
     if not errors:
         doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|$)', text, re.M)
         quoted = text.startswith('"') or doubled is not None
-        if not quoted and counts[True] != counts[False]:
-            raise InputError(f"{path}: reads as quoted TSV with {counts[True]} rows and as unquoted "
-                             f"with {counts[False]}; save it as CSV")
+        if not quoted and len(readings[True]) != len(readings[False]):
+            raise InputError(f"{path}: reads as quoted TSV with {len(readings[True])} rows and as unquoted "
+                             f"with {len(readings[False])}; save it as CSV")
     print(f"  {path}: read as {'quoted' if quoted else 'unquoted'} TSV")
-    yield from cells(path, text, "\t", quoted)
+    return iter(readings[quoted])
 
 
 # --------------------------------------------------------------------------------------------------

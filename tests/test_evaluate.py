@@ -163,7 +163,7 @@ def test_a_query_whose_grades_are_all_0_stays(tmp_path):
 def test_judgements_that_cannot_be_read_one_way_only_are_refused(text, message, tmp_path):
     with pytest.raises(files.InputError, match="test.tsv.*" + message):
         read(text, tmp_path)
-    with pytest.raises(files.InputError, match="none.tsv: .*No such file"):
+    with pytest.raises(files.InputError, match="none.tsv: no such file"):
         read_qrels(tmp_path / "none.tsv")
 
 
