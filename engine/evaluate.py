@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.beir import Beir
+from engine.beir import Beir, Qrels
 from engine.corpus import Corpus, terms, texts_and_titles
 from engine.files import InputError, is_text, read_jsonl, say_lost
 from engine.search import topk
@@ -142,11 +142,11 @@ def first_100(beir: Beir, query: str, order: np.ndarray) -> list[str]:
     return [i for i in ids if i != query or i in beir.qrels[query]][:100]
 
 
-def retrieval_scores(ranked: Rankings, beir: Beir) -> Scores:
-    """Each measure for each query, in the order of beir.queries."""
+def retrieval_scores(ranked: Rankings, qrels: Qrels) -> Scores:
+    """Each measure for each query that is ranked, in that order."""
     scores: Scores = {}
     for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr)):
-        scores[name] = [measure(ranked[query], beir.qrels[query]) for query in beir.queries]
+        scores[name] = [measure(ids, qrels[query]) for query, ids in ranked.items()]
     return scores
 
 

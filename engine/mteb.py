@@ -187,7 +187,7 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
         by_name, symmetric = table_9(Path(folder).resolve().name)
         known = read_beir(folder, args.split)
         q, P = encode_beir(model, known, args.task or by_name, args.dim, symmetric, progress="passages")
-        scores = retrieval_scores(rankings(known, q, P), known)
+        scores = retrieval_scores(rankings(known, q, P), known.qrels)
         results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
     for name, path in zip(short_names(args.sts), args.sts, strict=True):
         by_name, _ = table_9(Path(path).stem, "STS")

@@ -157,13 +157,12 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     chosen: dict[str, float] = {}
     reported: dict[str, Columns] = {}
     for stage, model in stages.items():
-        reported[stage] = {}
-        choosing = []
-        for name, scores in measured(model, beir, [None], truths).items():
-            choosing += scores["ndcg@10"][:half]
-            reported[stage][name] = {measure: values[half:] for measure, values in scores.items()}
+        by_truth = measured(model, beir, [None], truths)
         if model is not None:
-            chosen[stage] = float(np.mean(choosing))
+            chosen[stage] = float(np.mean([scores["ndcg@10"][:half] for scores in by_truth.values()]))
+        reported[stage] = {}
+        for name, scores in by_truth.items():
+            reported[stage][name] = {measure: values[half:] for measure, values in scores.items()}
         if labelled:
             reported[stage] |= measured(model, labelled, [None], {"labels": labelled.qrels})
     columns = "where p_seed is taken for right (which favours + (q, p_seed)), and where p_1 is (+ FRet)"
@@ -223,7 +222,7 @@ def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping
     columns = {}
     for dim, lists in ranked.items():
         for name, qrels in truths.items():
-            columns[name or str(dim)] = retrieval_scores(lists, Beir(beir.corpus, beir.queries, qrels))
+            columns[name or str(dim)] = retrieval_scores(lists, qrels)
     return columns
 
 

@@ -71,7 +71,7 @@ def test_measures_are_trec_evals():
     trec = pytest.importorskip("pytrec_eval", reason="it comes with mteb")
     qrels, ranked = judged_rankings()
     queries = dict.fromkeys(qrels, "")
-    ours = evaluate.retrieval_scores(ranked, Beir([], queries, qrels))
+    ours = evaluate.retrieval_scores(ranked, qrels)
     runs = {q: {p: -float(rank) for rank, p in enumerate(ids)} for q, ids in ranked.items()}
     theirs = trec.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "recip_rank"}).evaluate(runs)
     for name, their in (("ndcg@10", "ndcg_cut_10"), ("recall@100", "recall_100")):
@@ -85,7 +85,7 @@ def test_a_query_without_a_relevant_passage_counts_as_nothing():
     """As in trec_eval: it stays in the mean, which is half of what it would be without it."""
     qrels = {"1": {"a": 1}, "2": {}}
     ranked = {"1": ["a", "b"], "2": ["a", "b"]}
-    ours = evaluate.retrieval_scores(ranked, Beir([], {"1": "x", "2": "y"}, qrels))
+    ours = evaluate.retrieval_scores(ranked, qrels)
     assert ours == {"ndcg@10": [1, 0], "recall@100": [1, 0], "mrr@10": [1, 0]}
     trec = pytest.importorskip("pytrec_eval", reason="it comes with mteb")
     theirs = trec.RelevanceEvaluator({"1": {"a": 1}, "2": {"a": 0}}, {"ndcg_cut.10", "recall.100"}).evaluate(
@@ -200,7 +200,7 @@ def test_judged_passages_that_the_corpus_has_not_are_counted(tmp_path, capsys):
     """They stay in the judgements, so that recall is what it would be if nobody found them."""
     beir = read_beir(beir_folder(tmp_path, qrels="q0\tp0\t1\nq0\t7\t1\nq1\t8\t1\n"))
     assert "2 of 3 judged passages are not in corpus.jsonl, first: 7" in capsys.readouterr().err
-    assert evaluate.retrieval_scores({"q0": ["p0"], "q1": ["p1"]}, beir)["recall@100"] == [0.5, 0]
+    assert evaluate.retrieval_scores({"q0": ["p0"], "q1": ["p1"]}, beir.qrels)["recall@100"] == [0.5, 0]
     with pytest.raises(files.InputError, match="2 of 2 judged passages are not in corpus.jsonl, first: 0007"):
         read_beir(beir_folder(tmp_path, qrels="q0\t0007\t1\nq1\t0008\t1\n"))
 

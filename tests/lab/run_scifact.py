@@ -145,9 +145,9 @@ def measure(models: dict[str, Gecko], beir: Beir, ranker: Offline) -> dict[str, 
                 for q, s in scores.items()}
     print(f"{len(beir.queries)} claims, {len(by_id)} abstracts: nDCG@10, recall@100, [gain over the first model]")
     table: dict[str, Any] = {}
-    base = evaluate.retrieval_scores(ranked[next(iter(models))], beir)["ndcg@10"]
+    base = evaluate.retrieval_scores(ranked[next(iter(models))], beir.qrels)["ndcg@10"]
     for name, lists in ranked.items():
-        scores = evaluate.retrieval_scores(lists, beir)
+        scores = evaluate.retrieval_scores(lists, beir.qrels)
         low, high = evaluate.paired_bootstrap(base, scores["ndcg@10"])
         table[name] = {k: round(float(np.mean(scores[k])), 4) for k in ("ndcg@10", "recall@100")} | {
             "gain": [round(low, 4), round(high, 4)]}

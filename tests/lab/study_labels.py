@@ -120,7 +120,7 @@ class Study:
         model = copy.deepcopy(self.init)
         train.train(model, "finetune", [rows], replace(C, steps=self.steps, seed=self.seed), title=title)
         ranked = evaluate.rankings(self.test, *evaluate.encode_beir(model, self.test, TASK))
-        return model, float(np.mean(evaluate.retrieval_scores(ranked, self.test)["ndcg@10"]))
+        return model, float(np.mean(evaluate.retrieval_scores(ranked, self.test.qrels)["ndcg@10"]))
 
     def scores(self, n, candidates, retriever):
         """Each ranker's scores of question n's candidates; retriever: vectors of the questions and the corpus."""

@@ -203,7 +203,7 @@ def case_scores(lab: Lab, case: Case, title: str, dims: Sequence[int], seed: int
         for dim in dims:
             cut = [truncate_dim(torch.from_numpy(x), dim).numpy() for x in (q, P)]
             column = f"nDCG@10 {name} at {dim}" if dim < q.shape[1] else f"nDCG@10 {name}"
-            scores[column] = evaluate.retrieval_scores(evaluate.rankings(beir, *cut), beir)["ndcg@10"]
+            scores[column] = evaluate.retrieval_scores(evaluate.rankings(beir, *cut), beir.qrels)["ndcg@10"]
     for name, path in zip(short_names([Path(path).resolve().parent for path in lab.sts]), lab.sts, strict=True):
         scores[f"Spearman {name}"] = evaluate.sts_terms(model, path)
     tests = short_names([Path(unknown).resolve().parent for _, unknown in lab.classes])
