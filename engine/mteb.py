@@ -17,6 +17,7 @@ from tqdm import tqdm
 from engine.beir import read_beir
 from engine.evaluate import encode_beir, rankings, retrieval_scores, short_names, sts_terms
 from engine.files import InputError, first_line, say, write_json
+from engine.vectors import model_key
 
 # --------------------------------------------------------------------------------------------------
 # Table 9: the task of each set, and whether it is symmetric (targets have the format of inputs)
@@ -92,12 +93,11 @@ class ForMteb:
 
         self.model, self.format_query, self.dim, self.task = model, format_query, dim, task
         # mteb keeps results by name and revision: what changes them changes the revision
-        revision = hashlib.sha256(repr((model.formats, model.max_length, dim, task)).encode())
-        for p in model.encoder.state_dict().values():
-            revision.update(p.float().cpu().numpy().tobytes())
+        settings = repr((model.formats, dim, task)).encode()
+        revision = hashlib.blake2b(settings, digest_size=8, key=model_key(model)).hexdigest()
         self.mteb_model_meta = ModelMeta.create_empty({
             "name": f"gecko/{name}",
-            "revision": revision.hexdigest()[:16],
+            "revision": revision,
             "max_tokens": model.max_length,
             "embed_dim": dim or model.encoder.config.hidden_size,
             "similarity_fn_name": ScoringFunction.COSINE,
@@ -111,7 +111,7 @@ class ForMteb:
         for batch in inputs:
             for key, values in batch.items():
                 columns.setdefault(key, []).extend(values)
-        if prompt_type is not None and prompt_type.value == "document" and not symmetric:
+        if prompt_type == "document" and not symmetric:
             return self.model.encode_passages(columns["body"], columns.get("title"), dim=self.dim)
         # not encode_queries, which refuses empty texts: some of mteb's sets have them
         formats, task = self.model.formats, self.task or task
