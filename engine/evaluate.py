@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,40 +162,36 @@ def means(scores: Scores) -> dict[str, float]:
 K1, B = 1.2, 0.75       # Lucene's
 
 
-class BM25:
-    """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text."""
+def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
+    """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text: query -> scores, (P)."""
+    P = len(corpus)
+    counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
+    length = np.array([count.total() for count in counts])           # (P)
+    norm = K1 * (1 - B + B * length / length.mean())                 # (P)
+    postings: dict[str, tuple[array[int], array[float]]] = {}        # of a term: passages, and its weight in each
+    for passage, count in enumerate(counts):
+        for term, tf in count.items():
+            passages, weights = postings.setdefault(term, (array("q"), array("d")))
+            passages.append(passage)
+            weights.append(tf * (K1 + 1) / (tf + norm[passage]))
 
-    def __init__(self, corpus: Corpus) -> None:
-        counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
-        length = np.array([count.total() for count in counts])       # (P)
-        norm = K1 * (1 - B + B * length / length.mean())             # (P)
-        self.size = len(corpus)
-        # of each term its passages, and its weight in each
-        self.postings: dict[str, tuple[array[int], array[float]]] = {}
-        for passage, count in enumerate(counts):
-            for term, tf in count.items():
-                passages, weights = self.postings.setdefault(term, (array("q"), array("d")))
-                passages.append(passage)
-                weights.append(tf * (K1 + 1) / (tf + norm[passage]))
-
-    def scores(self, query: str) -> np.ndarray:
-        """One score a passage, (P)."""
-        scores = np.zeros(self.size)
-        for term in terms(query):
-            if term not in self.postings:
-                continue
-            passages, weights = self.postings[term]
+    def scores_of(query: str) -> np.ndarray:
+        scores = np.zeros(P)
+        for term in filter(postings.__contains__, terms(query)):
+            passages, weights = postings[term]
             n = len(passages)
-            idf = math.log(1 + (self.size - n + 0.5) / (n + 0.5))
+            idf = math.log(1 + (P - n + 0.5) / (n + 0.5))
             scores[passages] += np.multiply(weights, idf)
         return scores
+
+    return scores_of
 
 
 def bm25_rankings(beir: Beir) -> Rankings:
     """The first 100 passages of each query by BM25; one without any of its terms is not found."""
-    bm25, ranked = BM25(beir.corpus), {}
+    scores_of, ranked = bm25(beir.corpus), {}
     for query, text in beir.queries.items():
-        scores = bm25.scores(text)                                   # (P)
+        scores = scores_of(text)                                     # (P)
         order = np.argsort(-scores, kind="stable")
         found = order[scores[order] > 0]
         ranked[query] = first_100(beir, query, found)

@@ -252,10 +252,10 @@ def test_a_query_that_stands_in_the_corpus_does_not_find_itself():
 
 def test_bm25_by_hand():
     corpus = [{"_id": str(i), "title": "", "text": t} for i, t in enumerate(["a b b", "b c", "c c c d"])]
-    bm25 = evaluate.BM25(corpus)
+    bm25 = evaluate.bm25(corpus)
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
     want = [idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * n / 3)) for tf, n in ((2, 3), (1, 2))]
-    np.testing.assert_allclose(bm25.scores("b"), [*want, 0])
+    np.testing.assert_allclose(bm25("b"), [*want, 0])
     beir = Beir(corpus, {"q": "b"}, {"q": {"2": 1}})
     assert evaluate.bm25_rankings(beir) == {"q": ["0", "1"]}, "a passage without a term of the query is not found"
 

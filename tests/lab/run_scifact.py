@@ -124,9 +124,9 @@ def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> Beir:
     """The written claims against a part of the corpus: what BM25 or the embedder ranks high, and the golds."""
     lines = Path(__file__).with_name("scifact_dev.tsv").read_text(encoding="utf-8").splitlines()
     claims = dict(reversed(line.split("\t")) for line in lines)      # claim -> id
-    bm25 = evaluate.BM25(corpus)
+    bm25 = evaluate.bm25(corpus)
     _, near = topk(first.encode_queries(list(claims), TASK), P, 20)
-    kept = set(near.flatten().tolist()) | {i for q in claims for i in np.argsort(-bm25.scores(q))[:8].tolist()}
+    kept = set(near.flatten().tolist()) | {i for q in claims for i in np.argsort(-bm25(q))[:8].tolist()}
     part = [p for i, p in enumerate(corpus) if i in kept or p["_id"] in claims.values()]
     return Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
 
