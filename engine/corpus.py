@@ -55,7 +55,8 @@ def terms(text: str) -> list[str]:
         return re.findall("[a-z0-9]+", text)
     found = []
     # letters, digits, and marks on them: the vowels of many scripts are marks
-    letters = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFKC", text))
+    characters = unicodedata.normalize("NFKC", text)
+    letters = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in characters)
     for word in re.findall(f"[{UNSPACED}]+|[^{UNSPACED} ]+", letters):
         if re.match(f"[{UNSPACED}]", word):
             found += [*word, *(a + b for a, b in itertools.pairwise(word))]

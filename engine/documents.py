@@ -157,7 +157,7 @@ def heading_pairs(passages: Corpus) -> list[tuple[str, str, str]]:
     """(query, title, text) for pre-finetuning: a heading, a first sentence, parts that are drawn, and the rest."""
     rng = np.random.default_rng(0)
     pairs = []
-    for piece in itertools.chain.from_iterable(map(chunks, passages)):
+    for piece in chunks(passages):
         title, text = piece["title"], piece["text"]
         heading = title.rpartition(": ")[2]
         pairs += [(title, "", text), (heading, "", text)]

@@ -41,8 +41,7 @@ def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
     source = source_texts()
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for name, text in source["docstring"]]
-    own_pieces = [piece for row in corpus for piece in chunks(row)]
-    library_pieces = [piece for row in libraries for piece in chunks(row)]
+    own_pieces, library_pieces = chunks(corpus), chunks(libraries)
     calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
     shares = [0.4, 0.15, 0.15, 0.3] if all(calling) else [0.5, 0.3, 0.2, 0]
@@ -68,16 +67,19 @@ def pick(items: Sequence[Any], rng: np.random.Generator) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
-def chunks(row: Passage) -> list[Passage]:
-    """A long passage in pieces of whole paragraphs that a small encoder can read, under its title."""
-    pieces = [""]
-    for paragraph in filter(str.strip, paragraphs(row["text"])):
-        longer = f"{pieces[-1]}\n\n{paragraph}"
-        if pieces[-1] and len(longer.split()) > 60:                  # words
-            pieces.append(paragraph)
-        else:
-            pieces[-1] = longer
-    return [passage(row["title"], piece) for piece in pieces]
+def chunks(corpus: Corpus) -> list[Passage]:
+    """Long passages in pieces of whole paragraphs that a small encoder can read, under their titles."""
+    found = []
+    for row in corpus:
+        piece = ""
+        for paragraph in filter(str.strip, paragraphs(row["text"])):
+            longer = f"{piece}\n\n{paragraph}"
+            if piece and len(longer.split()) > 60:                   # words
+                found.append(passage(row["title"], piece))
+                longer = paragraph
+            piece = longer
+        found.append(passage(row["title"], piece))
+    return found
 
 
 def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -133,51 +135,43 @@ def source_files() -> Iterator[Path]:
                 yield path
 
 
+COMMENT, CODE = re.compile(r"\s*#"), re.compile(r"\s*[^\s#]")
+
+
 def comments(lines: list[str]) -> Iterator[Texts]:
     """A block of comment lines with up to six lines of code below it."""
     block: list[str] = []
     for i, line in enumerate(lines):
-        if is_comment(line):
+        if COMMENT.match(line):
             block.append(line.strip().lstrip("#! "))
             continue
-        code = list(itertools.takewhile(is_code, lines[i:i + 6]))
+        code = list(itertools.takewhile(CODE.match, lines[i:i + 6]))
         words = " ".join(block)
         if code and 3 <= len(re.findall(r"[a-z]{2,}", words)) <= 60:
             yield words, " ".join(map(str.strip, code))[:400]
         block = []
 
 
-def is_comment(line: str) -> bool:
-    return line.lstrip().startswith("#")
-
-
-def is_code(line: str) -> bool:
-    return line.strip() != "" and not is_comment(line)
-
-
 def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
     """Of each function and class, read from its first lines, by the kinds of `source_texts`."""
     for i, line in enumerate(lines):
-        start = re.match(r"\s*(async def|def|class) (\w+)", line)
+        start = re.match(r"(\s*)(?:async def|def|(class)) (\w+)", line)
         if start is None:
             continue
-        indent, name = len(line) - len(line.lstrip()), start[2]
-        body = "\n".join(itertools.takewhile(lambda below: is_inside(below, indent), lines[i + 1:i + 30]))
+        indent, is_class, name = start.groups()
+        inside = re.compile(rf"\s{{{len(indent) + 1}}}|\s*$")      # deeper, or blank
+        body = "\n".join(itertools.takewhile(inside.match, lines[i + 1:i + 30]))
         before, _, rest = body.partition('"""')
         doc, _, code = rest.partition('"""')
         if before.strip() not in ("", "r"):                          # a text further down, no docstring
             doc, code = "", body
         first = " ".join(paragraphs(doc.strip())[0].split())
-        if start[1] != "class":
+        if not is_class:
             yield "function", spoken(name).strip(), code
             if len(first.split()) >= 4:
                 yield "function", first, code
         if len(doc.split()) >= 4:
             yield "docstring", name, inspect.cleandoc(doc)
-
-
-def is_inside(line: str, indent: int) -> bool:
-    return not line.strip() or len(line) - len(line.lstrip()) > indent
 
 
 # Of an object of unknown type a method is taken for that of the first of these types that has it

@@ -61,5 +61,5 @@ def test_calls_are_found_by_name_alone_and_only_where_that_is_safe(code, called)
 
 def test_chunks_keep_every_paragraph():
     text = "\n\n".join(f"paragraph {i} " + "word " * 30 for i in range(5))
-    chunks = pairs.chunks(passage("t", text))
+    chunks = pairs.chunks([passage("t", text)])
     assert len(chunks) > 1 and "\n\n".join(p["text"] for p in chunks).split() == text.split()

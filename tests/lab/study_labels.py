@@ -72,7 +72,7 @@ def vectors(folder, known, encoder, cache):
 
 def title_body_pairs(corpus, seed):
     rng = np.random.default_rng(seed)
-    pieces = [chunk for passage in corpus for chunk in chunks(passage)]
+    pieces = chunks(corpus)
     pairs = []
     for i in rng.integers(len(pieces), size=PAIRS):
         query, title, text = title_body_pair(pieces[i], rng)
