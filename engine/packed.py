@@ -63,9 +63,7 @@ def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> Em
                          "AMX, or a GPU from 2020 on); encode in float32")
     if device.type == "cpu":
         return packed(encoder, torch.bfloat16 if precision == "bf16" else torch.float32)
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)(embed)
-    return embed
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")(embed)
 
 
 def is_bag(encoder: Any) -> bool:
@@ -89,13 +87,13 @@ def embed_bag(encoder: Any, tokens: TokenIds) -> Tensor:
     return F.embedding_bag(flat.to(table.device), table, offsets.to(table.device), mode="mean")  # (B, d)
 
 
-def linear(dtype: torch.dtype, *parts: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
-    """x W^T + b in `dtype`, of all parts side by side: (N, in) -> (N, out).
+def linear(*parts: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+    """x W^T + b of all parts side by side: (N, in) -> (N, out).
 
     oneDNN through torch's own name for it, so that W is laid out once.
     """
-    weight = torch.cat([part.weight for part in parts]).to(dtype)    # (out, in)
-    bias = torch.cat([part.bias for part in parts]).to(dtype)        # (out)
+    weight = torch.cat([part.weight for part in parts])              # (out, in)
+    bias = torch.cat([part.bias for part in parts])                  # (out)
     if not ONEDNN:
         return functools.partial(F.linear, weight=weight, bias=bias)
     weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -121,11 +119,11 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     c, e = encoder.config, encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:
-        qkv = linear(dtype, *(layer.attention["self"][name] for name in ("query", "key", "value")))
-        blocks = layer.attention["output"], layer.intermediate, layer.output
-        out, up, down = (linear(dtype, block["dense"]) for block in blocks)
-        norm_1, norm_2 = (copy.deepcopy(block["LayerNorm"]).to(dtype) for block in (blocks[0], blocks[2]))
-        layers.append((qkv, out, up, down, norm_1, norm_2))
+        layer = copy.deepcopy(layer).to(dtype)
+        project, after = layer.attention["self"], layer.attention["output"]
+        qkv = linear(project["query"], project["key"], project["value"])
+        out, up, down = linear(after["dense"]), linear(layer.intermediate["dense"]), linear(layer.output["dense"])
+        layers.append((qkv, out, after["LayerNorm"], up, down, layer.output["LayerNorm"]))
 
     def embed_packed(tokens: TokenIds) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
@@ -134,7 +132,7 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
         runs = [(len(list(run)), n) for n, run in itertools.groupby(map(len, tokens))]
         x = e["word_embeddings"](ids) + e["position_embeddings"](position)       # (N, d)
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
-        for qkv, out, up, down, norm_1, norm_2 in layers:
+        for qkv, out, norm_1, up, down, norm_2 in layers:
             a = attend(qkv(x), runs, c.num_attention_heads)          # (N, d)
             x = norm_1(x + out(a))                                   # (N, d)
             h = F.gelu(up(x))                                        # (N, intermediate_size)
