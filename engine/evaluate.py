@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +128,20 @@ def rankings(
 ) -> Rankings:
     """The first 100 passages of each query by cosine."""
     _, nearest = topk(q, P, min(101, len(P)))                        # (Q, 101)
-    pairs = zip(beir.queries, nearest, strict=True)
-    return {query: first_100(beir, query, row) for query, row in pairs}
+    return first_100(beir, nearest)
 
 
-def first_100(beir: Beir, query: str, order: np.ndarray) -> list[str]:
-    """Ids of the first 100 passages of an order, without the one that has the query's own id.
+def first_100(beir: Beir, orders: Iterable[np.ndarray]) -> Rankings:
+    """Ids of the first 100 passages of each query's order, without the one that has the query's own id.
 
     As BEIR does, because queries of ArguAna and Quora stand in their corpus. A passage that is judged
     stays: there two numberings met by chance.
     """
-    ids = [beir.corpus[i]["_id"] for i in order[:101]]
-    return [i for i in ids if i != query or i in beir.qrels[query]][:100]
+    ranked = {}
+    for query, order in zip(beir.queries, orders, strict=True):
+        ids = [beir.corpus[i]["_id"] for i in order[:101]]
+        ranked[query] = [i for i in ids if i != query or i in beir.qrels[query]][:100]
+    return ranked
 
 
 def retrieval_scores(ranked: Rankings, qrels: Qrels) -> Scores:
@@ -189,13 +191,11 @@ def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
 
 def bm25_rankings(beir: Beir) -> Rankings:
     """The first 100 passages of each query by BM25; one without any of its terms is not found."""
-    scores_of, ranked = bm25(beir.corpus), {}
-    for query, text in beir.queries.items():
-        scores = scores_of(text)                                     # (P)
-        order = np.argsort(-scores, kind="stable")
-        found = order[scores[order] > 0]
-        ranked[query] = first_100(beir, query, found)
-    return ranked
+    orders = []
+    for scores in map(bm25(beir.corpus), beir.queries.values()):     # (P)
+        order = np.argsort(-scores, kind="stable")[:101]
+        orders.append(order[scores[order] > 0])
+    return first_100(beir, orders)
 
 
 # --------------------------------------------------------------------------------------------------
