@@ -146,7 +146,7 @@ def first_100(beir: Beir, orders: Iterable[np.ndarray]) -> Rankings:
 
 def retrieval_scores(ranked: Rankings, qrels: Qrels) -> Scores:
     """Each measure for each query that is ranked, in that order."""
-    scores: Scores = {}
+    scores = {}
     for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr)):
         scores[name] = [measure(ids, qrels[query]) for query, ids in ranked.items()]
     return scores
@@ -204,7 +204,7 @@ def bm25_rankings(beir: Beir) -> Rankings:
 
 def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     """JSONL rows sentence1, sentence2, score: pairs of sentences, each with its human score."""
-    pairs: list[tuple[str, str, float]] = []
+    pairs = []
     for where, row in read_jsonl(path):
         first, second = row.get("sentence1"), row.get("sentence2")
         score: Any = row.get("score")

@@ -176,7 +176,7 @@ def blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, str]]:
 
 def raw_blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, list[str]]]:
     """("heading" | "text" | "code", its lines), with empty ones between."""
-    block, fence = list[str](), ""
+    block, fence = [], ""
     for line, below in itertools.pairwise([*lines, ""]):
         opening = FENCE.match(line) if markdown else None
         heading = HEADING.match(line) if markdown else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,10 @@ class ForMteb:
                ) -> np.ndarray:
         """inputs: batches {"text": [...]}; passages have "title" and "body" too -> (texts, dim)."""
         task, symmetric = table_9(task_metadata.name, task_metadata.type)
-        columns: dict[str, list[str]] = {}
+        columns: dict[str, list[str]] = defaultdict(list)
         for batch in inputs:
             for key, values in batch.items():
-                columns.setdefault(key, []).extend(values)
+                columns[key] += values
         if prompt_type == "document" and not symmetric:
             return self.model.encode_passages(columns["body"], columns.get("title"), dim=self.dim)
         # not encode_queries, which refuses empty texts: some of mteb's sets have them
@@ -137,7 +138,7 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
         raise InputError("--mteb needs the package mteb; install it: pip install mteb") from error
     papers = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
     benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
-    tasks: list[Any] = []
+    tasks = []
     for name in names:
         try:
             if name in papers:
@@ -182,7 +183,7 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
     model = load(args.model)
     say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
         task=args.task or "by Table 9")
-    results: dict[str, dict[str, float]] = {}
+    results = {}
     for name, folder in zip(short_names(args.beir), args.beir, strict=True):
         by_name, symmetric = table_9(Path(folder).resolve().name)
         known = read_beir(folder, args.split)

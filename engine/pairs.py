@@ -140,7 +140,7 @@ COMMENT, CODE = re.compile(r"\s*#"), re.compile(r"\s*[^\s#]")
 
 def comments(lines: list[str]) -> Iterator[Texts]:
     """A block of comment lines with up to six lines of code below it."""
-    block: list[str] = []
+    block = []
     for i, line in enumerate(lines):
         if COMMENT.match(line):
             block.append(line.strip().lstrip("#! "))
@@ -184,7 +184,7 @@ def with_calls(corpus: Corpus, pairs: Sequence[Texts]) -> list[tuple[str, list[i
     >>> with_calls([passage("os.remove", ""), passage("builtins.str.split", "")], [("w", "os.remove(x.split())")])
     [('w', [0, 1])]
     """
-    passages: dict[str, list[int]] = {}                              # of a name, and of ".method"
+    passages = {}                                                    # of a name, and of ".method"
     for i, row in enumerate(corpus):
         name = row["_id"].removeprefix("builtins.")
         passages[name] = [i]
@@ -199,7 +199,7 @@ def with_calls(corpus: Corpus, pairs: Sequence[Texts]) -> list[tuple[str, list[i
                 passages[method] = []
     found = []
     for words, code in pairs:
-        called: dict[int, None] = {}                                 # each once, in order
+        called = {}                                                  # each once, in order
         for call in re.findall(r"([A-Za-z_][\w.]*)\(", code):
             first, dot, _ = call.partition(".")
             if call not in passages and dot and first not in modules:

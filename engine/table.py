@@ -64,7 +64,7 @@ def tsv(path: str, text: str) -> Cells:
     """
     if '"' not in text:
         return cells(path, text, "\t", False)
-    readings: dict[bool, list[Any]] = {}                             # as quoted and as unquoted
+    readings = {}                                                    # as quoted and as unquoted
     errors = []
     for quoted in (True, False):
         try:
