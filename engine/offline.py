@@ -104,10 +104,8 @@ def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
     text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
     phrases_of = {}
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            term, phrases = line.split(":")
-            phrases_of[term.strip()] = [phrase.strip() for phrase in phrases.split(",")]
+    for term, phrases in re.findall("^([^#:]+): (.+)$", text, re.MULTILINE):
+        phrases_of[term] = phrases.split(", ")
     return phrases_of
 
 
