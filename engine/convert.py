@@ -136,7 +136,7 @@ def rotated(items: list[Passage], n: int) -> list[Passage]:
     return items[n:] + items[:n]
 
 
-def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Iterator[Row]:
+def choice(paths: Iterable[str], left_out: Counter[str], first: int) -> Iterator[Row]:
     """MedMCQA: question, options opa to opd, and cop, the right one's number, counted from `first`."""
     rows = []
     for path in paths:

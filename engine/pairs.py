@@ -29,8 +29,12 @@ Texts = tuple[str, str]  # what people write about code, and the code
 SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
 
 
-def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
-                  ) -> Iterator[tuple[str, str, str, str]]:
+def builtin_pairs(
+    corpus: Corpus,
+    count: int,
+    seed: int,
+    tasks: Sequence[str],
+) -> Iterator[tuple[str, str, str, str]]:
     """`count` times (task, query, title, text), of four kinds, each with one of the tasks.
 
     own, library: a name, sentence or span of words and the rest of its passage. commented: a comment
@@ -41,16 +45,14 @@ def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
     source = source_texts()
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for name, text in source["docstring"]]
-    own_pieces, library_pieces = chunks(corpus), chunks(libraries)
+    pieces = {"own": chunks(corpus), "library": chunks(libraries)}
     calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
     shares = [0.4, 0.15, 0.15, 0.3] if all(calling) else [0.5, 0.3, 0.2, 0]
     for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=shares):
         title = ""
-        if kind == "own":
-            query, title, text = title_body_pair(pick(own_pieces, rng), rng)
-        elif kind == "library":
-            query, title, text = title_body_pair(pick(library_pieces, rng), rng)
+        if kind in pieces:
+            query, title, text = title_body_pair(pick(pieces[kind], rng), rng)
         elif kind == "commented":
             query, text = pick(source["comment"], rng)
         else:
