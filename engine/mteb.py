@@ -185,13 +185,13 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
         task=args.task or "by Table 9")
     results = {}
     for name, folder in zip(short_names(args.beir), args.beir, strict=True):
-        by_name, symmetric = table_9(Path(folder).resolve().name)
+        by_name, symmetric = table_9(Path(name).name)
         known = read_beir(folder, args.split)
         q, P = encode_beir(model, known, args.task or by_name, args.dim, symmetric, progress="passages")
         scores = retrieval_scores(rankings(known, q, P), known.qrels)
         results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
     for name, path in zip(short_names(args.sts), args.sts, strict=True):
-        by_name, _ = table_9(Path(path).stem, "STS")
+        by_name, _ = table_9(Path(name).stem, "STS")
         results[name] = {"spearman": float(sts_terms(model, path, args.dim, args.task or by_name).mean())}
     if tasks:
         adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)

@@ -72,10 +72,9 @@ def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> st
 def mean_of(a: Any, b: Any, share: float) -> Any:
     """Weights share * a + (1 - share) * b (Wortsman et al. 2022): less of what `a` knew is forgotten."""
     mixed = copy.deepcopy(b)
-    weights = dict(a.encoder.named_parameters())
     with torch.no_grad():
-        for name, p in mixed.encoder.named_parameters():
-            p.lerp_(weights[name], share)
+        for p, other in zip(mixed.encoder.parameters(), a.encoder.parameters(), strict=True):
+            p.lerp_(other, share)
     return mixed
 
 

@@ -6,6 +6,7 @@ found. A file that is torn counts for nothing and is written anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +25,10 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     path = folder.with_name(f"{folder.name}.vectors") / f"{corpus.resolve().name}.safetensors"
     made_by = model_key(model)
     keys = [hashlib.blake2b(text.encode(), digest_size=16, key=made_by).digest() for text in texts]
-    known = read_vectors(path)
+    known: dict[bytes, np.ndarray] = {}                              # (d) each
+    with contextlib.suppress(OSError, SafetensorError):              # no file yet, or a torn one
+        kept = load_file(path)
+        known.update(zip(map(bytes, kept["keys"]), kept["vectors"], strict=True))
     new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
     if new:
         x = model.encode(list(new.values()), progress="passages")    # (new, d)
@@ -72,15 +76,6 @@ def model_key(model: Any) -> bytes:
     for weights in model.encoder.state_dict().values():
         key.update(weights.cpu().numpy().data)
     return key.digest()
-
-
-def read_vectors(path: Path) -> dict[bytes, np.ndarray]:
-    """Vectors, (d), by their keys."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError):                               # none yet, or torn
-        return {}
-    return dict(zip(map(bytes, tensors["keys"]), tensors["vectors"], strict=True))
 
 
 def write_vectors(path: Path, keys: Sequence[bytes], vectors: np.ndarray) -> None:
