@@ -50,7 +50,7 @@ def on_dev(model: Any, folder: str) -> Callable[[], dict[str, float]] | None:
     if not folder:
         return None
     beir = read_beir(folder, "dev")
-    return lambda: means(measured(model, beir, [None], {"dev": beir.qrels})["dev"])
+    return lambda: means(measured(model, [None], {"dev": beir})["dev"])
 
 
 def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
@@ -151,13 +151,12 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     """The table of held-out queries, and the stage that the other half of them chooses, BM25 (None) apart."""
     order = sorted(asked, key=lambda row: random.Random(row["seed_id"]).random())
     half = len(order) // 2                                           # the first half chooses
-    beir = as_beir(corpus, order, "seed_id")
-    truths = {"p_seed": beir.qrels, "p_1": as_beir(corpus, order, "positive_id").qrels}
+    truths = {"p_seed": as_beir(corpus, order, "seed_id"), "p_1": as_beir(corpus, order, "positive_id")}
     chosen, shown = {}, {}                                           # nDCG@10 of the stages on either half
     reported: dict[str, Columns] = {}
     for stage, model in stages.items():
         reported[stage] = {}
-        by_truth = measured(model, beir, [None], truths)
+        by_truth = measured(model, [None], truths)
         for name, scores in by_truth.items():
             reported[stage][name] = {measure: values[half:] for measure, values in scores.items()}
         if model is not None:
@@ -165,7 +164,7 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
             chosen[stage] = ndcg[:, :half].mean()
             shown[stage] = ndcg[:, half:].mean()
         if labelled:
-            reported[stage] |= measured(model, labelled, [None], {"labels": labelled.qrels})
+            reported[stage] |= measured(model, [None], {"labels": labelled})
     few = len(order) - half
     title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right (which "
              "favours + (q, p_seed)), and where p_1 is (+ FRet)")
@@ -206,14 +205,18 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
         return table
     write_questions(out / "questions", corpus)
     test = read_beir(out / "questions")
-    columns = {name: measured(model, test, gecko.dims, {"": test.qrels}) for name, model in stages.items()}
+    columns = {name: measured(model, gecko.dims, {"": test}) for name, model in stages.items()}
     dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
     title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
     return results_table(out / "results.json", title, columns)
 
 
-def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping[str, Any]) -> Columns:
-    """A model's scores, or BM25's (None), at each dimension, against each of the truths: {name: qrels}."""
+def measured(model: Any, dims: Sequence[int | None], truths: Mapping[str, Beir]) -> Columns:
+    """A model's scores, or BM25's (None), at each dimension, against each of the truths.
+
+    They are {name: set}, of one corpus and the same queries.
+    """
+    beir = next(iter(truths.values()))
     if model is None:
         ranked = {dims[0]: bm25_rankings(beir)}
     else:
@@ -221,8 +224,8 @@ def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping
         ranked = {dim: rankings(beir, cut(q, dim), cut(P, dim)) for dim in dims}
     columns = {}
     for dim, lists in ranked.items():
-        for name, qrels in truths.items():
-            columns[name or str(dim)] = retrieval_scores(lists, qrels)
+        for name, truth in truths.items():
+            columns[name or str(dim)] = retrieval_scores(lists, truth.qrels)
     return columns
 
 
