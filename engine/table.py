@@ -91,7 +91,7 @@ def tsv(path: str, text: str) -> Cells:
 def column(where: str, row: Json, *names: str) -> str:
     """The first of these columns that the row has and that is not blank."""
     for name in names:
-        if row.get(name) not in (None, "") and str(row[name]).strip():
+        if row.get(name) is not None and str(row[name]).strip():
             return name
     raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; "
                      "rename the column")
