@@ -166,8 +166,8 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
         if labelled:
             reported[stage] |= measured(model, [None], {"labels": labelled})
     few = len(order) - half
-    title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right (which "
-             "favours + (q, p_seed)), and where p_1 is (+ FRet)")
+    title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right "
+             "(which favours + (q, p_seed)), and where p_1 is (+ FRet)")
     if labelled:
         title += f"; of {len(labelled.queries)} labelled questions"
     table = results_table(path, title, reported)
