@@ -238,11 +238,10 @@ def task_of(row: Record) -> str:
 PAIR_TASKS = ("search result", "question answering")  # section 3.1: short strings
 
 
-def builtin_pairs(corpus: Corpus, count: int, seed: int = 0,
-                  sources: Sequence[str] = pairs.SOURCES) -> list[Record]:
+def builtin_pairs(corpus: Corpus, count: int, seed: int = 0) -> list[Record]:
     """`count` unlabelled pairs out of documentation and source code, each with one of the tasks."""
     rows = []
-    for task, query, title, text in pairs.builtin_pairs(corpus, count, seed, PAIR_TASKS, sources):
+    for task, query, title, text in pairs.builtin_pairs(corpus, count, seed, PAIR_TASKS):
         rows.append(record(task, query, {"title": title, "text": text}))
     return rows
 

@@ -35,7 +35,7 @@ from engine.endpoint import Endpoint, Trials, probe
 from engine.files import InputError, at_least, check_outputs, from_flags, read_filled, run, say
 from engine.kept import blocks_of_same, count_calls, read_queries, write_kept
 from engine.local import Local
-from engine.offline import Offline, similarity
+from engine.offline import Offline
 from engine.recorded import Recorded
 from engine.search import topk
 from engine.show import show
@@ -543,7 +543,7 @@ def open_llm(
     if o.llm == "recorded":
         return Recorded(corpus)
     if o.llm == "offline":
-        return Offline(corpus, similarity(retriever) if retriever else None, list(FREQUENT_TASKS), o.seed)
+        return Offline(corpus, retriever, list(FREQUENT_TASKS), o.seed)
     if o.llm.startswith("hf:"):
         strings: Strings = Local(o.llm.removeprefix("hf:"))
     else:

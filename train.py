@@ -45,7 +45,7 @@ from engine.documents import heading_pairs, read_corpus
 from engine.files import flag, from_flags, run, say, write_jsonl
 from engine.kept import read_queries, write_kept
 from engine.mteb import evaluate_command
-from engine.offline import Offline, similarity
+from engine.offline import Offline
 from engine.recorded import Recorded
 from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
 from engine.runs import Run, check_negatives, run_key, save_into, tokenised
@@ -352,7 +352,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
 
     print(f"3.2  FRet, step 2: each query's candidates, ranked by {o.rank}, relabelled")
     if isinstance(author, Offline):
-        author.similarity = similarity(retriever)                    # its second ranking
+        author.embedder = retriever                                  # its second ranking
     known = author.candidates if isinstance(author, Recorded) else None    # in the place of those found
     N = min(20, len(corpus))
     mined = llm.mine(author, retriever, corpus, [*queries, *held], N, rank=o.rank, choose=known)

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import InputError, beir_file, first_line, is_text, read_jsonl, read_passages
+from engine.files import InputError, beir_file, is_text, open_text, read_jsonl, read_passages
 
 Qrels = dict[str, dict[str, int]]           # {query id: {passage id: grade above 0}}
 
@@ -85,10 +85,8 @@ def read_qrels(path: str | Path) -> Qrels:
 
     A query whose grades are all 0 stays, with none: trec_eval counts it as 0 in a mean.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {first_line(error)}; want qrels/SPLIT.tsv, UTF-8 text") from error
+    with open_text(path) as file:
+        lines = list(file)
     grades: dict[tuple[str, str], int] = {}
     form = None                             # that of the first line holds for all
     for number, line in enumerate(lines, 1):

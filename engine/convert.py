@@ -10,14 +10,14 @@ import contextlib
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.beir import Beir, read_beir
+from engine.beir import read_beir
 from engine.corpus import Passage, texts_and_titles
 from engine.files import InputError, flag
 from engine.search import topk
@@ -76,13 +76,13 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
 def rows_of(kind: str, paths: Sequence[str], left_out: Counter[str], c: Convert, model: Any,
             task: str) -> Iterable[Row]:
     """The rows of one kind of files, classification apart; `model` finds beir's hard negatives."""
-    if kind == "nli":
-        return nli(paths, left_out)
-    if kind == "pairs":
-        return labelled_pairs(paths, left_out, c.positive_from)
-    if kind == "choice":
-        return choice(paths, left_out, c.first)
-    return beir(paths, c.split, model, task, c.depth)
+    rows = {
+        "nli": nli(paths, left_out),
+        "pairs": labelled_pairs(paths, left_out, c.positive_from),
+        "choice": choice(paths, left_out, c.first),
+        "beir": beir(paths, c.split, model, task, c.depth),
+    }
+    return rows[kind]                                                # the others never begin to read
 
 
 def text_only(text: str) -> Passage:
@@ -109,7 +109,7 @@ NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}
 
 def nli(paths: Iterable[str], left_out: Counter[str]) -> Iterator[Row]:
     """SNLI, MNLI and their like: a premise, what it entails, what contradicts it."""
-    premises: dict[str, dict[str, list[str]]] = {}
+    premises: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
         for where, row in read_table(path):
             label = label_in(where, row, "gold_label", "label").lower()
@@ -121,12 +121,12 @@ def nli(paths: Iterable[str], left_out: Counter[str]) -> Iterator[Row]:
                 raise InputError(f"{where}: label {label!r}; want {', '.join(NLI.values())} or 0, 1, 2")
             premise = text_in(where, row, "sentence1", "premise")
             hypothesis = text_in(where, row, "sentence2", "hypothesis")
-            premises.setdefault(premise, {}).setdefault(label, []).append(hypothesis)
+            premises[premise][label].append(hypothesis)
     for premise, by_label in premises.items():
-        against = [text_only(text) for text in by_label.get("contradiction", [])]
-        if "entailment" not in by_label:
+        against = [text_only(text) for text in by_label["contradiction"]]
+        if not by_label["entailment"]:
             left_out["premises that entail nothing"] += 1
-        for n, entailed in enumerate(dict.fromkeys(by_label.get("entailment", []))):
+        for n, entailed in enumerate(dict.fromkeys(by_label["entailment"])):
             yield Row(premise, text_only(entailed), rotated(against, n), symmetric=True)
 
 
@@ -136,7 +136,7 @@ def rotated(items: list[Passage], n: int) -> list[Passage]:
     return items[n:] + items[:n]
 
 
-def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Iterator[Row]:
+def choice(paths: Iterable[str], left_out: Counter[str], first: int) -> Iterator[Row]:
     """MedMCQA: question, options opa to opd, and cop, the right one's number, counted from `first`."""
     rows = []
     for path in paths:
@@ -147,7 +147,14 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Ite
             rows.append((where, row, int(cop)))
     if first == -1:
         where, row, _ = rows[0]
-        first = first_option(where, row, {number for _, _, number in rows})
+        numbers = {number for _, _, number in rows}
+        # 1 in the authors' files, 0 in the hub's: their rows have id before the question, and exp
+        if 0 in numbers or 4 not in numbers and list(row)[0] == "id" and "exp" in row:
+            first = 0
+        elif 4 in numbers:
+            first = 1
+        else:
+            raise InputError(f"{where}: no cop is 0 or 4; say with --first 0 or --first 1 which one opa is")
     if first not in (0, 1):
         raise InputError(f"--first {first}: give 0 or 1")
     print(f"  options are counted from {first}: cop {first} is opa")
@@ -163,17 +170,6 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int = -1) -> Ite
         yield Row(text_in(where, row, "question"), answers[number - first], answers, draw=True)
 
 
-def first_option(where: str, row: dict[str, Any], numbers: set[int]) -> int:
-    """1 in the authors' files, 0 in the hub's: their rows have id before the question, and exp."""
-    if 0 in numbers:
-        return 0
-    if 4 in numbers:
-        return 1
-    if list(row)[0] == "id" and "exp" in row:
-        return 0
-    raise InputError(f"{where}: no cop is 0 or 4; say with --first 0 or --first 1 which one opa is")
-
-
 def beir(
     folders: Iterable[str],
     split: str,
@@ -187,26 +183,20 @@ def beir(
     large.
     """
     for folder in folders:
-        beir = read_beir(folder, split)
-        near = nearest_passages(beir, model, task, depth) if model is not None else {}
-        passages = {p["_id"]: p for p in beir.corpus}
-        for query, judged in beir.qrels.items():
+        known = read_beir(folder, split)
+        nearest = np.empty((len(known.queries), 0), int)             # (Q, depth) places in the corpus
+        if model is not None:
+            P = model.encode_passages(*texts_and_titles(known.corpus), progress="passages")     # (P, d)
+            q = model.encode_queries(list(known.queries.values()), task, progress="queries")    # (Q, d)
+            _, nearest = topk(q, P, min(depth, len(P)))
+        passages = {p["_id"]: p for p in known.corpus}
+        near = dict(zip(known.queries, nearest, strict=True))
+        for query, judged in known.qrels.items():
             # the queries of ArguAna stand in its corpus, under the same id
-            wrong = [p for p in near.get(query, []) if p["_id"] not in (query, *judged)]
+            wrong = [known.corpus[i] for i in near[query] if known.corpus[i]["_id"] not in (query, *judged)]
             for passage in judged:
                 if passage in passages:
-                    yield Row(beir.queries[query].strip(), passages[passage], wrong, draw=True)
-
-
-def nearest_passages(beir: Beir, model: Any, task: str, depth: int) -> dict[str, list[Passage]]:
-    """The `depth` passages nearest to each query, by its id."""
-    P = model.encode_passages(*texts_and_titles(beir.corpus), progress="passages")  # (P, d)
-    q = model.encode_queries(list(beir.queries.values()), task, progress="queries")  # (Q, d)
-    _, ids = topk(q, P, min(depth, len(P)))                          # (Q, depth)
-    near = {}
-    for query, row in zip(beir.queries, ids, strict=True):
-        near[query] = [beir.corpus[i] for i in row]
-    return near
+                    yield Row(known.queries[query].strip(), passages[passage], wrong, draw=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -54,18 +54,15 @@ def terms(text: str) -> list[str]:
     if text.isascii():
         return re.findall("[a-z0-9]+", text)
     found = []
-    letters = "".join(c if is_letter(c) else " " for c in unicodedata.normalize("NFKC", text))
+    # letters, digits, and marks on them: the vowels of many scripts are marks
+    characters = unicodedata.normalize("NFKC", text)
+    letters = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in characters)
     for word in re.findall(f"[{UNSPACED}]+|[^{UNSPACED} ]+", letters):
         if re.match(f"[{UNSPACED}]", word):
             found += [*word, *(a + b for a, b in itertools.pairwise(word))]
         else:
             found.append(word)
     return found
-
-
-def is_letter(c: str) -> bool:
-    """A letter, a digit, or a mark on one: the vowels of many scripts are marks."""
-    return unicodedata.category(c)[0] in "LMN"
 
 
 def spoken(name: str) -> str:
@@ -152,19 +149,19 @@ def quiet_import(name: str) -> ModuleType:
 
 def documentation(modules: dict[str, ModuleType]) -> list[Passage]:
     """What pydoc would show of each public object, once, under its shortest public name."""
-    rows: dict[str, Passage] = {}                                    # text -> row
-    names: set[str] = set()
+    rows: dict[str, Passage] = {}                                    # name -> row
+    texts: set[str] = set()
     seen: dict[int, Any] = {}                                        # keeps objects alive, so that ids stay unique
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # deprecated names, on access
         for name, thing in sorted(objects(modules), key=lambda pair: name_order(pair[0])):
             thing = getattr(thing, "__func__", thing)                # a bound method's function
             text = doc_text(name, thing, modules)
-            if text and text not in rows and name not in names and id(thing) not in seen:
-                rows[text] = passage(name, text)
-                names.add(name)
+            if text and text not in texts and name not in rows and id(thing) not in seen:
+                rows[name] = passage(name, text)
+                texts.add(text)
             seen[id(thing)] = thing
-    return sorted(rows.values(), key=lambda row: row["_id"])
+    return [rows[name] for name in sorted(rows)]
 
 
 def name_order(name: str) -> tuple[Any, ...]:
@@ -187,10 +184,10 @@ def objects(modules: dict[str, ModuleType]) -> Iterator[tuple[str, Any]]:
 
 def public_names(module_name: str, module: ModuleType) -> list[str]:
     """`__all__`, or else what the module (or a private one behind it) defines itself."""
-    if hasattr(module, "__all__"):
-        return sorted(name for name in module.__all__ if not name.startswith("_"))
-    return sorted(name for name, thing in vars(module).items()
-                  if not name.startswith("_") and defined_in(module_name, thing))
+    names = getattr(module, "__all__", None)
+    if names is None:
+        names = [name for name, thing in vars(module).items() if defined_in(module_name, thing)]
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def defined_in(module_name: str, thing: Any) -> bool:

@@ -153,11 +153,11 @@ def decoded(path: Path) -> str | None:
 DRAWS = 4                    # of sentences, spans of words and names, from each piece that a small encoder reads
 
 
-def heading_pairs(passages: Corpus, seed: int = 0) -> list[tuple[str, str, str]]:
+def heading_pairs(passages: Corpus) -> list[tuple[str, str, str]]:
     """(query, title, text) for pre-finetuning: a heading, a first sentence, parts that are drawn, and the rest."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     pairs = []
-    for piece in itertools.chain.from_iterable(map(chunks, passages)):
+    for piece in chunks(passages):
         title, text = piece["title"], piece["text"]
         heading = title.rpartition(": ")[2]
         pairs += [(title, "", text), (heading, "", text)]
@@ -181,17 +181,15 @@ def near_equal(queries: Sequence[str], others: Sequence[str], once: bool = False
     sets = [frozenset(terms(text)) for text in [*others, *queries]]
     counts = Counter(itertools.chain.from_iterable(sets))
     by_word: dict[str, list[frozenset[str]]] = {}
-    known: set[frozenset[str]] = set()
     answers = []
     for i, words in enumerate(sets):
         rarest = sorted(words, key=lambda word: (counts[word], word))
         rarest = rarest[:len(words) - math.ceil(NEAR * len(words)) + 1]
         candidates = itertools.chain.from_iterable(by_word.get(word, ()) for word in rarest)
-        near = words in known or any(len(words & other) >= NEAR * len(words | other) for other in candidates)
+        near = any(len(words & other) >= NEAR * len(words | other) for other in candidates)
         if i >= len(others):
             answers.append(near)
-        if words not in known and (i < len(others) or once and not near):
-            known.add(words)
+        if i < len(others) or once and not near:
             for word in rarest:
                 by_word.setdefault(word, []).append(words)
     return answers

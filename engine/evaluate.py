@@ -7,14 +7,15 @@ A model is whatever has encode_queries and encode_passages.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.beir import Beir
+from engine.beir import Beir, Qrels
 from engine.corpus import Corpus, terms, texts_and_titles
 from engine.files import InputError, is_text, read_jsonl, say_lost
 from engine.search import topk
@@ -127,25 +128,27 @@ def rankings(
 ) -> Rankings:
     """The first 100 passages of each query by cosine."""
     _, nearest = topk(q, P, min(101, len(P)))                        # (Q, 101)
-    pairs = zip(beir.queries, nearest, strict=True)
-    return {query: first_100(beir, query, row) for query, row in pairs}
+    return first_100(beir, nearest)
 
 
-def first_100(beir: Beir, query: str, order: np.ndarray) -> list[str]:
-    """Ids of the first 100 passages of an order, without the one that has the query's own id.
+def first_100(beir: Beir, orders: Iterable[np.ndarray]) -> Rankings:
+    """Ids of the first 100 passages of each query's order, without the one that has the query's own id.
 
     As BEIR does, because queries of ArguAna and Quora stand in their corpus. A passage that is judged
     stays: there two numberings met by chance.
     """
-    ids = [beir.corpus[i]["_id"] for i in order[:101]]
-    return [i for i in ids if i != query or i in beir.qrels[query]][:100]
+    ranked = {}
+    for query, order in zip(beir.queries, orders, strict=True):
+        ids = [beir.corpus[i]["_id"] for i in order[:101]]
+        ranked[query] = [i for i in ids if i != query or i in beir.qrels[query]][:100]
+    return ranked
 
 
-def retrieval_scores(ranked: Rankings, beir: Beir) -> Scores:
-    """Each measure for each query, in the order of beir.queries."""
-    scores: Scores = {}
+def retrieval_scores(ranked: Rankings, qrels: Qrels) -> Scores:
+    """Each measure for each query that is ranked, in that order."""
+    scores = {}
     for name, measure in (("ndcg@10", ndcg), ("recall@100", recall), ("mrr@10", mrr)):
-        scores[name] = [measure(ranked[query], beir.qrels[query]) for query in beir.queries]
+        scores[name] = [measure(ids, qrels[query]) for query, ids in ranked.items()]
     return scores
 
 
@@ -161,45 +164,38 @@ def means(scores: Scores) -> dict[str, float]:
 K1, B = 1.2, 0.75       # Lucene's
 
 
-class BM25:
-    """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text."""
+def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
+    """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text: query -> scores, (P)."""
+    P = len(corpus)
+    counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
+    length = np.array([count.total() for count in counts])           # (P)
+    norm = K1 * (1 - B + B * length / length.mean())                 # (P)
+    postings: dict[str, tuple[array[int], array[float]]] = {}        # of a term: passages, and its weight in each
+    for passage, count in enumerate(counts):
+        for term, tf in count.items():
+            passages, weights = postings.setdefault(term, (array("q"), array("d")))
+            passages.append(passage)
+            weights.append(tf * (K1 + 1) / (tf + norm[passage]))
 
-    def __init__(self, corpus: Corpus) -> None:
-        counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
-        length = np.array([count.total() for count in counts])       # (P)
-        norm = K1 * (1 - B + B * length / length.mean())             # (P)
-        self.size = len(corpus)
-        weights: dict[str, dict[int, float]] = {}                    # of each term, in its passages
-        for passage, count in enumerate(counts):
-            for term, tf in count.items():
-                weight = tf * (K1 + 1) / (tf + norm[passage])
-                weights.setdefault(term, {})[passage] = weight
-        self.postings: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # (n) passages, (n) weights
-        for term, row in weights.items():
-            self.postings[term] = np.array(list(row)), np.array(list(row.values()))
-
-    def scores(self, query: str) -> np.ndarray:
-        """One score a passage, (P)."""
-        scores = np.zeros(self.size)
-        for term in terms(query):
-            if term not in self.postings:
-                continue
-            passages, weights = self.postings[term]
+    def scores_of(query: str) -> np.ndarray:
+        scores = np.zeros(P)
+        for term in filter(postings.__contains__, terms(query)):
+            passages, weights = postings[term]
             n = len(passages)
-            idf = math.log(1 + (self.size - n + 0.5) / (n + 0.5))
-            scores[passages] += weights * idf
+            idf = math.log(1 + (P - n + 0.5) / (n + 0.5))
+            scores[passages] += np.multiply(weights, idf)
         return scores
+
+    return scores_of
 
 
 def bm25_rankings(beir: Beir) -> Rankings:
     """The first 100 passages of each query by BM25; one without any of its terms is not found."""
-    bm25, ranked = BM25(beir.corpus), {}
-    for query, text in beir.queries.items():
-        scores = bm25.scores(text)                                   # (P)
-        order = np.argsort(-scores, kind="stable")
-        found = order[scores[order] > 0]
-        ranked[query] = first_100(beir, query, found)
-    return ranked
+    orders = []
+    for scores in map(bm25(beir.corpus), beir.queries.values()):     # (P)
+        order = np.argsort(-scores, kind="stable")[:101]
+        orders.append(order[scores[order] > 0])
+    return first_100(beir, orders)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -208,7 +204,7 @@ def bm25_rankings(beir: Beir) -> Rankings:
 
 def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     """JSONL rows sentence1, sentence2, score: pairs of sentences, each with its human score."""
-    pairs: list[tuple[str, str, float]] = []
+    pairs = []
     for where, row in read_jsonl(path):
         first, second = row.get("sentence1"), row.get("sentence2")
         score: Any = row.get("score")

@@ -26,7 +26,7 @@ MARKDOWN = (".md", ".markdown")
 # A document -> passages
 
 
-def passages_of(name: str, text: str, max_words: int = MAX_WORDS) -> list[Passage]:
+def passages_of(name: str, text: str) -> list[Passage]:
     """The passages of one document, numbered in their order.
 
     >>> passages_of("tea.md", "Boil water.")
@@ -40,13 +40,13 @@ def passages_of(name: str, text: str, max_words: int = MAX_WORDS) -> list[Passag
     pieces = []                                                      # (heading, text)
     for kind, part in [*parts, ("heading", "")]:
         if kind == "heading":
-            section = introduced(section, max_words)
-            pieces += [(heading, piece) for piece in packed(section, "\n\n", max_words)]
+            section = introduced(section)
+            pieces += [(heading, piece) for piece in packed(section, "\n\n")]
             heading, section = part, []
         else:
-            section += cut(part, CUTS[kind], max_words)
+            section += cut(part, CUTS[kind])
     rows = list[Passage]()
-    for heading, piece in joined(pieces, max_words):
+    for heading, piece in joined(pieces):
         if len(WORD.findall(piece)) < size(piece) / 10:              # a table of numbers, no text
             continue
         full_title = title if heading in ("", title) else f"{title}: {heading}"
@@ -72,26 +72,26 @@ CUTS = {
 }
 
 
-def cut(text: str, cuts: Sequence[tuple[str, str]], max_words: int) -> list[str]:
-    """A text in pieces of at most max_words, each as long as the coarsest cuts allow."""
-    if size(text) <= max_words:
+def cut(text: str, cuts: Sequence[tuple[str, str]]) -> list[str]:
+    """A text in pieces of at most MAX_WORDS, each as long as the coarsest cuts allow."""
+    if size(text) <= MAX_WORDS:
         return [text]
     if not cuts:                                                     # one endless word
-        return [text[i:i + max_words] for i in range(0, len(text), max_words)]
+        return [text[i:i + MAX_WORDS] for i in range(0, len(text), MAX_WORDS)]
     pattern, joint = cuts[0]
     parts = []
     for part in re.split(pattern, text):
-        parts += cut(part, cuts[1:], max_words)
-    return packed(parts, joint, max_words)
+        parts += cut(part, cuts[1:])
+    return packed(parts, joint)
 
 
-def packed(parts: Sequence[str], joint: str, max_words: int) -> list[str]:
-    """Neighbours joined, to as few pieces of about equal size as max_words allows."""
+def packed(parts: Sequence[str], joint: str) -> list[str]:
+    """Neighbours joined, to as few pieces of about equal size as MAX_WORDS allows."""
     sizes = [size(part) for part in parts]
-    aim = sum(sizes) / max(1, math.ceil(sum(sizes) / max_words))
+    aim = sum(sizes) / max(1, math.ceil(sum(sizes) / MAX_WORDS))
     pieces, total = list[list[str]](), 0
     for part, words in zip(parts, sizes, strict=True):
-        if not pieces or total >= aim or total + words > max_words:
+        if not pieces or total >= aim or total + words > MAX_WORDS:
             pieces.append([])
             total = 0
         pieces[-1].append(part)
@@ -99,25 +99,25 @@ def packed(parts: Sequence[str], joint: str, max_words: int) -> list[str]:
     return [joint.join(piece) for piece in pieces]
 
 
-def introduced(parts: Sequence[str], max_words: int) -> list[str]:
+def introduced(parts: Sequence[str]) -> list[str]:
     """A part that ends with a colon stays with what it introduces."""
     found = list[str]()
     for part in parts:
-        if found and found[-1].endswith(":") and size(found[-1]) + size(part) <= max_words:
+        if found and found[-1].endswith(":") and size(found[-1]) + size(part) <= MAX_WORDS:
             found[-1] += "\n\n" + part
         else:
             found.append(part)
     return found
 
 
-def joined(pieces: Sequence[tuple[str, str]], max_words: int) -> list[tuple[str, str]]:
+def joined(pieces: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """A piece of few words goes to the one below it, the last one to the one above, under its heading."""
     found = list[tuple[str, str]]()
     for i, (heading, text) in enumerate(pieces):
         above_heading, above = found[-1] if found else ("", "")
         small = size(text) < FEW_WORDS and (heading == above_heading or i == len(pieces) - 1)
         inner = text if heading == above_heading else f"{heading}\n{text}"
-        if found and (small or size(above) < FEW_WORDS) and size(above) + size(inner) <= max_words:
+        if found and (small or size(above) < FEW_WORDS) and size(above) + size(inner) <= MAX_WORDS:
             found[-1] = above_heading or heading, f"{above}\n\n{inner}"
         else:
             found.append((heading, text))
@@ -155,6 +155,7 @@ def visible(text: str, markdown: bool) -> list[str]:
 RULE = re.compile(r"([=\-~^\"'`#*+.:_])\1{2,}")
 TITLE = re.compile(r"[\w`\"'(*:.<\[].{,99}")
 FENCE = re.compile(r" *(`{3,}|~{3,})")
+HEADING = re.compile(r" {0,3}#{1,6} +(.{,150}?)[ #]*$")
 
 
 def blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, str]]:
@@ -175,31 +176,30 @@ def blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, str]]:
 
 def raw_blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, list[str]]]:
     """("heading" | "text" | "code", its lines), with empty ones between."""
-    block, fence = list[str](), ""
+    block, fence = [], ""
     for line, below in itertools.pairwise([*lines, ""]):
         opening = FENCE.match(line) if markdown else None
-        heading = re.match(r" {0,3}#{1,6} +(.{,150}?)[ #]*$", line) if markdown else None
+        heading = HEADING.match(line) if markdown else None
+        if fence and not line.strip().startswith(fence):
+            block.append(line)
+            continue
         if fence:
-            if line.strip().startswith(fence):
-                yield "code", block
-                block, fence = [], ""
-            else:
-                block.append(line)
+            yield "code", block
+            fence = ""
         elif opening:
             yield "text", block
-            block, fence = [], opening[1]
+            fence = opening[1]
         elif heading:
             yield "text", block
             yield "heading", [heading[1]]
-            block = []
         elif RULE.fullmatch(line) and underlined(block, line, markdown):
             yield "heading", block[-1:]
-            block = []
         elif line or (block and block[0].startswith("    ") and below.startswith("    ")):
             block.append(line)
+            continue
         else:
             yield "text", block
-            block = []
+        block = []
     yield "code" if fence else "text", block
 
 

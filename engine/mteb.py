@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from engine.beir import read_beir
 from engine.evaluate import encode_beir, rankings, retrieval_scores, short_names, sts_terms
 from engine.files import InputError, first_line, say, write_json
+from engine.vectors import model_key
 
 # --------------------------------------------------------------------------------------------------
 # Table 9: the task of each set, and whether it is symmetric (targets have the format of inputs)
@@ -92,12 +94,11 @@ class ForMteb:
 
         self.model, self.format_query, self.dim, self.task = model, format_query, dim, task
         # mteb keeps results by name and revision: what changes them changes the revision
-        revision = hashlib.sha256(repr((model.formats, model.max_length, dim, task)).encode())
-        for p in model.encoder.state_dict().values():
-            revision.update(p.float().cpu().numpy().tobytes())
+        settings = repr((model.formats, dim, task)).encode()
+        revision = hashlib.blake2b(settings, digest_size=8, key=model_key(model)).hexdigest()
         self.mteb_model_meta = ModelMeta.create_empty({
             "name": f"gecko/{name}",
-            "revision": revision.hexdigest()[:16],
+            "revision": revision,
             "max_tokens": model.max_length,
             "embed_dim": dim or model.encoder.config.hidden_size,
             "similarity_fn_name": ScoringFunction.COSINE,
@@ -107,11 +108,11 @@ class ForMteb:
                ) -> np.ndarray:
         """inputs: batches {"text": [...]}; passages have "title" and "body" too -> (texts, dim)."""
         task, symmetric = table_9(task_metadata.name, task_metadata.type)
-        columns: dict[str, list[str]] = {}
+        columns: dict[str, list[str]] = defaultdict(list)
         for batch in inputs:
             for key, values in batch.items():
-                columns.setdefault(key, []).extend(values)
-        if prompt_type is not None and prompt_type.value == "document" and not symmetric:
+                columns[key] += values
+        if prompt_type == "document" and not symmetric:
             return self.model.encode_passages(columns["body"], columns.get("title"), dim=self.dim)
         # not encode_queries, which refuses empty texts: some of mteb's sets have them
         formats, task = self.model.formats, self.task or task
@@ -137,7 +138,7 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
         raise InputError("--mteb needs the package mteb; install it: pip install mteb") from error
     papers = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
     benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
-    tasks: list[Any] = []
+    tasks = []
     for name in names:
         try:
             if name in papers:
@@ -182,15 +183,15 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
     model = load(args.model)
     say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
         task=args.task or "by Table 9")
-    results: dict[str, dict[str, float]] = {}
+    results = {}
     for name, folder in zip(short_names(args.beir), args.beir, strict=True):
-        by_name, symmetric = table_9(Path(folder).resolve().name)
+        by_name, symmetric = table_9(Path(name).name)
         known = read_beir(folder, args.split)
         q, P = encode_beir(model, known, args.task or by_name, args.dim, symmetric, progress="passages")
-        scores = retrieval_scores(rankings(known, q, P), known)
+        scores = retrieval_scores(rankings(known, q, P), known.qrels)
         results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
     for name, path in zip(short_names(args.sts), args.sts, strict=True):
-        by_name, _ = table_9(Path(path).stem, "STS")
+        by_name, _ = table_9(Path(name).stem, "STS")
         results[name] = {"spearman": float(sts_terms(model, path, args.dim, args.task or by_name).mean())}
     if tasks:
         adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)

@@ -4,7 +4,7 @@
     query_likelihood: a unigram model of the passage, Dirichlet-smoothed (Ponte and Croft 1998; Zhai and
         Lafferty 2001), which may translate a passage's words into everyday ones (Berger and Lafferty 1999):
         p(w | p) = (tf(w) + lam * tf(words that w paraphrases) + mu * p(w | C)) / (|p| + mu)
-    relevance: the similarity that it is given, a cosine, which errs differently from word counts
+    relevance: the cosine of an embedder that it is given, which errs differently from word counts
 
 The everyday words stand in thesaurus.txt. A passage is {"_id", "title", "text"}.
 """
@@ -16,7 +16,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ import numpy as np
 import torch
 
 from engine.corpus import Corpus, Passage, sentences, terms, texts_and_titles
-from engine.files import InputError
 from engine.replies import Answers, LogProbs
 from engine.search import exact_dot
 
 Pairs = Sequence[tuple[str, Passage]]                                # of a query and a passage
-Similarity = Callable[[Pairs], list[float]]                          # one number a pair
 
 STOP = set("a an the of to is in it if and or for this that with be are by on as at from not which "
            "when can will has its one into than".split())
@@ -45,11 +43,12 @@ class Offline:
     def __init__(
         self,
         corpus: Corpus,
-        similarity: Similarity | None,
+        embedder: Any,                       # for relevance; None where nobody asks for it
         tasks: Sequence[str],
         seed: int = 0,
     ) -> None:
-        self.similarity, self.tasks, self.seed = similarity, tasks, seed
+        self.embedder, self.tasks, self.seed = embedder, tasks, seed
+        self.vectors: dict[str, np.ndarray] = {}                     # of passages, by their ids
         self.drawn: Counter[str] = Counter()                         # queries so far, by the passage's id
         self.counts: dict[str, Counter[str]] = {}
         self.collection: Counter[str] = Counter()
@@ -85,25 +84,15 @@ class Offline:
         return total
 
     def relevance(self, pairs: Pairs) -> LogProbs:
-        if self.similarity is None:
-            raise InputError("offline relevance needs the initial retriever; give --model-dir")
-        return list(self.similarity(pairs))
-
-
-def similarity(embedder: Any, known: dict[str, np.ndarray] | None = None) -> Similarity:
-    """The cosine of a query and its passage, by an embedder. known: passages' vectors by id."""
-    return functools.partial(cosines, embedder, {} if known is None else known)
-
-
-def cosines(embedder: Any, known: dict[str, np.ndarray], pairs: Pairs) -> list[float]:
-    new = {p["_id"]: p for _, p in pairs if p["_id"] not in known}   # a passage is encoded once
-    P = embedder.encode_passages(*texts_and_titles(list(new.values())))  # (new, d)
-    known.update(zip(new, P, strict=True))
-    queries = list(dict.fromkeys(q for q, _ in pairs))
-    vectors = dict(zip(queries, embedder.encode_queries(queries), strict=True))
-    q = np.stack([vectors[query] for query, _ in pairs])             # (pairs, d)
-    p = np.stack([known[passage["_id"]] for _, passage in pairs])    # (pairs, d)
-    return exact_dot(torch.from_numpy(q), torch.from_numpy(p)).tolist()
+        """The cosine of each query and its passage, which is encoded once."""
+        new = {p["_id"]: p for _, p in pairs if p["_id"] not in self.vectors}
+        P = self.embedder.encode_passages(*texts_and_titles(list(new.values())))  # (new, d)
+        self.vectors.update(zip(new, P, strict=True))
+        queries = list(dict.fromkeys(q for q, _ in pairs))
+        vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
+        q = np.stack([vectors[query] for query, _ in pairs])         # (pairs, d)
+        p = np.stack([self.vectors[passage["_id"]] for _, passage in pairs])  # (pairs, d)
+        return exact_dot(torch.from_numpy(q), torch.from_numpy(p)).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,10 +104,8 @@ def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
     text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
     phrases_of = {}
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            term, phrases = line.split(":")
-            phrases_of[term.strip()] = [phrase.strip() for phrase in phrases.split(",")]
+    for term, phrases in re.findall("^([^#:]+): (.+)$", text, re.MULTILINE):
+        phrases_of[term] = phrases.split(", ")
     return phrases_of
 
 

@@ -7,6 +7,7 @@ the last digits; in bfloat16 near ones, on a CPU that multiplies in it.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -62,9 +63,7 @@ def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> Em
                          "AMX, or a GPU from 2020 on); encode in float32")
     if device.type == "cpu":
         return packed(encoder, torch.bfloat16 if precision == "bf16" else torch.float32)
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)(embed)
-    return embed
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")(embed)
 
 
 def is_bag(encoder: Any) -> bool:
@@ -88,29 +87,17 @@ def embed_bag(encoder: Any, tokens: TokenIds) -> Tensor:
     return F.embedding_bag(flat.to(table.device), table, offsets.to(table.device), mode="mean")  # (B, d)
 
 
-class Linear:
-    """x W^T + b, then gelu or plus a residual, in `dtype`: (N, in) -> (N, out).
+def linear(*parts: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
+    """x W^T + b of all parts side by side: (N, in) -> (N, out).
 
-    oneDNN through torch's own name for it: W is laid out once, and what follows costs no further pass.
+    oneDNN through torch's own name for it, so that W is laid out once.
     """
-
-    def __init__(self, dtype: torch.dtype, *parts: torch.nn.Linear) -> None:
-        self.weight = torch.cat([part.weight for part in parts]).to(dtype)  # (out, in)
-        self.bias = torch.cat([part.bias for part in parts]).to(dtype)      # (out)
-        self.onednn = ONEDNN and (dtype == torch.float32 or has_bfloat16(self.bias.device))
-        if self.onednn:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
-
-    def __call__(self, x: Tensor, then: str = "none", residual: Tensor | None = None) -> Tensor:
-        if not self.onednn:
-            y = F.linear(x, self.weight, self.bias)                  # (N, out)
-            if then == "gelu":
-                y = F.gelu(y)
-            return y if residual is None else y + residual
-        linear = torch.ops.mkldnn._linear_pointwise
-        if residual is not None:
-            return linear.binary(x, residual, self.weight, self.bias, "add")
-        return linear(x, self.weight, self.bias, then, [], "none")   # (N, out)
+    weight = torch.cat([part.weight for part in parts])              # (out, in)
+    bias = torch.cat([part.bias for part in parts])                  # (out)
+    if not ONEDNN:
+        return functools.partial(F.linear, weight=weight, bias=bias)
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
 
 
 def attend(
@@ -122,21 +109,9 @@ def attend(
     parts = []
     for (texts, n), run in zip(runs, qkv.split([texts * n for texts, n in runs]), strict=True):
         q, k, v = run.view(texts, n, 3, H, -1).permute(2, 0, 3, 1, 4)   # 3 of (texts, H, n, d/H)
-        out = attention(q, k, v)                                     # (texts, H, n, d/H)
+        out = F.scaled_dot_product_attention(q, k, v)                # (texts, H, n, d/H)
         parts.append(out.transpose(1, 2).reshape(texts * n, -1))     # (texts * n, d)
     return torch.cat(parts)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d/H)) v: 3 of (texts, H, n, d/H) -> (texts, H, n, d/H)."""
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    if q.dtype == torch.bfloat16 and not (amx and q.shape[2] >= 48):  # where torch's own is slower
-        # subtle: no maximum is taken off; where the range of bfloat16 is not enough for that, the sum shows it
-        e = (q / q.shape[-1] ** 0.5 @ k.transpose(2, 3)).exp_()      # (texts, H, n, n)
-        total = e.sum(-1, keepdim=True)                              # (texts, H, n, 1)
-        if bool(((total > 1e-30) & (total < 1e30)).all()):
-            return (e @ v).div_(total)
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
@@ -144,11 +119,11 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     c, e = encoder.config, encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:
-        qkv = Linear(dtype, *(layer.attention["self"][name] for name in ("query", "key", "value")))
-        blocks = layer.attention["output"], layer.intermediate, layer.output
-        out, up, down = (Linear(dtype, block["dense"]) for block in blocks)
-        norm_1, norm_2 = (copy.deepcopy(block["LayerNorm"]).to(dtype) for block in (blocks[0], blocks[2]))
-        layers.append((qkv, out, up, down, norm_1, norm_2))
+        layer = copy.deepcopy(layer).to(dtype)
+        project, after = layer.attention["self"], layer.attention["output"]
+        qkv = linear(project["query"], project["key"], project["value"])
+        out, up, down = linear(after["dense"]), linear(layer.intermediate["dense"]), linear(layer.output["dense"])
+        layers.append((qkv, out, after["LayerNorm"], up, down, layer.output["LayerNorm"]))
 
     def embed_packed(tokens: TokenIds) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
@@ -157,11 +132,11 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
         runs = [(len(list(run)), n) for n, run in itertools.groupby(map(len, tokens))]
         x = e["word_embeddings"](ids) + e["position_embeddings"](position)       # (N, d)
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
-        for qkv, out, up, down, norm_1, norm_2 in layers:
+        for qkv, out, norm_1, up, down, norm_2 in layers:
             a = attend(qkv(x), runs, c.num_attention_heads)          # (N, d)
-            x = norm_1(out(a, residual=x))                           # (N, d)
-            h = up(x, "gelu")                                        # (N, intermediate_size)
-            x = norm_2(down(h, residual=x))                          # (N, d)
+            x = norm_1(x + out(a))                                   # (N, d)
+            h = F.gelu(up(x))                                        # (N, intermediate_size)
+            x = norm_2(x + down(h))                                  # (N, d)
         return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
 
     return embed_packed

@@ -7,7 +7,6 @@ against the documentation of what that code calls.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import itertools
@@ -30,8 +29,12 @@ Texts = tuple[str, str]  # what people write about code, and the code
 SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
 
 
-def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
-                  sources: Sequence[str] = SOURCES) -> Iterator[tuple[str, str, str, str]]:
+def builtin_pairs(
+    corpus: Corpus,
+    count: int,
+    seed: int,
+    tasks: Sequence[str],
+) -> Iterator[tuple[str, str, str, str]]:
     """`count` times (task, query, title, text), of four kinds, each with one of the tasks.
 
     own, library: a name, sentence or span of words and the rest of its passage. commented: a comment
@@ -39,21 +42,17 @@ def builtin_pairs(corpus: Corpus, count: int, seed: int, tasks: Sequence[str],
     words, and the documentation of that function. The shares were chosen on the dev questions.
     """
     rng = np.random.default_rng(seed)
-    source = source_texts(sources)
+    source = source_texts()
     libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
     libraries += [passage(name, text) for name, text in source["docstring"]]
-    own_pieces = [piece for row in corpus for piece in chunks(row)]
-    library_pieces = [piece for row in libraries for piece in chunks(row)]
-    callees = Callees(corpus)
-    calling = [callees.of_all(source["comment"]), callees.of_all(source["function"])]
+    pieces = {"own": chunks(corpus), "library": chunks(libraries)}
+    calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
     shares = [0.4, 0.15, 0.15, 0.3] if all(calling) else [0.5, 0.3, 0.2, 0]
     for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=shares):
         title = ""
-        if kind == "own":
-            query, title, text = title_body_pair(pick(own_pieces, rng), rng)
-        elif kind == "library":
-            query, title, text = title_body_pair(pick(library_pieces, rng), rng)
+        if kind in pieces:
+            query, title, text = title_body_pair(pick(pieces[kind], rng), rng)
         elif kind == "commented":
             query, text = pick(source["comment"], rng)
         else:
@@ -70,16 +69,19 @@ def pick(items: Sequence[Any], rng: np.random.Generator) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
-def chunks(row: Passage) -> list[Passage]:
-    """A long passage in pieces of whole paragraphs that a small encoder can read, under its title."""
-    pieces = [""]
-    for paragraph in filter(str.strip, paragraphs(row["text"])):
-        longer = f"{pieces[-1]}\n\n{paragraph}"
-        if pieces[-1] and len(longer.split()) > 60:                  # words
-            pieces.append(paragraph)
-        else:
-            pieces[-1] = longer
-    return [passage(row["title"], piece) for piece in pieces]
+def chunks(corpus: Corpus) -> list[Passage]:
+    """Long passages in pieces of whole paragraphs that a small encoder can read, under their titles."""
+    found = []
+    for row in corpus:
+        piece = ""
+        for paragraph in filter(str.strip, paragraphs(row["text"])):
+            longer = f"{piece}\n\n{paragraph}"
+            if piece and len(longer.split()) > 60:                   # words
+                found.append(passage(row["title"], piece))
+                longer = paragraph
+            piece = longer
+        found.append(passage(row["title"], piece))
+    return found
 
 
 def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, str]:
@@ -104,14 +106,13 @@ def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, s
     return query, title if rng.random() < 0.3 else "", text
 
 
-@functools.cache
-def source_texts(sources: Sequence[str]) -> dict[str, list[Texts]]:
+def source_texts() -> dict[str, list[Texts]]:
     """What people write about code, of every Python file, each once; nothing is imported.
 
     {"comment": (words, code), "function": (its name or docstring, its body), "docstring": (name, text)}
     """
     found: dict[str, list[Texts]] = {"comment": [], "function": [], "docstring": []}
-    for path in source_files(sources):
+    for path in source_files():
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (UnicodeDecodeError, OSError):                        # some tests of the library; a dead link
@@ -122,8 +123,8 @@ def source_texts(sources: Sequence[str]) -> dict[str, list[Texts]]:
     return {kind: list(dict.fromkeys(pairs)) for kind, pairs in found.items()}
 
 
-def source_files(sources: Sequence[str]) -> Iterator[Path]:
-    for name in sources:
+def source_files() -> Iterator[Path]:
+    for name in SOURCES:
         if name == "stdlib":
             root = Path(sysconfig.get_paths()["stdlib"])
         else:
@@ -136,42 +137,38 @@ def source_files(sources: Sequence[str]) -> Iterator[Path]:
                 yield path
 
 
+COMMENT, CODE = re.compile(r"\s*#"), re.compile(r"\s*[^\s#]")
+
+
 def comments(lines: list[str]) -> Iterator[Texts]:
     """A block of comment lines with up to six lines of code below it."""
-    block: list[str] = []
+    block = []
     for i, line in enumerate(lines):
-        if is_comment(line):
+        if COMMENT.match(line):
             block.append(line.strip().lstrip("#! "))
             continue
-        code = list(itertools.takewhile(is_code, lines[i:i + 6]))
+        code = list(itertools.takewhile(CODE.match, lines[i:i + 6]))
         words = " ".join(block)
         if code and 3 <= len(re.findall(r"[a-z]{2,}", words)) <= 60:
             yield words, " ".join(map(str.strip, code))[:400]
         block = []
 
 
-def is_comment(line: str) -> bool:
-    return line.lstrip().startswith("#")
-
-
-def is_code(line: str) -> bool:
-    return line.strip() != "" and not is_comment(line)
-
-
 def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
     """Of each function and class, read from its first lines, by the kinds of `source_texts`."""
     for i, line in enumerate(lines):
-        start = re.match(r"\s*(async def|def|class) (\w+)", line)
+        start = re.match(r"(\s*)(?:async def|def|(class)) (\w+)", line)
         if start is None:
             continue
-        indent, name = len(line) - len(line.lstrip()), start[2]
-        body = "\n".join(itertools.takewhile(lambda below: is_inside(below, indent), lines[i + 1:i + 30]))
+        indent, is_class, name = start.groups()
+        inside = re.compile(rf"\s{{{len(indent) + 1}}}|\s*$")      # deeper, or blank
+        body = "\n".join(itertools.takewhile(inside.match, lines[i + 1:i + 30]))
         before, _, rest = body.partition('"""')
         doc, _, code = rest.partition('"""')
         if before.strip() not in ("", "r"):                          # a text further down, no docstring
             doc, code = "", body
         first = " ".join(paragraphs(doc.strip())[0].split())
-        if start[1] != "class":
+        if not is_class:
             yield "function", spoken(name).strip(), code
             if len(first.split()) >= 4:
                 yield "function", first, code
@@ -179,48 +176,37 @@ def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
             yield "docstring", name, inspect.cleandoc(doc)
 
 
-def is_inside(line: str, indent: int) -> bool:
-    return not line.strip() or len(line) - len(line.lstrip()) > indent
+# Of an object of unknown type a method is taken for that of the first of these types that has it
+TYPES = ("str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray")
 
 
-class Callees:
-    """The passages of what a piece of code calls, as far as a name alone tells.
+def with_calls(corpus: Corpus, pairs: Sequence[Texts]) -> list[tuple[str, list[int]]]:
+    """(words, passages of what the code calls), where a name alone tells and there are one to six of them.
 
-    >>> Callees([passage("os.remove", ""), passage("builtins.str.split", "")]).of("os.remove(x.split()[0])")
-    [0, 1]
+    >>> with_calls([passage("os.remove", ""), passage("builtins.str.split", "")], [("w", "os.remove(x.split())")])
+    [('w', [0, 1])]
     """
-
-    TYPES = ("str", "list", "dict", "set", "int", "float", "tuple", "bytes", "bytearray")
-
-    def __init__(self, corpus: Corpus) -> None:
-        self.by_name: dict[str, int] = {}
-        self.by_last_part: dict[str, list[int]] = {}
-        for i, row in enumerate(corpus):
-            name = row["_id"].removeprefix("builtins.")
-            self.by_name[name] = i
-            self.by_last_part.setdefault(name.rpartition(".")[2], []).append(i)
-        self.modules = {name.partition(".")[0] for name in self.by_name} - set(self.TYPES)
-
-    def of(self, code: str) -> list[int]:
-        found: dict[int, None] = {}                                  # each once, in order
+    passages = {}                                                    # of a name, and of ".method"
+    for i, row in enumerate(corpus):
+        name = row["_id"].removeprefix("builtins.")
+        passages[name] = [i]
+        passages.setdefault("." + name.rpartition(".")[2], []).append(i)
+    modules = {name.partition(".")[0] for name in passages} - set(TYPES)
+    for method, same in passages.items():
+        if method.startswith("."):
+            likely = [passages[kind + method] for kind in TYPES if kind + method in passages]
+            if likely:
+                passages[method] = likely[0]
+            elif len(same) > 2:                                      # many classes have it
+                passages[method] = []
+    found = []
+    for words, code in pairs:
+        called = {}                                                  # each once, in order
         for call in re.findall(r"([A-Za-z_][\w.]*)\(", code):
-            found.update(dict.fromkeys(self.passages(call)))
-        return list(found)
-
-    def of_all(self, pairs: Sequence[Texts]) -> list[tuple[str, list[int]]]:
-        """(words, what the code calls), of code that calls one to six known things."""
-        called = [(words, self.of(code)) for words, code in pairs]
-        return [(words, numbers) for words, numbers in called if 0 < len(numbers) <= 6]
-
-    def passages(self, call: str) -> list[int]:
-        first, dot, _ = call.partition(".")
-        if call in self.by_name:
-            return [self.by_name[call]]
-        if not dot or first in self.modules:
-            return []
-        method = call.rpartition(".")[2]                             # of an object of unknown type
-        for kind in self.TYPES:
-            if f"{kind}.{method}" in self.by_name:
-                return [self.by_name[f"{kind}.{method}"]]
-        same = self.by_last_part.get(method, [])
-        return same if len(same) <= 2 else []
+            first, dot, _ = call.partition(".")
+            if call not in passages and dot and first not in modules:
+                call = "." + call.rpartition(".")[2]
+            called.update(dict.fromkeys(passages.get(call, [])))
+        if 0 < len(called) <= 6:
+            found.append((words, list(called)))
+    return found

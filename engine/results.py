@@ -50,7 +50,7 @@ def on_dev(model: Any, folder: str) -> Callable[[], dict[str, float]] | None:
     if not folder:
         return None
     beir = read_beir(folder, "dev")
-    return lambda: means(measured(model, beir, [None], {"dev": beir.qrels})["dev"])
+    return lambda: means(measured(model, [None], {"dev": beir})["dev"])
 
 
 def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
@@ -72,10 +72,9 @@ def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> st
 def mean_of(a: Any, b: Any, share: float) -> Any:
     """Weights share * a + (1 - share) * b (Wortsman et al. 2022): less of what `a` knew is forgotten."""
     mixed = copy.deepcopy(b)
-    weights = dict(a.encoder.named_parameters())
     with torch.no_grad():
-        for name, p in mixed.encoder.named_parameters():
-            p.lerp_(weights[name], share)
+        for p, other in zip(mixed.encoder.parameters(), a.encoder.parameters(), strict=True):
+            p.lerp_(other, share)
     return mixed
 
 
@@ -152,25 +151,25 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     """The table of held-out queries, and the stage that the other half of them chooses, BM25 (None) apart."""
     order = sorted(asked, key=lambda row: random.Random(row["seed_id"]).random())
     half = len(order) // 2                                           # the first half chooses
-    beir = as_beir(corpus, order, "seed_id")
-    truths = {"p_seed": beir.qrels, "p_1": as_beir(corpus, order, "positive_id").qrels}
-    chosen: dict[str, float] = {}
+    truths = {"p_seed": as_beir(corpus, order, "seed_id"), "p_1": as_beir(corpus, order, "positive_id")}
+    chosen, shown = {}, {}                                           # nDCG@10 of the stages on either half
     reported: dict[str, Columns] = {}
     for stage, model in stages.items():
         reported[stage] = {}
-        choosing = []
-        for name, scores in measured(model, beir, [None], truths).items():
-            choosing += scores["ndcg@10"][:half]
+        by_truth = measured(model, [None], truths)
+        for name, scores in by_truth.items():
             reported[stage][name] = {measure: values[half:] for measure, values in scores.items()}
         if model is not None:
-            chosen[stage] = float(np.mean(choosing))
+            ndcg = np.array([scores["ndcg@10"] for scores in by_truth.values()])  # (truths, queries)
+            chosen[stage] = ndcg[:, :half].mean()
+            shown[stage] = ndcg[:, half:].mean()
         if labelled:
-            reported[stage] |= measured(model, labelled, [None], {"labels": labelled.qrels})
-    columns = "where p_seed is taken for right (which favours + (q, p_seed)), and where p_1 is (+ FRet)"
-    if labelled:
-        columns += f"; of {len(labelled.queries)} labelled questions"
+            reported[stage] |= measured(model, [None], {"labels": labelled})
     few = len(order) - half
-    title = f"Generated questions, held out ({few}): nDCG@10 and recall@100 {columns}"
+    title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right "
+             "(which favours + (q, p_seed)), and where p_1 is (+ FRet)")
+    if labelled:
+        title += f"; of {len(labelled.queries)} labelled questions"
     table = results_table(path, title, reported)
     if few < 200:
         # nDCG@10 of one question is 0 to 1, with a standard deviation of about 0.4 between stages
@@ -179,9 +178,8 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     best = max(chosen, key=chosen.__getitem__)
     first = next(iter(chosen))
     verdict = "; no training made it better" if best == first else ""
-    now, before = (np.mean([table[stage][truth]["ndcg@10"] for truth in truths]) for stage in (best, first))
-    if now < before:
-        verdict += f"; on the questions of the table it is worse: {now:.3f}, {first} {before:.3f}"
+    if shown[best] < shown[first]:
+        verdict += f"; on the questions of the table it is worse: {shown[best]:.3f}, {first} {shown[first]:.3f}"
     print(f"kept: {best}, best on the other {half} held-out questions (nDCG@10 {chosen[best]:.3f}; {first} "
           f"{chosen[first]:.3f}){verdict}")
     return table, best
@@ -207,14 +205,18 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
         return table
     write_questions(out / "questions", corpus)
     test = read_beir(out / "questions")
-    columns = {name: measured(model, test, gecko.dims, {"": test.qrels}) for name, model in stages.items()}
+    columns = {name: measured(model, gecko.dims, {"": test}) for name, model in stages.items()}
     dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
     title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
     return results_table(out / "results.json", title, columns)
 
 
-def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping[str, Any]) -> Columns:
-    """A model's scores, or BM25's (None), at each dimension, against each of the truths: {name: qrels}."""
+def measured(model: Any, dims: Sequence[int | None], truths: Mapping[str, Beir]) -> Columns:
+    """A model's scores, or BM25's (None), at each dimension, against each of the truths.
+
+    They are {name: set}, of one corpus and the same queries.
+    """
+    beir = next(iter(truths.values()))
     if model is None:
         ranked = {dims[0]: bm25_rankings(beir)}
     else:
@@ -222,8 +224,8 @@ def measured(model: Any, beir: Beir, dims: Sequence[int | None], truths: Mapping
         ranked = {dim: rankings(beir, cut(q, dim), cut(P, dim)) for dim in dims}
     columns = {}
     for dim, lists in ranked.items():
-        for name, qrels in truths.items():
-            columns[name or str(dim)] = retrieval_scores(lists, Beir(beir.corpus, beir.queries, qrels))
+        for name, truth in truths.items():
+            columns[name or str(dim)] = retrieval_scores(lists, truth.qrels)
     return columns
 
 

@@ -137,10 +137,12 @@ def processes() -> tuple[int, int]:
 def start_processes() -> None:
     """Under torchrun: join the others."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "gloo"
         if torch.cuda.is_available():
+            backend = "nccl"
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # a long timeout, because the others wait while the first process evaluates
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(hours=6))
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
 
 
 def stop_processes() -> None:

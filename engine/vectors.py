@@ -1,19 +1,20 @@
 """The vectors of a corpus, kept on disk: a text is encoded once, and again only by another model.
 
-The file holds a key and a vector of each text, and in its header the key of the model. One of another model,
-or one that is torn, counts for nothing and is written anew.
+The file holds a vector of each text, and a key made of the text and the model: another model's vectors are never
+found. A file that is torn counts for nothing and is written anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from engine.files import InputError, file_beside, first_line, is_text, passage_texts, read_jsonl, say, say_lost
 
@@ -23,19 +24,19 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     folder = folder.resolve()
     path = folder.with_name(f"{folder.name}.vectors") / f"{corpus.resolve().name}.safetensors"
     made_by = model_key(model)
-    keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts]
-    known, vectors = read_vectors(path, made_by)
-    rows = {key: row for row, key in enumerate(known)}
-    new = {key: text for key, text in zip(keys, texts, strict=True) if key not in rows}
-    if not new:
-        return vectors[[rows[key] for key in keys]]                  # (len(texts), d)
-    x = model.encode(list(new.values()), progress="passages")        # (new, d)
-    say_lost(model, "passages")
-    for row, key in enumerate(new, len(known)):
-        rows[key] = row
-    vectors = np.concatenate([vectors.reshape(-1, x.shape[1]), x])   # (known + new, d)
-    vectors = vectors[[rows[key] for key in keys]]                   # (len(texts), d)
-    write_vectors(path, made_by, keys, vectors)
+    keys = [hashlib.blake2b(text.encode(), digest_size=16, key=made_by).digest() for text in texts]
+    known: dict[bytes, np.ndarray] = {}                              # (d) each
+    with contextlib.suppress(OSError, SafetensorError):              # no file yet, or a torn one
+        kept = load_file(path)
+        known.update(zip(map(bytes, kept["keys"]), kept["vectors"], strict=True))
+    new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
+    if new:
+        x = model.encode(list(new.values()), progress="passages")    # (new, d)
+        say_lost(model, "passages")
+        known.update(zip(new, x, strict=True))
+    vectors = np.stack([known[key] for key in keys])                 # (len(texts), d)
+    if new:
+        write_vectors(path, keys, vectors)
     return vectors
 
 
@@ -65,7 +66,7 @@ def write_npy(path: str, model: Any, texts: Sequence[str], dim: int | None, prec
     print(f"wrote {path}: float32 {rows.shape}; {model.lost() or 'no text was cut'}")
 
 
-def model_key(model: Any) -> str:
+def model_key(model: Any) -> bytes:
     """Of all that a vector depends on beside its text; about a second for a gigabyte of weights."""
     # subtle: else the length that the last call cut its texts at would be in the key
     model.tokenizer.no_truncation()
@@ -74,25 +75,14 @@ def model_key(model: Any) -> str:
     key = hashlib.blake2b(repr(settings).encode())
     for weights in model.encoder.state_dict().values():
         key.update(weights.cpu().numpy().data)
-    return key.hexdigest()
+    return key.digest()
 
 
-def read_vectors(path: Path, made_by: str) -> tuple[list[bytes], np.ndarray]:
-    """The keys of texts, and their vectors; of none where the file is not this model's."""
-    try:
-        with safe_open(path, "numpy") as file:
-            if file.metadata() == {"model": made_by}:
-                return [key.tobytes() for key in file.get_tensor("keys")], file.get_tensor("vectors")
-    except (OSError, SafetensorError):                               # none yet, or torn
-        pass
-    return [], np.empty((0, 0), np.float32)
-
-
-def write_vectors(path: Path, made_by: str, keys: Sequence[bytes], vectors: np.ndarray) -> None:
+def write_vectors(path: Path, keys: Sequence[bytes], vectors: np.ndarray) -> None:
     """Whole or not at all; where nothing can be written, the next search only takes as long as this one."""
     numbers = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
     try:
         with file_beside(path) as new:
-            save_file({"keys": numbers, "vectors": vectors}, new, {"model": made_by})
+            save_file({"keys": numbers, "vectors": vectors}, new)
     except (OSError, SafetensorError) as error:
         say(vectors=f"not kept ({first_line(error)})")

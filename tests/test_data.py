@@ -180,9 +180,10 @@ def test_mixed_batches_go_through_each_group_before_any_row_again():
     assert all(sorted(first[k:k + 10]) == list(range(10)) for k in range(0, len(first) - 10, 10))
 
 
-def test_builtin_pairs_are_records_of_the_two_tasks():
+def test_builtin_pairs_are_records_of_the_two_tasks(monkeypatch):
+    monkeypatch.setattr(data.pairs, "SOURCES", ("numpy",))
     corpus = data.builtin_corpus()[:300]
-    rows = data.builtin_pairs(corpus, 40, 3, ("numpy",))
+    rows = data.builtin_pairs(corpus, 40, 3)
     assert len(rows) == 40 and {r["task"] for r in rows} == {"search result", "question answering"}
     assert all(r["negative"] is None and not r["symmetric"] for r in rows)
 

@@ -71,7 +71,7 @@ def test_measures_are_trec_evals():
     trec = pytest.importorskip("pytrec_eval", reason="it comes with mteb")
     qrels, ranked = judged_rankings()
     queries = dict.fromkeys(qrels, "")
-    ours = evaluate.retrieval_scores(ranked, Beir([], queries, qrels))
+    ours = evaluate.retrieval_scores(ranked, qrels)
     runs = {q: {p: -float(rank) for rank, p in enumerate(ids)} for q, ids in ranked.items()}
     theirs = trec.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100", "recip_rank"}).evaluate(runs)
     for name, their in (("ndcg@10", "ndcg_cut_10"), ("recall@100", "recall_100")):
@@ -85,7 +85,7 @@ def test_a_query_without_a_relevant_passage_counts_as_nothing():
     """As in trec_eval: it stays in the mean, which is half of what it would be without it."""
     qrels = {"1": {"a": 1}, "2": {}}
     ranked = {"1": ["a", "b"], "2": ["a", "b"]}
-    ours = evaluate.retrieval_scores(ranked, Beir([], {"1": "x", "2": "y"}, qrels))
+    ours = evaluate.retrieval_scores(ranked, qrels)
     assert ours == {"ndcg@10": [1, 0], "recall@100": [1, 0], "mrr@10": [1, 0]}
     trec = pytest.importorskip("pytrec_eval", reason="it comes with mteb")
     theirs = trec.RelevanceEvaluator({"1": {"a": 1}, "2": {"a": 0}}, {"ndcg_cut.10", "recall.100"}).evaluate(
@@ -163,7 +163,7 @@ def test_a_query_whose_grades_are_all_0_stays(tmp_path):
 def test_judgements_that_cannot_be_read_one_way_only_are_refused(text, message, tmp_path):
     with pytest.raises(files.InputError, match="test.tsv.*" + message):
         read(text, tmp_path)
-    with pytest.raises(files.InputError, match="none.tsv: .*No such file"):
+    with pytest.raises(files.InputError, match="none.tsv: no such file"):
         read_qrels(tmp_path / "none.tsv")
 
 
@@ -200,7 +200,7 @@ def test_judged_passages_that_the_corpus_has_not_are_counted(tmp_path, capsys):
     """They stay in the judgements, so that recall is what it would be if nobody found them."""
     beir = read_beir(beir_folder(tmp_path, qrels="q0\tp0\t1\nq0\t7\t1\nq1\t8\t1\n"))
     assert "2 of 3 judged passages are not in corpus.jsonl, first: 7" in capsys.readouterr().err
-    assert evaluate.retrieval_scores({"q0": ["p0"], "q1": ["p1"]}, beir)["recall@100"] == [0.5, 0]
+    assert evaluate.retrieval_scores({"q0": ["p0"], "q1": ["p1"]}, beir.qrels)["recall@100"] == [0.5, 0]
     with pytest.raises(files.InputError, match="2 of 2 judged passages are not in corpus.jsonl, first: 0007"):
         read_beir(beir_folder(tmp_path, qrels="q0\t0007\t1\nq1\t0008\t1\n"))
 
@@ -252,10 +252,10 @@ def test_a_query_that_stands_in_the_corpus_does_not_find_itself():
 
 def test_bm25_by_hand():
     corpus = [{"_id": str(i), "title": "", "text": t} for i, t in enumerate(["a b b", "b c", "c c c d"])]
-    bm25 = evaluate.BM25(corpus)
+    bm25 = evaluate.bm25(corpus)
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
     want = [idf * tf * 2.2 / (tf + 1.2 * (0.25 + 0.75 * n / 3)) for tf, n in ((2, 3), (1, 2))]
-    np.testing.assert_allclose(bm25.scores("b"), [*want, 0])
+    np.testing.assert_allclose(bm25("b"), [*want, 0])
     beir = Beir(corpus, {"q": "b"}, {"q": {"2": 1}})
     assert evaluate.bm25_rankings(beir) == {"q": ["0", "1"]}, "a passage without a term of the query is not found"
 

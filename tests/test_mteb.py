@@ -76,7 +76,7 @@ def test_mteb_sees_the_formats_and_gives_our_figure(model, name, task, symmetric
     assert [any(t.startswith(p) for t in texts) for p in passages] == [symmetric, not symmetric, not symmetric]
     beir = Beir(CORPUS, QUERIES, QRELS)
     q, P = evaluate.encode_beir(model, beir, task, symmetric=symmetric)
-    ours = evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir)["ndcg@10"]
+    ours = evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir.qrels)["ndcg@10"]
     assert abs(scores[name]["ndcg_at_10"] - np.mean(ours)) < 1e-5
 
 

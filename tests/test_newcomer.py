@@ -39,7 +39,7 @@ def project(tmp_path_factory):
     files.write_jsonl(folder / "corpus.jsonl", corpus)
     model = gecko.tiny([p["text"] for p in corpus], hidden_size=64)
     gecko.save(model, folder / "retriever")
-    ranker = llm.Offline(corpus, llm.similarity(model), list(llm.FREQUENT_TASKS))
+    ranker = llm.Offline(corpus, model, list(llm.FREQUENT_TASKS))
     written = llm.generate(ranker, corpus, llm.seed_draws(corpus, 300, 0))
     llm.write_kept(folder / "queries.jsonl", written, 300, "generate")
     queries = llm.read_queries(folder / "queries.jsonl", corpus)

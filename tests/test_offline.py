@@ -1,7 +1,7 @@
 """engine/offline.py: statistics in the place of a language model.   pytest tests/test_offline.py
 
-Invariants: query likelihood is the Dirichlet-smoothed sum of the docstring; relevance is the similarity that was
-given; generation follows from the seed, and a passage drawn twice gets another query.
+Invariants: query likelihood is the Dirichlet-smoothed sum of the docstring; relevance is the cosine of the embedder
+that was given; generation follows from the seed, and a passage drawn twice gets another query.
 """
 
 import math
@@ -10,11 +10,12 @@ import sys
 from collections import Counter
 
 import pytest
+from toys import small_model
 
 import llm
 from engine import offline
 from engine.corpus import terms
-from engine.files import InputError, read_jsonl, write_jsonl
+from engine.files import read_jsonl, write_jsonl
 from engine.offline import Offline
 
 TASKS = ["question answering", "search result", "fact checking", "sentence similarity"]
@@ -114,18 +115,22 @@ def test_a_title_alone_is_asked_for():
         assert len(answer.split("Query: ")[1]) >= 3
 
 
-def test_relevance_is_the_similarity_that_it_is_given():
-    asked = []
+def test_relevance_is_the_cosine_of_the_embedder_that_it_is_given(monkeypatch):
+    """Of each pair its own, and no passage is encoded twice."""
+    model, encoded = small_model(), []
+    encode = model.encode_passages
 
-    def similarity(pairs):
-        asked.extend((q, p["_id"]) for q, p in pairs)
-        return [0.5 + i for i in range(len(pairs))]
+    def counted(texts, titles):
+        encoded.extend(titles)
+        return encode(texts, titles)
 
-    pairs = [("q", CORPUS[0]), ("r", CORPUS[2])]
-    assert Offline(CORPUS, similarity, TASKS).relevance(pairs) == [0.5, 1.5]
-    assert asked == [("q", "m.ceil"), ("r", "o.remove")]
-    with pytest.raises(InputError, match="--model-dir"):
-        Offline(CORPUS, None, TASKS).relevance(pairs)
+    monkeypatch.setattr(model, "encode_passages", counted)
+    offline_llm = Offline(CORPUS, model, TASKS)
+    pairs = [("red", CORPUS[0]), ("blue river", CORPUS[2]), ("red", CORPUS[2]), ("red", CORPUS[0])]
+    q = model.encode_queries([query for query, _ in pairs])
+    p = encode([p["text"] for _, p in pairs], [p["title"] for _, p in pairs])
+    assert offline_llm.relevance(pairs) == pytest.approx((q * p).sum(1).tolist(), abs=1e-6)
+    assert len(set(offline_llm.relevance(pairs[:3]))) == 3 and encoded == ["m.ceil", "o.remove"]
 
 
 def test_generation_is_seeded_and_varies():

@@ -136,14 +136,3 @@ def test_unknown_tokens_are_said():
     assert model.unknown == 0.5 and model.lost() == "50% of the tokens are unknown to this model's tokenizer"
     model.tokens(["red green"])
     assert model.lost() == ""
-
-
-@pytest.mark.parametrize("largest", [1.0, 300.0])
-def test_attention_in_bfloat16_is_softmax_also_where_an_exponential_would_overflow(largest):
-    """The negative control: without a fallback the second would be no number."""
-    q, k, v = torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
-    q = q * largest
-    expected = (q @ k.transpose(2, 3) / 8 ** 0.5).softmax(-1) @ v
-    got = packed.attention(*(x.bfloat16() for x in (q, k, v))).float()
-    assert (got - expected).abs().mean() < 0.02
-    assert bool((q @ k.transpose(2, 3) / 8 ** 0.5).bfloat16().exp().isfinite().all()) == (largest == 1.0)

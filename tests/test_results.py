@@ -155,11 +155,11 @@ def test_labels_stand_beside(tmp_path, capsys):
 def test_measured_is_each_dimension_against_each_truth():
     model = small_model()
     beir = as_beir(CORPUS, asked_rows(), "seed_id")
-    other = as_beir(CORPUS, asked_rows(), "positive_id").qrels
-    columns = measured(model, beir, [4], {"seed": beir.qrels, "p_1": other})
+    other = as_beir(CORPUS, asked_rows(), "positive_id")
+    columns = measured(model, [4], {"seed": beir, "p_1": other})
     q = model.encode_queries(list(beir.queries.values()), "question answering", dim=4)
     P = model.encode_passages([p["text"] for p in beir.corpus], [p["title"] for p in beir.corpus], dim=4)
-    for name, qrels in (("seed", beir.qrels), ("p_1", other)):
+    for name, qrels in (("seed", beir.qrels), ("p_1", other.qrels)):
         for n, query in enumerate(beir.queries):
             order = np.argsort(-(P @ q[n]), kind="stable")
             ranked = [beir.corpus[i]["_id"] for i in order]

@@ -138,7 +138,7 @@ def test_the_best_on_dev_is_kept(tmp_path):
     beir = read_beir(tmp_path / "beir", "dev")
     best = load(tmp_path / "run/best")
     q, P = evaluate.encode_beir(best, beir, "question answering")
-    score = np.mean(evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir)["ndcg@10"])
+    score = np.mean(evaluate.retrieval_scores(evaluate.rankings(beir, q, P), beir.qrels)["ndcg@10"])
     assert score == pytest.approx(max(dev), abs=1e-4)
 
 

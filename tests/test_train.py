@@ -587,9 +587,9 @@ def start_recipe(out, hash_seed):
 
     Pairs come from the sources of numpy alone: those of all packages take longer to read than to train on.
     """
-    script = ("import functools, sys; sys.path.insert(0, sys.argv[1]); import data, train\n"
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); import data, train\n"
               "from pathlib import Path\n"
-              "train.builtin_pairs = functools.partial(data.builtin_pairs, sources=('numpy',))\n"
+              "data.pairs.SOURCES = ('numpy',)\n"
               f"small = [p for p in data.builtin_corpus() if p['title'].split('.')[0] in {TOPS!r}]\n"
               f"train.recipe(train.Recipe(llm='offline'), Path(sys.argv[2]), train.{SIZES!r}, small)")
     return subprocess.Popen([sys.executable, "-c", script, str(ROOT), str(out)], text=True, stdout=subprocess.PIPE,

@@ -61,7 +61,7 @@ def main() -> None:
         model = mean_of(before, after, share)
         for name, beir in sets.items():
             q, P = encode_beir(model, beir, table_9(name)[0], precision=args.precision, progress=name)
-            values = retrieval_scores(rankings(beir, q, P), beir)["ndcg@10"]
+            values = retrieval_scores(rankings(beir, q, P), beir.qrels)["ndcg@10"]
             ndcg[name][f"{share:g}"] = np.round(values, 4).tolist()
     print("\n".join(table(ndcg)))
     if args.out:

@@ -59,8 +59,7 @@ def main():
     rng, left_out = np.random.default_rng(0), Counter()
     pieces = []
     for name in RETRIEVAL:
-        for passage in read_passages(file(name, "corpus")):
-            pieces += chunks(passage)
+        pieces += chunks(read_passages(file(name, "corpus")))
     spans = []
     for i in rng.permutation(len(pieces))[:50_000]:
         query, title, text = title_body_pair(pieces[i], rng)

@@ -147,7 +147,7 @@ def ndcg(model: Gecko, sets: dict[str, Beir], precision: str) -> dict[str, list[
     values = {}
     for split, beir in sets.items():
         q = model.encode_queries(list(beir.queries.values()), "question answering", precision=precision)
-        values[split] = np.round(retrieval_scores(rankings(beir, q, P), beir)["ndcg@10"], 4).tolist()
+        values[split] = np.round(retrieval_scores(rankings(beir, q, P), beir.qrels)["ndcg@10"], 4).tolist()
     return values
 
 

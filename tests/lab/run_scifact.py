@@ -124,9 +124,9 @@ def dev_set(corpus: list[dict[str, str]], first: Cached, P: np.ndarray) -> Beir:
     """The written claims against a part of the corpus: what BM25 or the embedder ranks high, and the golds."""
     lines = Path(__file__).with_name("scifact_dev.tsv").read_text(encoding="utf-8").splitlines()
     claims = dict(reversed(line.split("\t")) for line in lines)      # claim -> id
-    bm25 = evaluate.BM25(corpus)
+    bm25 = evaluate.bm25(corpus)
     _, near = topk(first.encode_queries(list(claims), TASK), P, 20)
-    kept = set(near.flatten().tolist()) | {i for q in claims for i in np.argsort(-bm25.scores(q))[:8].tolist()}
+    kept = set(near.flatten().tolist()) | {i for q in claims for i in np.argsort(-bm25(q))[:8].tolist()}
     part = [p for i, p in enumerate(corpus) if i in kept or p["_id"] in claims.values()]
     return Beir(part, {q: q for q in claims}, {q: {i: 1} for q, i in claims.items()})
 
@@ -145,9 +145,9 @@ def measure(models: dict[str, Gecko], beir: Beir, ranker: Offline) -> dict[str, 
                 for q, s in scores.items()}
     print(f"{len(beir.queries)} claims, {len(by_id)} abstracts: nDCG@10, recall@100, [gain over the first model]")
     table: dict[str, Any] = {}
-    base = evaluate.retrieval_scores(ranked[next(iter(models))], beir)["ndcg@10"]
+    base = evaluate.retrieval_scores(ranked[next(iter(models))], beir.qrels)["ndcg@10"]
     for name, lists in ranked.items():
-        scores = evaluate.retrieval_scores(lists, beir)
+        scores = evaluate.retrieval_scores(lists, beir.qrels)
         low, high = evaluate.paired_bootstrap(base, scores["ndcg@10"])
         table[name] = {k: round(float(np.mean(scores[k])), 4) for k in ("ndcg@10", "recall@100")} | {
             "gain": [round(low, 4), round(high, 4)]}
@@ -195,7 +195,7 @@ def main() -> None:
     first = Cached(load(args.init), out / "vectors.npz")
     P = encoded(first, corpus)
     stage("encode the abstracts")
-    ranker = Offline(corpus, llm.similarity(first), list(llm.FREQUENT_TASKS))
+    ranker = Offline(corpus, first, list(llm.FREQUENT_TASKS))
     if not (out / "queries.jsonl").is_file():
         written = llm.generate(ranker, corpus, llm.seed_draws(corpus, QUERIES, 0))
         llm.write_kept(out / "queries.jsonl", written, QUERIES, "generate")

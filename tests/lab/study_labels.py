@@ -72,7 +72,7 @@ def vectors(folder, known, encoder, cache):
 
 def title_body_pairs(corpus, seed):
     rng = np.random.default_rng(seed)
-    pieces = [chunk for passage in corpus for chunk in chunks(passage)]
+    pieces = chunks(corpus)
     pairs = []
     for i in rng.integers(len(pieces), size=PAIRS):
         query, title, text = title_body_pair(pieces[i], rng)
@@ -91,7 +91,7 @@ class Study:
         self.texts = [p["text"] for p in known.corpus]
         number = {p["_id"]: i for i, p in enumerate(known.corpus)}
         self.gold = [sorted(number[i] for i in judged) for judged in known.qrels.values()]
-        self.bm25 = evaluate.BM25(known.corpus)
+        self.bm25 = evaluate.bm25(known.corpus)
         self.offline = Offline(known.corpus, None, [TASK])
         pairs = title_body_pairs(known.corpus, seed)
         self.init = train.untrained(known.corpus, pairs, seed)
@@ -108,7 +108,7 @@ class Study:
         seeds = []
         for question, right, row in zip(self.questions, self.gold, near, strict=True):
             if self.lexical:
-                row = np.argsort(-self.bm25.scores(question))
+                row = np.argsort(-self.bm25(question))
             wrong = [i for i in row[:NEIGHBOURS + 10] if i not in right][:NEIGHBOURS]
             seeds.append(int(rng.choice(wrong)) if rng.random() < share else right[0])
         return seeds
@@ -120,7 +120,7 @@ class Study:
         model = copy.deepcopy(self.init)
         train.train(model, "finetune", [rows], replace(C, steps=self.steps, seed=self.seed), title=title)
         ranked = evaluate.rankings(self.test, *evaluate.encode_beir(model, self.test, TASK))
-        return model, float(np.mean(evaluate.retrieval_scores(ranked, self.test)["ndcg@10"]))
+        return model, float(np.mean(evaluate.retrieval_scores(ranked, self.test.qrels)["ndcg@10"]))
 
     def scores(self, n, candidates, retriever):
         """Each ranker's scores of question n's candidates; retriever: vectors of the questions and the corpus."""
@@ -129,7 +129,7 @@ class Study:
         dense = (self.P[candidates] @ self.q[n]).tolist()
         gold = [s + 9 * (i in self.gold[n]) for s, i in zip(dense, candidates, strict=True)]
         return dict(zip(RANKERS, ((own_P[candidates] @ own_q[n]).tolist(), ql,
-                                  self.bm25.scores(question)[candidates].tolist(), dense,
+                                  self.bm25(question)[candidates].tolist(), dense,
                                   llm.rrf(ql, dense), gold), strict=True))
 
     def rows(self, share, skip):

@@ -203,7 +203,7 @@ def case_scores(lab: Lab, case: Case, title: str, dims: Sequence[int], seed: int
         for dim in dims:
             cut = [truncate_dim(torch.from_numpy(x), dim).numpy() for x in (q, P)]
             column = f"nDCG@10 {name} at {dim}" if dim < q.shape[1] else f"nDCG@10 {name}"
-            scores[column] = evaluate.retrieval_scores(evaluate.rankings(beir, *cut), beir)["ndcg@10"]
+            scores[column] = evaluate.retrieval_scores(evaluate.rankings(beir, *cut), beir.qrels)["ndcg@10"]
     for name, path in zip(short_names([Path(path).resolve().parent for path in lab.sts]), lab.sts, strict=True):
         scores[f"Spearman {name}"] = evaluate.sts_terms(model, path)
     tests = short_names([Path(unknown).resolve().parent for _, unknown in lab.classes])
@@ -231,7 +231,7 @@ def rerank_scores(ranker: llm.LLM, retriever: Gecko, beir: Beir, N: int, task: s
     by_id = {p["_id"]: p for p in beir.corpus}
     q, P = evaluate.encode_beir(retriever, beir, task, precision=precision)   # (Q, d) and (P, d)
     if isinstance(ranker, llm.Offline):
-        ranker.similarity = llm.similarity(retriever, dict(zip(by_id, P, strict=True)))   # not made again
+        ranker.embedder, ranker.vectors = retriever, dict(zip(by_id, P, strict=True))     # not made again
     nearest = {query: ids[:N] for query, ids in evaluate.rankings(beir, q, P).items()}
     pairs = []
     for query, ids in nearest.items():
