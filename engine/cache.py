@@ -10,12 +10,11 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.replies import Answers, Keep, LogProbs, Tops, first_token_log_prob, keep_nothing
+from engine.replies import Answers, LogProbs, Tops, first_token_log_prob
 
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
 
@@ -24,10 +23,12 @@ class Strings(Protocol):
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
     name: str                                                        # the server or folder
-    keep: Keep
+    # told (call, item, answer) as each answer comes; a cache above puts its own here
+    keep: Any = staticmethod(lambda *_: None)
 
     def can(self, call: str) -> bool:
         """Does it do this call? Some servers score no prompt."""
+        return True
 
     def describe(self, call: str) -> str:
         """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
@@ -42,7 +43,8 @@ class Strings(Protocol):
         """Of each (prefix, text): the sum of log p of the text's tokens after the prefix."""
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        """The likeliest first tokens of the answer to each prompt, with their log p."""
+        """Where no prompt is scored: the likeliest first tokens of each answer, with their log p."""
+        raise AssertionError(f"{self.name} scores prompts")
 
 
 class Cached:
@@ -54,13 +56,11 @@ class Cached:
     def __init__(self, strings: Strings, path: str | Path) -> None:
         self.strings, self.name, self.path = strings, strings.name, Path(path)
         self.can, self.describe = strings.can, strings.describe
-        self.keep: Keep = self.put
-        strings.keep = self.put                                      # written as each answer comes
+        self.keep = strings.keep = self.put                          # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
-        self.lock = threading.Lock()
         self.answers: dict[str, Any] = {}                            # by key
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab", buffering=0)                    # one write a line
+        self.file = open(path, "ab", buffering=0)                    # one write a line, from any thread
         line = b"\n"
         with open(path, "rb") as lines:
             for line in lines:
@@ -87,27 +87,20 @@ class Cached:
         self.found += len(answers) - len(new)
         if new:
             arguments = zip(*new, strict=True) if call == "complete" else [new]
-            got = getattr(self.strings, call)(*arguments)
-            for item, answer in zip(new, got, strict=True):
-                answers[item] = answer
-                if answer is not None:
-                    self.put(call, item, answer)
+            answers |= zip(new, getattr(self.strings, call)(*arguments), strict=True)
         return [answers[item] for item in items]
 
     def key(self, call: str, item: Any) -> str:
-        decides = json.dumps([self.name, self.describe(call), call, item])
-        return hashlib.sha256(decides.encode()).hexdigest()
+        decides = [self.name, self.describe(call), call, item]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def put(self, call: str, item: Any, value: Any) -> None:
-        """Append one answer, unless it stands there."""
+        """Append one answer."""
         key = self.key(call, item)
         line = (json.dumps({"key": key, "value": value}) + "\n").encode()
-        with self.lock:
-            if key in self.answers:
-                return
-            if self.file.write(line) != len(line):
-                raise OSError("the cache could not be written: is the disk full?")
-            self.answers[key] = value
+        if self.file.write(line) != len(line):
+            raise OSError("the cache could not be written: is the disk full?")
+        self.answers[key] = value
 
     def report(self) -> str:
         return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
@@ -153,18 +146,14 @@ class Labels:
                 "top tokens: their log-probability is only bounded (an upper bound was taken)")
 
 
-class DryRun:
+class DryRun(Strings):
     """Strings that ask nobody and count: calls, prompt tokens (four bytes each), and what a prefix cache saves."""
 
     name = "dry run"
 
     def __init__(self) -> None:
-        self.keep: Keep = keep_nothing
         self.calls = self.size = self.shared = self.longest = 0      # the last three in bytes
         self.previous = b""
-
-    def can(self, call: str) -> bool:
-        return True
 
     def describe(self, call: str) -> str:
         return self.name
@@ -175,9 +164,6 @@ class DryRun:
     def log_likelihood(self, pairs: Pairs) -> LogProbs:
         self.count(sorted(prefix + text for prefix, text in set(pairs)))
         return [None] * len(pairs)
-
-    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        return self.count(prompts)
 
     def count(self, prompts: Sequence[str]) -> list[Any]:
         for prompt in prompts:

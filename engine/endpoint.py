@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cache import Answers, Keep, LogProbs, Pairs, Tops, keep_nothing
+from engine.cache import Answers, LogProbs, Pairs, Strings, Tops
 from engine.files import say
 from engine.replies import (
     answer_text,
@@ -63,7 +63,7 @@ class Trials:
     labels: Sequence[str]
 
 
-class Endpoint:
+class Endpoint(Strings):
     """One server and one model, as strings (see engine/cache.py)."""
 
     def __init__(
@@ -80,8 +80,6 @@ class Endpoint:
         self.usage = Usage(max_requests)
         self.server = Server(url, threads, timeout, self.usage, backoff)
         self.name, self.model, self.trials = self.server.url, model, trials
-        self.report = self.usage.report
-        self.keep: Keep = keep_nothing
         self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
@@ -98,6 +96,9 @@ class Endpoint:
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
         mode = self.require("top_tokens")
         return self.each("top_tokens", prompts, functools.partial(self.top, mode))
+
+    def report(self) -> str:
+        return self.usage.report()
 
     def each(self, call: str, items: Sequence[Any], ask: Callable[[Any], Any]) -> list[Any]:
         """ask(item) for all items; None where a call failed."""

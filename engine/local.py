@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face in this process: the same string calls as an endpoint.
+"""A causal language model of Hugging Face in this process: the string calls of an endpoint that scores prompts.
 
 What all prompts share is read once; a prefix once, however many texts follow it; then the texts, in batches,
 each against the keys and values of its prefix.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Answers, Keep, LogProbs, Pairs, Tops, keep_nothing
+from engine.cache import Answers, LogProbs, Pairs, Strings
 from engine.files import InputError, first_line
 
 Tokens = list[int]
@@ -26,7 +26,7 @@ Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a
 PREFIXES = 8  # that are read together
 
 
-class Local:
+class Local(Strings):
     """The strings of engine/cache.py."""
 
     def __init__(
@@ -50,7 +50,6 @@ class Local:
         torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
         self.name = f"hf:{folder}"
         self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
-        self.keep: Keep = keep_nothing
         self.read_tokens = 0
         end = self.model.generation_config.eos_token_id
         self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
@@ -64,9 +63,6 @@ class Local:
             return f"{how}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
         return how
 
-    def can(self, call: str) -> bool:
-        return True
-
     def report(self) -> str:
         return f"{self.name} read {self.read_tokens:,} tokens in this process"
 
@@ -74,7 +70,7 @@ class Local:
         return list(self.tokenizer(text)["input_ids"])
 
     # ----------------------------------------------------------------------------------------------
-    # The three calls
+    # The two calls
 
     @torch.inference_mode()
     def log_likelihood(self, pairs: Pairs) -> LogProbs:
@@ -111,18 +107,6 @@ class Local:
         token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
-
-    @torch.inference_mode()
-    def top_tokens(self, prompts: Sequence[str], k: int = 20) -> list[Tops | None]:
-        """The likeliest first tokens of the answer, each with its log p."""
-        answers: list[Tops | None] = [None] * len(prompts)
-        for numbers, ids, cache in self.batches(prompts, PREFIXES):
-            log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
-            values, tokens = log_p.topk(k)                           # (B, k) twice
-            for row, n in enumerate(numbers):
-                words = [self.tokenizer.decode(token) for token in tokens[row].tolist()]
-                answers[n] = list(zip(words, values[row].tolist(), strict=True))
-        return answers
 
     @torch.inference_mode()
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:

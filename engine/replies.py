@@ -16,11 +16,6 @@ from engine.transport import CallFailed, Json
 Tops = list[tuple[str, float]]                # tokens and their log p
 Answers = list[str | None]                    # of a list of prompts; None: a call that failed
 LogProbs = list[float | None]
-Keep = Callable[[str, Any, Any], None]        # told (call, item, answer) as each answer comes
-
-
-def keep_nothing(call: str, item: Any, answer: Any) -> None:
-    """Where no cache stands above."""
 
 
 def answer_text(answer: Json) -> str:
