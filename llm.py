@@ -547,7 +547,7 @@ def open_llm(
     if o.llm.startswith("hf:"):
         strings: Strings = Local(o.llm.removeprefix("hf:"))
     else:
-        strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, max_requests=o.max_requests)
+        strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, o.max_requests)
     # answers have been paid for: they stay where the next run of the same command finds them
     name = Path(output.removesuffix(".gz"))
     cached = Cached(strings, o.cache or name.with_name(f"{name.stem}.cache.jsonl"))

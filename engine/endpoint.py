@@ -22,7 +22,6 @@ from engine.replies import (
     continuation_log_prob,
     first_token_log_prob,
     forced_log_prob,
-    ids_and_pieces,
     listed_tokens,
     scored_tokens,
 )
@@ -43,6 +42,8 @@ MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in 
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),
 }
+# subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the prompt's part
+ECHO: ScoringMode = ("completions", {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0})
 NEEDS = {
     "complete": "Is there a model behind it, and does it answer without thinking first?",
     "log_likelihood": "Query likelihood needs echo with logprobs (vLLM, SGLang, llama-cpp-python) or llama-server. "
@@ -73,12 +74,10 @@ class Endpoint(Strings):
         trials: Trials,
         threads: int = 16,
         timeout: float = 120.0,                                      # seconds
-        *,
         max_requests: int = 0,                                       # 0: no limit
-        backoff: float = 0.5,                                        # seconds
     ) -> None:
         self.usage = Usage(max_requests)
-        self.server = Server(url, threads, timeout, self.usage, backoff)
+        self.server = Server(url, threads, timeout, self.usage)
         self.name, self.model, self.trials = self.server.url, model, trials
         self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
@@ -114,37 +113,40 @@ class Endpoint(Strings):
             self.keep(call, items[i], answers[i])
             self.usage.settle()
 
-        self.server.map(work, range(len(items)))
+        self.server.map(work, len(items))
         return answers
 
     # ----------------------------------------------------------------------------------------------
     # Requests
 
-    def post(self, route: str, body: Json, read: Callable[[Json], Any]) -> Any:
-        body = {name: value for name, value in body.items() if value is not None}
-        prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+    def post(self, mode: ScoringMode, prompt: str, fields: Json, read: Callable[[Json], Any]) -> Any:
+        """read(reply) of a chat or a completion; the mode's own fields stand over the others."""
+        name, own = mode
+        route, body = "/completions", {"model": self.model, "prompt": prompt, **fields, **own}
+        if name == "chat":
+            route = "/chat/completions"
+            body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+        body = {field: value for field, value in body.items() if value is not None}
 
         def checked(answer: Json) -> Any:
             check_not_cut(answer, prompt)
             return read(answer)
 
-        return self.server.call(self.server.base + route, {"model": self.model, **body}, checked)
+        return self.server.call(self.server.base + route, body, checked)
 
     def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
-        body = {"max_tokens": 256, "temperature": 0.7, "seed": seed} | fields | mode[1]
-        if mode[0] == "chat":
-            return self.post("/chat/completions", body | {"messages": as_user(prompt)}, answer_text)
-        return self.post("/completions", body | {"prompt": prompt, "stop": ["\n\n"]}, answer_text)
+        body = {"max_tokens": 256, "temperature": 0.7, "seed": seed, **fields}
+        if mode[0] == "completions":
+            body["stop"] = ["\n\n"]
+        return self.post(mode, prompt, body, answer_text)
 
     def top(self, mode: ScoringMode, prompt: str) -> Tops:
         """The likeliest first tokens of the answer."""
         body: Json = {"max_tokens": 1, "temperature": 0}
-        read = functools.partial(listed_tokens, labels=self.trials.labels)
         if mode[0] == "chat":
-            body |= {"messages": as_user(prompt), "logprobs": True, "top_logprobs": 20}
-            return self.post("/chat/completions", body | mode[1], read)
-        return self.post("/completions", body | {"prompt": prompt} | mode[1], read)
+            body |= {"logprobs": True, "top_logprobs": 20}
+        return self.post(mode, prompt, body, functools.partial(listed_tokens, labels=self.trials.labels))
 
     def scorer(self, mode: ScoringMode) -> Callable[[str, str], tuple[float, int]]:
         """(prefix, text) -> the sum of log p of the text's tokens, and how many they are."""
@@ -152,12 +154,12 @@ class Endpoint(Strings):
 
     def echo(self, prefix: str, text: str) -> tuple[float, int]:
         """The server returns the prompt with its log-probabilities."""
-        return self.post("/completions", echo_body(prefix + text),
+        return self.post(ECHO, prefix + text, {},
                          lambda answer: continuation_log_prob(answer, prefix, text, self.head))
 
     def head_tokens(self, prefix: str) -> list[str]:
         """The tokens of a prefix alone."""
-        return self.post("/completions", echo_body(prefix), lambda answer: scored_tokens(answer, prefix)[0])
+        return self.post(ECHO, prefix, {}, lambda answer: scored_tokens(answer, prefix)[0])
 
     def forced_decoding(self, prefix: str, text: str) -> tuple[float, int]:
         """llama-server: one request a token, which a bias makes it generate; the log-prob is the raw one."""
@@ -168,7 +170,7 @@ class Endpoint(Strings):
         values = []
         for n in range(len(head), len(ids)):
             forced, lists = ids[n], [1]
-            if not tokens[n][1]:
+            if not isinstance(tokens[n][1], str):
                 # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced,
                 # and the one that is wanted found in the list beside it, a long one if need be
                 forced, lists = head[-1][0], [1000, 10 ** 6]
@@ -186,10 +188,11 @@ class Endpoint(Strings):
                 return value
         raise CallFailed(f"the server does not list token {wanted}: does it cap n_probs?")
 
-    def tokenize(self, text: str) -> list[tuple[int, bool]]:
-        """(token id, is it whole characters) of a text; what a passage says is never a control token."""
+    def tokenize(self, text: str) -> list[tuple[int, Any]]:
+        """(id, piece) of each token: half a character is no string, what a passage says no control token."""
         body = {"content": text, "add_special": True, "parse_special": False, "with_pieces": True}
-        return self.server.call(self.server.root + "/tokenize", body, ids_and_pieces)
+        return self.server.call(self.server.root + "/tokenize", body,
+                                lambda answer: [(int(token["id"]), token["piece"]) for token in answer["tokens"]])
 
     # ----------------------------------------------------------------------------------------------
     # What the server can do, with numbers
@@ -302,13 +305,3 @@ def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
 def spelled(mode: ScoringMode) -> str:
     name, fields = mode
     return " ".join([name, *(f"{field}={value}" for field, value in fields.items())])
-
-
-def as_user(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
-
-
-def echo_body(prompt: str) -> Json:
-    # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the
-    # prompt's part
-    return {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}

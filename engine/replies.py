@@ -147,8 +147,3 @@ def forced_log_prob(answer: Json, forced: int, wanted: int) -> float | None:
         if listed["id"] == wanted:
             return log_prob(listed["logprob"])
     return None
-
-
-def ids_and_pieces(answer: Json) -> list[tuple[int, bool]]:
-    """(token id, is it whole characters) of each token of a text."""
-    return [(int(token["id"]), isinstance(token["piece"], str)) for token in answer["tokens"]]
