@@ -119,10 +119,10 @@ def open_text(path: str | Path) -> Iterator[Any]:
         raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
 
 
-def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("file:line", row) for each non-empty line; an error names file:line and the fix.
 
-    `strict`: half a surrogate pair is an error too; JSON can escape it, but no tokenizer or file takes it.
+    Half a surrogate pair is an error too: JSON can escape it, but no tokenizer or file takes it.
     """
     n = 0
     with open_text(path) as lines:
@@ -132,7 +132,7 @@ def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dic
             where, n = f"{path}:{number}", n + 1
             try:
                 row = json.loads(line)
-                if strict and "\\ud" in line.lower():                # the escape of a half, or of both
+                if "\\ud" in line.lower():                           # the escape of a half, or of both
                     json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
