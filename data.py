@@ -30,7 +30,7 @@ from engine.commandline import data_arguments
 from engine.convert import KINDS, Convert, text_only
 from engine.corpus import Corpus, Passage, builtin_corpus
 from engine.documents import read_corpus
-from engine.files import InputError, at_least, check_output, from_flags, run, write_jsonl
+from engine.files import InputError, at_least, check_outputs, from_flags, run, write_jsonl
 from engine.show import counted, overview
 from engine.table import read_records
 from gecko import FORMATS, format_passage, format_query, load
@@ -276,7 +276,7 @@ def converted(
 
 def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
     """One kind of files, what was left out of them, and the next command."""
-    check_output(output, *inputs)
+    check_outputs([output], *inputs)
     at_least(0, seed=c.seed)
     left_out: Counter[str] = Counter()
     rows = converted(kind, inputs, left_out, c)
@@ -292,7 +292,7 @@ def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
 
 def corpus(output: str, documents: str) -> None:
     """The built-in corpus, or documents. Run again, it has what was added; unchanged files keep their ids."""
-    check_output(output, documents)
+    check_outputs([output], documents)
     passages = read_corpus(documents) if documents else builtin_corpus()
     write_jsonl(output, passages)
     print(f"wrote {output}: {len(passages)} passages")

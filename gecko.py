@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
-from engine.files import InputError, at_least, check_output, one_line, run, say, say_lost
+from engine.files import InputError, at_least, check_outputs, one_line, run, say, say_lost
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
@@ -456,7 +456,7 @@ def search_command(args: Arguments) -> None:
 
 
 def encode_command(args: Arguments) -> None:
-    check_output(args.output, args.input)
+    check_outputs([args.output], args.input)
     model = load(args.model)
     texts = []
     for title, text in rows_to_encode(args.input, args.passages):
