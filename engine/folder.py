@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
-from engine.files import InputError, first_line, folder_beside, read_json
+from engine.files import InputError, first_line, folder_beside, read_json, write_json
 
 Json = dict[str, Any]
 
@@ -37,14 +37,14 @@ class Folder:
 
 
 ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
-# the values that are supported; the first is what a silent file means, but for model_type
+# the values that are supported; but for model_type, the first is what a silent file means
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(ENCODERS), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
     "is_decoder": (False,), "add_cross_attention": (False,)}
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "max_position_embeddings", "model_type")
+            "max_position_embeddings")                               # whole numbers
 OPTIONAL = ("type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
-            "pad_token_id", "hidden_act")
+            "pad_token_id", "hidden_act", "model_type")
 # parts of a checkpoint that are not the encoder's
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.", "embeddings.position_ids",
          "embeddings.token_type_ids")
@@ -112,21 +112,15 @@ def read_folder(path: Path) -> Folder:
 
 def read_config(path: Path) -> Json:
     """The fields that shape the encoder, and none that would need another one."""
-    raw = read_json(path, dict)
+    raw = {"model_type": None, **read_json(path, dict)}
     for key, allowed in SUPPORTED.items():
-        value = raw.get(key, allowed[0])
-        if value not in allowed:
-            raise InputError(f"{path}: {key} {value!r} is not supported; give a folder of an encoder with "
-                             + " or ".join(repr(x) for x in allowed))
-    config: Json = {}
-    for key in (*REQUIRED, *OPTIONAL):
-        value = raw.get(key)
-        if value is None and key in OPTIONAL:
-            continue
-        number = isinstance(value, (int, float)) and value >= 0
-        if not number and key not in ("model_type", "hidden_act"):
-            raise InputError(f"{path}: {key} is {value!r}, not a number from 0 on; save the model again")
-        config[key] = value
+        if raw.get(key, allowed[0]) not in allowed:
+            raise InputError(f"{path}: {key} {raw[key]!r} is not supported; give a folder of an encoder with "
+                             + " or ".join(map(repr, allowed)))
+    for key in REQUIRED:
+        if not isinstance(raw.get(key), int):
+            raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a whole number; save the model again")
+    config: Json = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if raw.get(key) is not None}
     config.setdefault("pad_token_id", 0 if config["model_type"] == "bert" else 1)
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads < 1 or d % heads):
@@ -265,8 +259,7 @@ def write_folder(path: str | Path, folder: Folder) -> None:
         folder.tokenizer.no_truncation()
         (new / "tokenizer.json").write_text(folder.tokenizer.to_str(pretty=True), encoding="utf-8")
         for name, content in small_files(folder).items():
-            (new / name).parent.mkdir(exist_ok=True)
-            (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_json(new / name, content)
 
 
 def small_files(folder: Folder) -> Json:
@@ -287,8 +280,6 @@ def small_files(folder: Folder) -> Json:
                           "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(modules)],
         "1_Pooling/config.json": {"word_embedding_dimension": c["hidden_size"], "pooling_mode_mean_tokens": True},
         "2_Normalize/config.json": {},
-        "sentence_bert_config.json": {"max_seq_length": folder.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {
-            "prompts": folder.prompts, "default_prompt_name": None,
-            "similarity_fn_name": "cosine", "matryoshka_dims": folder.dims},
+        "sentence_bert_config.json": {"max_seq_length": folder.max_length},
+        "config_sentence_transformers.json": {"prompts": folder.prompts, "similarity_fn_name": "cosine"},
     }
