@@ -129,13 +129,13 @@ class Labels:
 
     def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
         """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
-        names = rank.split(",")
         source: dict[str, str | None] = {"ql": None, "rc": None}
-        if "ql" in names:
-            source["ql"] = self.strings.describe("log_likelihood")
-        if "rc" in names:
-            call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-            source["rc"] = f"{self.strings.describe(call)} ({score})"
+        for name in rank.split(","):
+            if name == "ql":
+                source[name] = self.strings.describe("log_likelihood")
+            elif name == "rc":
+                call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
+                source[name] = f"{self.strings.describe(call)} ({score})"
         return source
 
     def report(self) -> str:

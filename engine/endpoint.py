@@ -25,7 +25,7 @@ from engine.replies import (
     listed_tokens,
     scored_tokens,
 )
-from engine.transport import CallFailed, Json, LLMError, Server, Usage
+from engine.transport import CallFailed, Json, LLMError, Server
 
 ScoringMode = tuple[str, Json]  # chat, completions, echo or forced; further fields of the body
 
@@ -76,8 +76,8 @@ class Endpoint(Strings):
         timeout: float = 120.0,                                      # seconds
         max_requests: int = 0,                                       # 0: no limit
     ) -> None:
-        self.usage = Usage(max_requests)
-        self.server = Server(url, threads, timeout, self.usage)
+        self.server = Server(url, threads, timeout, max_requests)
+        self.usage = self.server.usage
         self.name, self.model, self.trials = self.server.url, model, trials
         self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
@@ -169,19 +169,18 @@ class Endpoint(Strings):
         ids = [id for id, _ in tokens]
         values = []
         for n in range(len(head), len(ids)):
-            forced, lists = ids[n], [1]
+            forced = ids[n]
             if not isinstance(tokens[n][1], str):
-                # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced,
-                # and the one that is wanted found in the list beside it, a long one if need be
-                forced, lists = head[-1][0], [1000, 10 ** 6]
-            values.append(self.forced_token(ids[:n], forced, ids[n], lists))
+                # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced
+                forced = head[-1][0]
+            values.append(self.forced_token(ids[:n], forced, ids[n]))
         return math.fsum(values), len(values)
 
-    def forced_token(self, before: list[int], forced: int, wanted: int, lists: Sequence[int]) -> float:
-        """log p(wanted | before) from a request that forces a token and lists so many others beside it."""
+    def forced_token(self, before: list[int], forced: int, wanted: int) -> float:
+        """log p(wanted | before) where a token is forced: it, or one of the list beside it, a long one if needed."""
         body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
                       "logit_bias": [[forced, 1000]], "cache_prompt": True}
-        for listed in lists:
+        for listed in [1] if forced == wanted else [1000, 10 ** 6]:
             value = self.server.call(self.server.root + "/completion", body | {"n_probs": listed},
                                      lambda answer: forced_log_prob(answer, forced, wanted))
             if value is not None:
@@ -291,14 +290,14 @@ def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
     """Say what a server can do, with the evidence; LLMError where that is not enough."""
     start = time.monotonic()
     endpoint = Endpoint(url, model, trials, timeout=timeout)
-    can = {call: endpoint.can(call) for call in MODES}
+    can = [call for call in MODES if endpoint.can(call)]
     print(f"{endpoint.name} (model {endpoint.model})")
     for call, (_, evidence) in endpoint.capabilities.items():
-        print(f"  {call:14} {'yes' if can[call] else 'NO '}  {evidence}")
+        print(f"  {call:14} {'yes' if call in can else 'NO '}  {evidence}")
     print(f"  {endpoint.usage.requests} requests, {time.monotonic() - start:.1f} s")
-    if not can["complete"] or not (can["log_likelihood"] or can["top_tokens"]):
+    if "complete" not in can or len(can) == 1:
         raise LLMError("this endpoint cannot make FRet: it needs complete, and log_likelihood or top_tokens")
-    rank = "" if can["log_likelihood"] else " --rank rc"
+    rank = "" if "log_likelihood" in can else " --rank rc"
     print(f"next: python llm.py generate CORPUS QUERIES --llm {url}; then mine with the same{rank}")
 
 

@@ -167,7 +167,7 @@ def at_least(least: float, **given: float) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
 
 
-def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str] = ()) -> None:
+def add_flags(add: Callable[..., Any], config: type, skip: Sequence[str] = ()) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
     for f in fields(config):
         if f.name in skip:
@@ -176,7 +176,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str]
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         name = "--" + f.name.replace("_", "-")
-        parser.add_argument(name, default=f.default, help=f"{f.metadata['help']} (%(default)s)", **kind)
+        add(name, default=f.default, help=f"{f.metadata['help']} (%(default)s)", **kind)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import random
@@ -104,13 +103,13 @@ class Server:
         url: str,
         threads: int,
         timeout: float,                                              # seconds
-        usage: Usage,
+        max_requests: int,                                           # 0: no limit
     ) -> None:
         self.address = server_address(url)
         self.base = self.address.path.rstrip("/") or "/v1"           # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
         self.url = f"{self.address.scheme}://{self.address.netloc}{self.base}"
-        self.threads, self.usage = threads, usage
+        self.threads, self.usage = threads, Usage(max_requests)
         self.timeout = min(timeout, 1e6)                             # no socket takes inf
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
@@ -127,12 +126,12 @@ class Server:
         """work(i) for all i below count, `threads` at a time; after an exception nothing more is sent."""
         self.disconnect()                                            # this thread waits from here on
         self.stopped.clear()
-        turn = itertools.count()                                     # next(turn) is atomic
+        numbers = iter(range(count))                                 # whose next() is atomic
 
         def worker() -> None:
             try:
-                for i in turn:
-                    if i >= count or self.stopped.is_set():
+                for i in numbers:
+                    if self.stopped.is_set():
                         break
                     work(i)
             except BaseException:

@@ -584,7 +584,7 @@ def main() -> None:
         command.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
         command.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
         command.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
-        add_flags(command, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
+        add_flags(command.add_argument, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
         small = vars(replace(train.BAG, steps=train.Sizes().steps))
         command.set_defaults(**small)
     args = parser.parse_args()
