@@ -177,7 +177,7 @@ class Endpoint(Strings):
         return math.fsum(values), len(values)
 
     def forced_token(self, before: list[int], forced: int, wanted: int) -> float:
-        """log p(wanted | before) where a token is forced: it, or one of the list beside it, a long one if needed."""
+        """log p(wanted | before) where a token is forced: it, or one of the list beside it, long if needed."""
         body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
                       "logit_bias": [[forced, 1000]], "cache_prompt": True}
         for listed in [1] if forced == wanted else [1000, 10 ** 6]:
