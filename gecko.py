@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
-from engine.files import InputError, at_least, check_outputs, one_line, run, say, say_lost
+from engine.files import InputError, check_outputs, one_line, run, say, say_lost
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
@@ -438,7 +438,6 @@ def load(name: str | Path) -> Gecko:
 
 
 def search_command(args: Arguments) -> None:
-    at_least(1, k=args.k)
     folder = fetch(args.model)
     model = load(folder)
     corpus = Path(args.corpus or folder.parent / "corpus.jsonl")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.convert import KINDS, Convert
-from engine.files import InputError, add_flags, at_least, flag, utf8
+from engine.files import InputError, add_flags, flag, utf8
 from engine.transport import server_address
 
 Arguments = argparse.Namespace
@@ -38,9 +38,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.llm not in ("offline", "recorded") and not self.llm.startswith("hf:"):
             server_address(self.llm)                                 # before it is printed: it may hold a key
-        at_least(1, threads=self.threads, chars=self.chars)
-        at_least(0.001, timeout=self.timeout)
-        at_least(0, seed=self.seed, max_requests=self.max_requests)
 
 
 @dataclass
@@ -68,7 +65,6 @@ class Recipe(Options):
         if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
             raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
         self.rank = rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
-        at_least(0, queries=self.queries)
         super().__post_init__()
 
 
@@ -84,6 +80,26 @@ def parsers(page: str | None, required: bool = True) -> tuple[argparse.ArgumentP
     return parser, command
 
 
+# The least that a number may be, where that is not 0, and what a word may be
+LEAST = {"k": 1, "limit": 1, "max_length": 1, "threads": 1, "chars": 1, "batch_size": 1, "seeds": 1,
+         "timeout": 0.001, "tau": 0.001, "clip": 0.001, "first": -1}
+CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
+
+
+def parsed(parser: argparse.ArgumentParser) -> Arguments:
+    """The command line; InputError for a value that no command takes, before anything is read or written."""
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        given = f"--{name.replace('_', '-')} {value}"
+        choices, least = CHOICES.get(name), LEAST.get(name, 0)
+        if choices and value not in choices:
+            raise InputError(f"{given}: give " + " or ".join(choices))
+        number = isinstance(value, (int, float)) and name != "positive_from"    # any score, or nan: none
+        if number and not least <= value < math.inf:
+            raise InputError(f"{given}: give {least} or more")
+    return args
+
+
 def gecko_arguments(page: str | None, task: str) -> Arguments:
     parser, command = parsers(page)
     search = command("search", "the passages nearest to one query")
@@ -94,12 +110,12 @@ def gecko_arguments(page: str | None, task: str) -> Arguments:
     encode("input", help="JSONL with query or text (and title with --passages)")
     encode("output", help=".npy, float32, one row a text")
     encode("--passages", action="store_true", help="encode as passages, not as queries")
-    encode("--precision", default="float32", choices=("float32", "bf16"), help="(%(default)s)")
+    encode("--precision", default="float32", help="or bf16 (%(default)s)")
     for add in (search, encode):
         add("--model", required=True, help="a model folder")
         add("--task", type=utf8, default=task, help="queries' task (%(default)s)")
         add("--dim", type=int, help="cut to this many dimensions (default: all)")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def data_arguments(page: str | None) -> Arguments:
@@ -116,7 +132,7 @@ def data_arguments(page: str | None) -> Arguments:
     add("inputs", nargs="+", help=".jsonl, .csv, .tsv, plain or .gz; beir: folders")
     add("output", help="the JSONL of records to write")
     add_flags(add, Convert)
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def llm_arguments(page: str | None) -> Arguments:
@@ -147,10 +163,10 @@ def llm_arguments(page: str | None) -> Arguments:
     add = command("show", "records of a FRet file as people read them")
     add("fret", help="what mine wrote")
     add("--changed", action="store_true", help="only where p+ is not p_seed")
-    add("--limit", type=int, default=0, help="how many records (default: 5, of a page 10,000)")
+    add("--limit", type=int, help="how many records (default: 5, of a page 10,000)")
     add("--corpus", default="", help="the candidates' texts (default: corpus.jsonl beside FRET)")
     add("--html", default="", help="write one HTML page, with search and filters, to this file")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def train_arguments(page: str | None, settings: type) -> Arguments:
@@ -177,7 +193,7 @@ def train_arguments(page: str | None, settings: type) -> Arguments:
     add("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
     add("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
     add("--task", help="the task of all sets (default: by the set's name, Table 9)")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.command and sys.argv[1] != args.command:                 # argparse would drop it without a word
         raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
     return args
@@ -209,17 +225,3 @@ def path_and_weight(item: str) -> tuple[str, float]:
     if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
         raise InputError(f"{item}: give DATA or DATA:WEIGHT; a weight is a number above 0")
     return path, float(weight)
-
-
-def checked(settings: Any) -> Any:
-    """The same settings of a training; what cannot be run is one line, before anything is read or written."""
-    choices = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
-    for name, value in vars(settings).items():
-        given = f"--{name.replace('_', '-')} {value}"
-        if name in choices and value not in choices[name]:
-            raise InputError(f"{given}: give " + " or ".join(choices[name]))
-        if name in ("tau", "batch_size", "clip", "max_length") and not 0 < value < math.inf:
-            raise InputError(f"{given}: give a number above 0")
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise InputError(f"{given}: give 0 or a number above it")
-    return settings

@@ -160,13 +160,6 @@ def flag(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
-def at_least(least: float, **given: float) -> None:
-    """InputError for a flag's value that is below `least`, or no number."""
-    for name, value in given.items():
-        if not value >= least:                                       # nan neither
-            raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
-
-
 def add_flags(add: Callable[..., Any], config: type, skip: Sequence[str] = ()) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
     for f in fields(config):

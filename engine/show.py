@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.corpus import Corpus
-from engine.files import InputError, at_least, check_outputs, file_beside, one_line, read_jsonl, read_passages
+from engine.files import InputError, check_outputs, file_beside, one_line, read_jsonl, read_passages
 from engine.table import check_record
 
 Row = dict[str, Any]
@@ -26,7 +26,6 @@ def show(args: Any, ranks: Ranks) -> None:
     """`llm.py show`: print the first rows, or write them as a page; say how many there are and what is left out."""
     source = Path(args.corpus or Path(args.fret).parent / "corpus.jsonl")
     check_outputs([args.html], args.fret, source)
-    at_least(0, limit=args.limit)
     rows, about = first_rows(args.fret, args.changed, args.limit or (10_000 if args.html else 5))
     corpus = read_passages(source) if args.corpus or source.is_file() else []
     passages = known_passages(rows, corpus)
