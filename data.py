@@ -148,7 +148,7 @@ def schedule(
     """For every step: a set, and the numbers of B of its rows (all rows of a smaller set).
 
     A batch comes from one set, drawn by weight. So the in-batch negatives of a row are of its own
-    kind, and symmetric and asymmetric targets, which differ in their format, never meet. Each epoch
+    kind, and symmetric and asymmetric targets, which differ in their format, meet only within a set. Each epoch
     of a set takes its rows in a new order and skips those that fill no batch. The whole schedule
     follows from the seed, so a resumed run continues it at any step.
     """
@@ -207,7 +207,7 @@ def batches(
     steps: int,
     seed: int,
 ) -> list[np.ndarray]:
-    """For every step its row numbers, (B), which run on from one set to the next.
+    """For every step its row numbers, (B), which count through all sets.
 
     mix: "sets" is `schedule`; "mixed" draws each row of a batch from a set by weight; "tasks" draws each
     from a task, all tasks with equal weight (the paper's uniform sampling, in its diversity table). A FRet

@@ -11,7 +11,7 @@ smallest encoder. engine/search.py and packed.py do the same faster, folder.py k
 Where we differ from the paper, or fill a gap in it:
 1. Architecture (3.1: a 1.2B language model that is not public): any BERT-style encoder.
 2. A passage without a title (appendix B, silent): its title reads "none".
-3. The smallest encoder, `tiny`, starts as a bag of words; see TINY for how and why.
+3. The smallest encoder, `tiny`, is a bag of words by default; see TINY for how and why.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def mean_pool(
 
 
 def truncate_dim(x: Tensor, dim: int | None = None) -> Tensor:
-    """Cut to the first `dim` dimensions (Matryoshka), *then* to length 1: (B, d) -> (B, dim)."""
+    """First `dim` dimensions (Matryoshka), *then* scaled to length 1: (B, d) -> (B, dim)."""
     x = x[:, :dim].to(torch.promote_types(x.dtype, torch.float32))  # (B, dim) bfloat16 is too coarse
     return F.normalize(x, dim=-1)                      # (B, dim)
 
@@ -129,7 +129,7 @@ class EncoderConfig:
 
     @property
     def first_position(self) -> int:
-        """RoBERTa and XLM-R count positions from behind the padding's index, BERT from 0."""
+        """RoBERTa and XLM-R count positions from pad_token_id + 1, BERT from 0."""
         return 0 if self.model_type == "bert" else self.pad_token_id + 1
 
 
@@ -341,7 +341,7 @@ def nearest(
 
 
 # --------------------------------------------------------------------------------------------------
-# The smallest encoder: BERT's architecture, started as a bag of words
+# The smallest encoder: BERT's architecture, by default a bag of words
 
 # Trained from random weights in minutes, a transformer learns little more than which words matter.
 # So `tiny` starts there: no position vectors, layers (none by default) whose output starts at zero,
@@ -365,7 +365,7 @@ def tiny(texts: Sequence[str], seed: int = 0, vocabulary: int = TINY_VOCABULARY,
         if "position" in name or "token_type" in name or name.endswith("bias"):
             nn.init.zeros_(p)
         elif ".output.dense" in name:
-            nn.init.zeros_(p)                                        # a layer starts as the identity
+            nn.init.zeros_(p)                                        # a layer is its norms at first
         elif "LayerNorm" not in name:
             nn.init.normal_(p, 0, 0.02, generator=generator)
     with torch.no_grad():

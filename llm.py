@@ -12,9 +12,9 @@ are fused, and the best passage becomes the positive, the last one the hard nega
 Where we differ from the paper, or fill a gap in it:
 1. Prompts (3.2, not published): P_QG, P_QL and P_RC below are ours.
 2. The seed is always among the N candidates: where retrieval misses it, it takes the last place.
-3. Ties in R (silent): the passage that the initial retriever ranks higher comes first.
+3. Ties in R (silent): the nearer passage first. p- (silent): no twin of p+, no answer to the query elsewhere.
 4. A long passage is cut in prompts (3.2, silent), to fit the LLM's context: --chars.
-5. Two take an LLM's place: `offline`, statistics, and `recorded`, answers that a real one gave once (engine/).
+5. In an LLM's place: `offline`, statistics, and `recorded`, a real one's answers to prompts of tests/lab/record.py.
 """
 
 from __future__ import annotations
@@ -186,12 +186,12 @@ class LanguageModel:
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
 
     def generate(self, passages: Corpus) -> list[str | None]:
-        seeds = []
+        random_seeds = []
         for p in passages:
-            # a passage that is drawn again gets another random seed, and so another query
+            # a passage that is drawn again gets another random seed, so that its query can differ
             self.drawn[p["_id"]] += 1
-            seeds.append(1000 * self.seed + self.drawn[p["_id"]])
-        return self.strings.complete([self.prompt(P_QG, p) for p in passages], seeds)
+            random_seeds.append(1000 * self.seed + self.drawn[p["_id"]])
+        return self.strings.complete([self.prompt(P_QG, p) for p in passages], random_seeds)
 
     def query_likelihood(self, pairs: Sequence[Pair]) -> Scores:
         # subtle: the blank goes with the query, since " what" is one token: no token may belong to both
@@ -352,7 +352,7 @@ def generate(
 def seed_draws(corpus: Corpus, limit: int, seed: int) -> list[int]:
     """Which passages are drawn as seeds: all of them in a random order, then in another.
 
-    A passage's turn depends on its id alone, so that one added later leaves the others' queries as they are.
+    In the first round a turn depends on seed and id alone: a passage added later moves none of the others.
     """
     draws: list[int] = []
     while len(draws) < limit:
@@ -381,7 +381,7 @@ def fused(candidates: Records, rank: str) -> list[float]:
 
 def mine(
     llm: LLM,
-    embedder: Gecko,                # the initial retriever
+    retriever: Gecko,               # the initial one
     corpus: Corpus,
     queries: Records,
     N: int = 20,
@@ -391,20 +391,20 @@ def mine(
     block: int = 256,               # queries that the LLM is given at a time, about
     choose: Callable[[Record, list[str]], list[str]] | None = None,  # (query, ids found) -> ids to rank
 ) -> Iterator[Record]:
-    """The embedder's top N of q from C, ranked by the LLM, fused and relabelled.
+    """The retriever's top N of q from C, ranked by the LLM, fused and relabelled.
 
     Yields FRet records in the order of queries, or {"_id", "failed"} where a score is missing.
     """
     calls = {"ql": llm.query_likelihood, "rc": llm.relevance}
     passages = {p["_id"]: p for p in corpus}
-    C = embedder.encode_passages(*texts_and_titles(corpus))          # (|C|, d)
+    C = retriever.encode_passages(*texts_and_titles(corpus))         # (|C|, d)
     finished: dict[int, Record] = {}
     following = 0                                                    # the next place in queries to yield
     # rows that ask the same stand in one block, for `labelled` compares them
     for places in blocks_of_same(queries, "query", block):
         rows = [queries[n] for n in places]
-        inputs = [format_query(row["query"], row["task"], embedder.formats) for row in rows]
-        _, nearest = topk(embedder.encode(inputs), C, N)             # (rows, N) places in C
+        inputs = [format_query(row["query"], row["task"], retriever.formats) for row in rows]
+        _, nearest = topk(retriever.encode(inputs), C, N)            # (rows, N) places in C
         candidates = []                                              # ids, up to N a row
         pairs = []                                                   # all rows' (q, p)
         for row, near in zip(rows, nearest.tolist(), strict=True):
@@ -534,7 +534,7 @@ def open_llm(
     o: Options,                      # the flags, see engine/commandline.py
     output: str,                     # beside which the answers are kept
     corpus: Corpus,
-    embedder: Gecko | None = None,   # offline: what gives relevance
+    retriever: Gecko | None = None,  # offline: what gives relevance
     score: str = "label",
 ) -> LLM:
     """The LLM that the flags describe."""
@@ -543,7 +543,7 @@ def open_llm(
     if o.llm == "recorded":
         return Recorded(corpus)
     if o.llm == "offline":
-        return Offline(corpus, similarity(embedder) if embedder else None, list(FREQUENT_TASKS), o.seed)
+        return Offline(corpus, similarity(retriever) if retriever else None, list(FREQUENT_TASKS), o.seed)
     if o.llm.startswith("hf:"):
         strings: Strings = Local(o.llm.removeprefix("hf:"))
     else:
@@ -577,13 +577,13 @@ def mine_command(args: Arguments) -> None:
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")
     say(**vars(args), rows=len(queries))
-    embedder = load(args.model_dir)
-    llm = open_llm(o, args.fret, corpus, embedder, args.score)
+    retriever = load(args.model_dir)
+    llm = open_llm(o, args.fret, corpus, retriever, args.score)
     # asked now, before the corpus is encoded: a server may not be able to score
     source = {}
     if isinstance(llm, LanguageModel):
         source = {"scored_by": llm.labels.scored_by(rank, llm.score)}
-    rows = mine(llm, embedder, corpus, queries, args.N, args.negative, rank, o.seed)
+    rows = mine(llm, retriever, corpus, queries, args.N, args.negative, rank, o.seed)
     if o.dry_run:
         return count_calls(rows, "mine", llm)
     rows = (row if "failed" in row else row | source for row in rows)

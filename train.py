@@ -12,7 +12,7 @@ negative and same-tower negatives, and is repeated on the first dimensions (Matr
 Where we differ from the paper, or fill a gap in it:
 1. tau, optimiser, learning rate, batch size, steps, weight of the Matryoshka terms (3.3, silent): the
    fields of TrainConfig; AdamW, linear warm-up and decay; all dimensions weigh the same.
-2. Duplicates (silent): no text is a negative of its equal; `duplicate_mask` sees to it, and engine/runs.py.
+2. Duplicates (silent): no equal text, nor one of an equal query, is a negative: `duplicate_mask`, engine/runs.py.
 3. A row without a hard negative leaves that term of eq. 3 out.
 4. Batches (3.3, silent): from one set at a time; `--mix` has the other choices, see data.py.
 """
@@ -117,7 +117,7 @@ def pre_loss(
 def main_loss(
     q: Tensor,      # (B, d) inputs, unit rows
     p_pos: Tensor,  # (B, d) positive targets, unit rows
-    p_neg: Tensor,  # (B, d) hard negative targets, unit rows (any row where n_id is -1)
+    p_neg: Tensor,  # (B, d) hard negative targets, unit rows (ignored where n_id is -1)
     tau: float,
     q_id: Tensor,   # (B) integer ids of the input texts
     p_id: Tensor,   # (B) integer ids of the positive texts
@@ -182,7 +182,7 @@ def mrl_loss(
 class TrainConfig:
     """A field is a flag of `prefinetune` and `finetune`; the paper states no value but dims, 768 and 256."""
 
-    batch_size: int = flag(256, "rows a step; their texts are each other's negatives")
+    batch_size: int = flag(256, "rows a step; the others give a row its in-batch negatives")
     epochs: float = flag(1.0, "times through the data")
     steps: int = flag(0, "number of steps; 0: as many as the epochs hold")
     lr: float = flag(0.0, "peak learning rate; 0: 1e-2 for a bag of words, 3e-5 for layers")
@@ -277,7 +277,7 @@ def train(
         loss_of = batch_loss(stage, c.tau, ids)
         optimiser.zero_grad(set_to_none=True)
         if c.micro_batch == 0 and processes()[1] == 1:
-            vectors = [embed(side) for side in ids[:S]]              # q, p_pos and p_neg, each (B, d)
+            vectors = [embed(side) for side in ids[:S]]              # q, p_pos (eq. 3: p_neg), each (B, d)
             loss = mrl_loss(loss_of, dims, *vectors)
             loss.backward()
         else:                                                        # the same in parts: many rows, or processes
@@ -347,13 +347,13 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     queries = read_queries(out / "queries.jsonl", corpus)
     queries, held = hold_out(queries, o.held_out if o.corpus else 0.0, o.seed)
 
-    print("3.2  The initial retriever, trained on (q, p_seed)")
+    print("3.2  The initial retriever, trained on (q, p_seed), beside the pairs of 3.1 if there are any")
     retriever = trained(pre, "prefinetune", [queries, *pairs], WEIGHTS, c, out / "retriever")
 
-    print("3.2  FRet, step 2: the retriever's top 20, ranked by the same LLM, the ranks fused, relabelled")
+    print(f"3.2  FRet, step 2: each query's candidates, ranked by {o.rank}, relabelled")
     if isinstance(author, Offline):
         author.similarity = similarity(retriever)                    # its second ranking
-    known = author.candidates if isinstance(author, Recorded) else None    # scored then, whatever is found
+    known = author.candidates if isinstance(author, Recorded) else None    # in the place of those found
     N = min(20, len(corpus))
     mined = llm.mine(author, retriever, corpus, [*queries, *held], N, rank=o.rank, choose=known)
     write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
@@ -379,7 +379,7 @@ def pre_finetuned(o: Recipe, corpus: Corpus, sizes: Sizes, out: Path,
         pre = load(o.init)
         pre.formats = dict(FORMATS) if o.unified else pre.formats
         return pre, pre, [], replace(LAYERS, seed=o.seed, precision=o.precision, max_length=length)
-    print("3.1  Pre-finetuning on title-body pairs (eq. 2)")
+    print("3.1  Pre-finetuning on pairs (eq. 2)")
     c = replace(BAG, seed=o.seed, max_length=length)
     pairs = title_body_pairs(o, corpus, sizes)
     start = untrained(corpus, list(itertools.chain(*pairs)), o.seed)
@@ -389,8 +389,8 @@ def pre_finetuned(o: Recipe, corpus: Corpus, sizes: Sizes, out: Path,
     return start, pre, pairs, replace(c, steps=steps, lr=2e-3)
 
 
-# Weights of the mixture (section 3.3), chosen on the dev questions: of pairs and templated queries, and the same
-# beside the LLM's. A set that is not there has none.
+# Weights of the mixture (section 3.3), chosen on the dev questions: of title-body pairs and templated queries, and
+# of the LLM's queries and these two. Where the last sets are missing, so are their weights.
 PAIR_WEIGHTS = [2.0, 1.0]
 WEIGHTS = [1.0, 0.5, 1.0]
 
@@ -461,7 +461,7 @@ def main() -> None:
         began, out = time.time(), Path(args.out)
         if not recipe(from_flags(Recipe, args), out):                # a dry run
             return
-        print(f"{time.time() - began:.0f} s; {out}/ holds corpus, queries, fret, pre, retriever, gecko, results")
+        print(f"{time.time() - began:.0f} s; {out}/ holds corpus, queries, fret, retriever, gecko, results")
         print(f'next: python gecko.py search "your question" --model {out}/gecko')
         print(f"      python llm.py show {out}/fret.jsonl --changed")
     elif args.command == "evaluate":

@@ -120,7 +120,9 @@ def without_answers(text: str) -> str:
     """The written questions for students: neither what a run prints nor what an answer must say."""
     before, *questions = text.split("\n## ")
     code = [line for line in before.splitlines() if line.startswith("    ")]
-    pages = ["# Written questions\n\nWrite down what you expect, run it, explain. In `python`, in this folder:\n\n"
+    pages = ["# Written questions\n\n"
+             "Write down what you expect, run it, explain (exercise 1 is needed for question 4, 3 "
+             "for 5, 4 for 3 and 7). In `python`, in this folder:\n\n"
              + "\n".join(code) + "\n"]
     for question in questions:
         asked = question.split("**Answer.**")[0]
