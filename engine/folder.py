@@ -49,9 +49,8 @@ OPTIONAL = ("type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "attenti
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.", "embeddings.position_ids",
          "embeddings.token_type_ids")
 # what is fetched from the hub
-FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
-         "tokenizer_config.json", "modules.json", "*_Pooling/config.json", "gecko.json",
-         "sentence_*_config.json", "config_sentence_transformers.json")
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json",
+         "*_Pooling/config.json", "gecko.json", "sentence_*_config.json", "config_sentence_transformers.json")
 # settings of tokenizer_config.json that transformers puts over those of tokenizer.json
 OVERRIDES = {"do_lower_case": ("normalizer", "lowercase"), "strip_accents": ("normalizer", "strip_accents"),
              "tokenize_chinese_chars": ("normalizer", "handle_chinese_chars"),
@@ -130,19 +129,19 @@ def read_config(path: Path) -> Json:
 
 def check_modules(path: Path, d: int) -> bool:
     """modules.json and 1_Pooling: encoder, mean over all tokens; true where vectors are made of length 1."""
-    kinds, poolings = ["Transformer", "Pooling"], sorted(path.glob("1_Pooling/config.json"))
     listed = path / "modules.json"
+    modules = [{"type": "Transformer"}, {"type": "Pooling", "path": "1_Pooling"}]
     if listed.is_file():
         modules = read_json(listed, list)
-        kinds = [str(m.get("type")).split(".")[-1] for m in modules]
-        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
-                             "Transformer, Pooling and Normalize, in this order, are")
-        place = modules[1].get("path")
-        if not isinstance(place, str) or place in ("", "..") or not re.fullmatch(r"[\w.-]+", place):
-            raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")
-        poolings = [path / place / "config.json"]
-    for pooling in poolings:
+    kinds = [str(module.get("type")).split(".")[-1] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
+                         "Transformer, Pooling and Normalize, in this order, are")
+    place = str(modules[1].get("path"))
+    if not re.fullmatch(r"\w[\w.-]*", place):
+        raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")
+    pooling = path / place / "config.json"
+    if listed.is_file() or pooling.is_file():
         raw = read_json(pooling, dict)
         modes = raw.get("pooling_mode")                              # older versions have a flag for each mode:
         if not modes:
@@ -160,19 +159,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The encoder's parameters out of model.safetensors."""
     file = path / "model.safetensors"
     if not file.is_file():
-        reason = ""
-        if list(path.glob("*.bin")):
-            reason = " (a .bin is a pickle and is never opened)"
-        elif (path / "model.safetensors.index.json").is_file():
-            reason = " (shards are not supported)"
-        raise InputError(f"{path}: no model.safetensors there{reason}; save the model again with "
-                         "transformers' save_pretrained(DIR, max_shard_size='100GB')")
+        raise InputError(f"{path}: no model.safetensors there (shards are not supported, and a .bin is a pickle "
+                         "and is never opened); save the model again with transformers' save_pretrained(DIR, "
+                         "max_shard_size='100GB')")
+    weights = {}
     with readable(file):
-        weights = load_file(str(file))
-    for prefix in ("bert.", "roberta."):                             # of a checkpoint with heads
-        if any(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): x for name, x in weights.items()}
-    return {name: x for name, x in weights.items() if not name.startswith(HEADS)}
+        for name, x in load_file(str(file)).items():
+            name = re.sub(r"^(bert|roberta)\.", "", name)            # of a checkpoint with heads
+            if not name.startswith(HEADS):
+                weights[name] = x
+    return weights
 
 
 def check_weights(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -309,9 +309,9 @@ REFUSED = {
     "tampered offsets": (lambda m: raw(m, lambda b: b.replace(b'"data_offsets":[', b'"data_offsets":[9', 1)),
                          "not a readable checkpoint"),
     "empty": (lambda m: raw(m, lambda b: b""), "not a readable checkpoint"),
-    "a pickle alone": (pickled, "no model.safetensors there .a .bin is a pickle and is never opened"),
+    "a pickle alone": (pickled, "no model.safetensors there .*a .bin is a pickle and is never opened"),
     "shards": (lambda m: (m / "model.safetensors").rename(m / "model.safetensors.index.json"),
-               "no model.safetensors there .shards are not supported.; save the model again"),
+               "no model.safetensors there .shards are not supported.*; save the model again"),
     "gamma and beta": (lambda m: weights(m, lambda w: w.update(
         {k.replace("LayerNorm.weight", "LayerNorm.gamma"): w.pop(k) for k in list(w)})),
         "lack embeddings.LayerNorm.weight.*older than 2020: save the model again"),
