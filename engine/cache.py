@@ -54,8 +54,11 @@ class Cached:
     """
 
     def __init__(self, strings: Strings, path: str | Path) -> None:
-        self.strings, self.name, self.path = strings, strings.name, Path(path)
-        self.can, self.describe = strings.can, strings.describe
+        self.strings = strings
+        self.name = strings.name
+        self.can = strings.can
+        self.describe = strings.describe
+        self.path = Path(path)
         self.keep = strings.keep = self.put                          # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
         self.answers: dict[str, Any] = {}                            # by key
@@ -111,7 +114,8 @@ class Labels:
 
     def __init__(self, strings: Strings) -> None:
         self.strings = strings
-        self.asked = self.unlisted = 0                               # unlisted: not among the top first tokens
+        self.asked = 0
+        self.unlisted = 0                                            # not among the top first tokens
 
     def log_likelihood(self, pairs: Pairs) -> LogProbs:
         if self.strings.can("log_likelihood"):
@@ -120,10 +124,13 @@ class Labels:
         tops = dict(zip(prompts, self.strings.top_tokens(prompts), strict=True))
         log_p: LogProbs = []
         for prompt, label in pairs:
-            top = tops[prompt]
-            value, listed = first_token_log_prob(top, label) if top else (None, True)
-            log_p.append(value)
             self.asked += 1
+            top = tops[prompt]
+            if top is None:
+                log_p.append(None)
+                continue
+            value, listed = first_token_log_prob(top, label)
+            log_p.append(value)
             self.unlisted += not listed
         return log_p
 
@@ -152,7 +159,10 @@ class DryRun(Strings):
     name = "dry run"
 
     def __init__(self) -> None:
-        self.calls = self.size = self.shared = self.longest = 0      # the last three in bytes
+        self.calls = 0
+        self.size = 0                                                # this and what follows in bytes
+        self.shared = 0
+        self.longest = 0
         self.previous = b""
 
     def describe(self, call: str) -> str:

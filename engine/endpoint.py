@@ -28,6 +28,7 @@ from engine.replies import (
 from engine.transport import CallFailed, Json, LLMError, Server
 
 ScoringMode = tuple[str, Json]  # chat, completions, echo or forced; further fields of the body
+Capability = tuple[ScoringMode | None, str]  # the mode that works, and the evidence
 
 # A model that thinks first does not begin its answer with the answer: thinking off, as servers spell it.
 # The last is OpenAI's for its reasoning models, which refuse max_tokens and other temperatures.
@@ -79,7 +80,7 @@ class Endpoint(Strings):
         self.server = Server(url, threads, timeout, max_requests)
         self.usage = self.server.usage
         self.name, self.model, self.trials = self.server.url, model, trials
-        self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
+        self.capabilities: dict[str, Capability] = {}                # by call
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
@@ -213,7 +214,7 @@ class Endpoint(Strings):
         mode = self.require(call)                                    # which finds the model's name too
         return f"{self.model}: {spelled(mode)}"
 
-    def capability(self, call: str) -> tuple[ScoringMode | None, str]:
+    def capability(self, call: str) -> Capability:
         """The first mode of a call that works, found once, and the evidence: what came back."""
         if call not in self.capabilities:
             with self.server.impatient():
@@ -222,7 +223,7 @@ class Endpoint(Strings):
                 self.capabilities[call] = self.first_that_works(call)
         return self.capabilities[call]
 
-    def first_that_works(self, call: str) -> tuple[ScoringMode | None, str]:
+    def first_that_works(self, call: str) -> Capability:
         attempt = getattr(self, f"try_{call}")
         failures: dict[str, str] = {}                                # evidence -> the first mode that gave it
         for mode in MODES[call]:

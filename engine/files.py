@@ -246,22 +246,20 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     """
     passages: dict[str, dict[str, str]] = {}
     places: dict[str, str] = {}
-    empty = repeated = 0
+    repeated = 0
     for where, row in read_jsonl(path):
         key = row.get("_id")
-        if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
+        if type(key) not in (str, int) or key == "":
             raise InputError(f'{where}: no "_id"; every passage needs one of its own')
-        title, text = passage_texts(where, row)
         key = str(key)
+        title, text = passage_texts(where, row)
         passage = {"_id": key, "title": title, "text": text}
-        if key not in passages:
-            passages[key], places[key] = passage, where
-            empty += not (title or text)
-        elif passages[key] == passage:
-            repeated += 1
-        else:
-            raise InputError(f'{where}: "_id" {key!r} stands already at {places[key]} with another text; '
-                             "make it unique")
+        first = passages.setdefault(key, passage)
+        place = places.setdefault(key, where)
+        if first != passage:
+            raise InputError(f'{where}: "_id" {key!r} stands already at {place} with another text; make it unique')
+        repeated += first is not passage
+    empty = sum(not (p["title"] or p["text"]) for p in passages.values())
     if empty == len(passages):
         raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
     if empty:

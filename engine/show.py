@@ -48,7 +48,7 @@ def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
     rows: list[Row] = []
     total = matching = 0
     for total, row in enumerate(read_fret(path), 1):
-        if changed and row.get("positive_id") == row.get("seed_id"):
+        if changed and row["positive_id"] == row["seed_id"]:
             continue
         matching += 1
         if matching <= limit:
