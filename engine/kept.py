@@ -35,9 +35,9 @@ def read_queries(path: str | Path, corpus: Sequence[Row]) -> list[Row]:
 
 def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[int]]:
     """Places in rows, at least `size` at a time, with all rows that have the same `name` in one block."""
-    same: dict[str, list[int]] = {}
+    same: dict[str, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
-        same.setdefault(row[name], []).append(place)
+        same[row[name]].append(place)
     block: list[int] = []
     for places in same.values():
         block += places

@@ -50,7 +50,6 @@ class Local(Strings):
         torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
         self.name = f"hf:{folder}"
         self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
-        self.read_tokens = 0
         end = self.model.generation_config.eos_token_id
         self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
@@ -64,7 +63,7 @@ class Local(Strings):
         return how
 
     def report(self) -> str:
-        return f"{self.name} read {self.read_tokens:,} tokens in this process"
+        return f"{self.name} answered in this process"
 
     def tokens(self, text: str) -> Tokens:
         return list(self.tokenizer(text)["input_ids"])
@@ -177,7 +176,6 @@ class Local(Strings):
         valid = ids >= 0                                             # (B, K)
         place = valid.cumsum(dim=1).sub(1).clamp(min=0)              # (B, K)
         seen = cache.get_seq_length()
-        self.read_tokens += int(valid[:, seen:].sum())
         settings = {self.cache_name: cache, "attention_mask": valid, "position_ids": place[:, seen:]}
         return self.model(ids[:, seen:].clamp(min=0), logits_to_keep=last, **settings).logits.float()
 

@@ -98,7 +98,7 @@ def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
         choice, generated = answer["prompt"][0], 0
     scored = choice.get("logprobs") or {}
     tokens, values = scored.get("tokens"), scored.get("token_logprobs")
-    if not isinstance(tokens, list) or not isinstance(values, list) or prompt not in choice["text"]:
+    if not tokens or not values or prompt not in choice["text"]:
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
                          f"{usage.get('prompt_tokens')}-token prompt")

@@ -178,8 +178,8 @@ class Server:
                 reason = f"no answer ({type(error).__name__}: {error})"
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {error})"
-            if attempt + 1 < MAX_TRIES and self.stopped.wait(pause):
-                raise CallFailed("the run was stopped")
+            if attempt + 1 < MAX_TRIES:
+                self.stopped.wait(pause)
         raise CallFailed(f"{self.quoted(reason)}, {MAX_TRIES} times")
 
     @contextlib.contextmanager
