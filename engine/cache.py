@@ -12,19 +12,35 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine.replies import Answers, LogProbs, Tops, first_token_log_prob
 
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
 
 
-class Strings(Protocol):
+class Strings:
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
     name: str                                                        # the server or folder
     # told (call, item, answer) as each answer comes; a cache above puts its own here
     keep: Any = staticmethod(lambda *_: None)
+
+    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
+        """A text that continues, or answers, each prompt."""
+        return self.ask("complete", list(zip(prompts, seeds, strict=True)))
+
+    def log_likelihood(self, pairs: Pairs) -> LogProbs:
+        """Of each (prefix, text): the sum of log p of the text's tokens after the prefix."""
+        return self.ask("log_likelihood", pairs)
+
+    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
+        """Where no prompt is scored: the likeliest first tokens of each answer, with their log p."""
+        return self.ask("top_tokens", prompts)
+
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        """One of these calls, by its name: the answer to each item."""
+        raise NotImplementedError
 
     def can(self, call: str) -> bool:
         """Does it do this call? Some servers score no prompt."""
@@ -32,22 +48,14 @@ class Strings(Protocol):
 
     def describe(self, call: str) -> str:
         """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
+        return self.name
 
     def report(self) -> str:
         """What was asked of it so far."""
-
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
-        """A text that continues, or answers, each prompt."""
-
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        """Of each (prefix, text): the sum of log p of the text's tokens after the prefix."""
-
-    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        """Where no prompt is scored: the likeliest first tokens of each answer, with their log p."""
-        raise AssertionError(f"{self.name} scores prompts")
+        raise NotImplementedError
 
 
-class Cached:
+class Cached(Strings):
     """The same strings, with the answers kept in a JSONL of {"key", "value"}.
 
     A torn line (kill -9) is passed over.
@@ -56,10 +64,8 @@ class Cached:
     def __init__(self, strings: Strings, path: str | Path) -> None:
         self.strings = strings
         self.name = strings.name
-        self.can = strings.can
-        self.describe = strings.describe
         self.path = Path(path)
-        self.keep = strings.keep = self.put                          # written as each answer comes
+        strings.keep = self.put                                      # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
         self.answers: dict[str, Any] = {}                            # by key
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,14 +79,11 @@ class Cached:
         if not line.endswith(b"\n"):
             self.file.write(b"\n")
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
-        return self.ask("complete", list(zip(prompts, seeds, strict=True)))
+    def can(self, call: str) -> bool:
+        return self.strings.can(call)
 
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        return self.ask("log_likelihood", pairs)
-
-    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        return self.ask("top_tokens", prompts)
+    def describe(self, call: str) -> str:
+        return self.strings.describe(call)
 
     def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
         """The answers to items: each item is asked for once, and only if the file does not hold it."""
@@ -89,8 +92,7 @@ class Cached:
         new = sorted(item for item, answer in answers.items() if answer is None)
         self.found += len(answers) - len(new)
         if new:
-            arguments = zip(*new, strict=True) if call == "complete" else [new]
-            answers |= zip(new, getattr(self.strings, call)(*arguments), strict=True)
+            answers |= zip(new, self.strings.ask(call, new), strict=True)
         return [answers[item] for item in items]
 
     def key(self, call: str, item: Any) -> str:
@@ -165,25 +167,17 @@ class DryRun(Strings):
         self.longest = 0
         self.previous = b""
 
-    def describe(self, call: str) -> str:
-        return self.name
-
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
-        return self.count(sorted(prompts))
-
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        self.count(sorted(prefix + text for prefix, text in set(pairs)))
-        return [None] * len(pairs)
-
-    def count(self, prompts: Sequence[str]) -> list[Any]:
-        for prompt in prompts:
-            data = prompt.encode()
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        for first, second in sorted(set(items)):                     # in the order of `Cached`
+            data = first.encode()
+            if call == "log_likelihood":
+                data += second.encode()
             self.calls += 1
             self.size += len(data)
             self.longest = max(self.longest, len(data))
             self.shared += len(os.path.commonprefix([self.previous, data]))
             self.previous = data
-        return [None] * len(prompts)
+        return [None] * len(items)
 
     def report(self) -> str:
         return (f"{self.calls:,} calls, about {self.size // 4:,} prompt tokens (4 bytes each); a prefix cache "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cache import Answers, LogProbs, Pairs, Strings, Tops
+from engine.cache import Pairs, Strings
 from engine.files import say
 from engine.replies import (
     answer_text,
@@ -84,29 +84,16 @@ class Endpoint(Strings):
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
-        mode = self.require("complete")
-        items = list(zip(prompts, seeds, strict=True))
-        return self.each("complete", items, lambda item: self.completion(mode, *item))
-
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        score = self.scorer(self.require("log_likelihood"))
-        return self.each("log_likelihood", pairs, lambda pair: score(*pair)[0])
-
-    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        mode = self.require("top_tokens")
-        return self.each("top_tokens", prompts, functools.partial(self.top, mode))
-
     def report(self) -> str:
         return self.usage.report()
 
-    def each(self, call: str, items: Sequence[Any], ask: Callable[[Any], Any]) -> list[Any]:
-        """ask(item) for all items; None where a call failed."""
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        mode = self.require(call)
         answers: list[Any] = [None] * len(items)
 
         def work(i: int) -> None:
             try:
-                answers[i] = ask(items[i])
+                answers[i] = self.answer(call, mode, items[i])
             except CallFailed as error:
                 if not self.server.stopped.is_set():
                     self.usage.settle(str(error))
@@ -116,6 +103,15 @@ class Endpoint(Strings):
 
         self.server.map(work, len(items))
         return answers
+
+    def answer(self, call: str, mode: ScoringMode, item: Any) -> Any:
+        """The answer to one item."""
+        if call == "complete":
+            return self.completion(mode, *item)
+        if call == "top_tokens":
+            return self.top(mode, item)
+        total, _ = self.score(mode, *item)
+        return total
 
     # ----------------------------------------------------------------------------------------------
     # Requests
@@ -142,16 +138,18 @@ class Endpoint(Strings):
             body["stop"] = ["\n\n"]
         return self.post(mode, prompt, body, answer_text)
 
-    def top(self, mode: ScoringMode, prompt: str) -> Tops:
+    def top(self, mode: ScoringMode, prompt: str) -> list[tuple[str, float]]:
         """The likeliest first tokens of the answer."""
         body: Json = {"max_tokens": 1, "temperature": 0}
         if mode[0] == "chat":
             body |= {"logprobs": True, "top_logprobs": 20}
         return self.post(mode, prompt, body, functools.partial(listed_tokens, labels=self.trials.labels))
 
-    def scorer(self, mode: ScoringMode) -> Callable[[str, str], tuple[float, int]]:
-        """(prefix, text) -> the sum of log p of the text's tokens, and how many they are."""
-        return self.forced_decoding if mode[0] == "forced" else self.echo
+    def score(self, mode: ScoringMode, prefix: str, text: str) -> tuple[float, int]:
+        """The sum of log p of the text's tokens, and how many they are."""
+        if mode[0] == "forced":
+            return self.forced_decoding(prefix, text)
+        return self.echo(prefix, text)
 
     def echo(self, prefix: str, text: str) -> tuple[float, int]:
         """The server returns the prompt with its log-probabilities."""
@@ -266,10 +264,7 @@ class Endpoint(Strings):
 
     def try_log_likelihood(self, mode: ScoringMode) -> tuple[bool, str]:
         """Two texts must be scored, and not the same for every token."""
-        score = self.scorer(mode)
-        first, second = self.trials.pairs
-        a, n = score(*first)
-        b, m = score(*second)
+        (a, n), (b, m) = [self.score(mode, *pair) for pair in self.trials.pairs]
         return not math.isclose(a / n, b / m), f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
 
     def try_top_tokens(self, mode: ScoringMode) -> tuple[bool, str]:

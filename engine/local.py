@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Answers, LogProbs, Pairs, Strings
+from engine.cache import Pairs, Strings
 from engine.files import InputError, first_line
 
 Tokens = list[int]
@@ -72,8 +72,13 @@ class Local(Strings):
     # The two calls
 
     @torch.inference_mode()
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        """Sum of log p of the text's tokens after its prefix."""
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        if call == "complete":
+            return self.completions(items)
+        return self.sums(items)
+
+    def sums(self, pairs: Pairs) -> list[float]:
+        """Of each pair the sum of log p of the text's tokens after its prefix."""
         texts: dict[str, list[str]] = {}
         for prefix, text in dict.fromkeys(pairs):
             texts.setdefault(prefix, []).append(text)
@@ -107,15 +112,15 @@ class Local(Strings):
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
-    @torch.inference_mode()
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
+    def completions(self, items: Sequence[tuple[str, int]]) -> list[str]:
         """What the model writes after each prompt, up to a stop; equal prompts differ by their seed."""
-        answers: Answers = [None] * len(prompts)
+        answers = [""] * len(items)
+        prompts, seeds = zip(*items, strict=True)
         for numbers, ids, cache in self.batches(prompts, self.rows):
             written = self.write(ids, cache, [seeds[n] for n in numbers])
             for n, text in zip(numbers, written, strict=True):
                 answers[n] = text
-                self.keep("complete", (prompts[n], seeds[n]), text)
+                self.keep("complete", items[n], text)
         return answers
 
     def write(self, ids: Tensor, cache: Any, seeds: Sequence[int]) -> list[str]:

@@ -29,20 +29,13 @@ class Fake:
     def report(self):
         return "sent nothing"
 
-    def complete(self, prompts, seeds):
-        return self.answers("complete", zip(prompts, seeds, strict=True), lambda item: f"{item[0]} {item[1]} é\n")
-
-    def log_likelihood(self, pairs):
-        return self.answers("log_likelihood", pairs, lambda pair: -float(len(pair[1])))
-
-    def top_tokens(self, prompts):
-        return self.answers("top_tokens", prompts, lambda prompt: [(prompt, -0.5)])
-
-    def answers(self, call, items, rule):
+    def ask(self, call, items):
+        rules = {"complete": lambda item: f"{item[0]} {item[1]} é\n",
+                 "log_likelihood": lambda pair: -float(len(pair[1])), "top_tokens": lambda prompt: [(prompt, -0.5)]}
         answers = []
         for item in items:
             self.asked.append((call, item))
-            answers.append(None if item in self.failing else rule(item))
+            answers.append(None if item in self.failing else rules[call](item))
             if answers[-1] is not None:
                 self.keep(call, item, answers[-1])
         return answers
