@@ -144,7 +144,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to a plain or .gz file, whole or not at all."""
     with file_beside(path) as new, open(new, "wb") as file:
         # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
-        stream: Any = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if str(path).endswith(".gz") else file
+        stream: Any = file
+        if str(path).endswith(".gz"):
+            stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
         with io.TextIOWrapper(stream, encoding="utf-8") as out:
             for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
