@@ -30,7 +30,7 @@ from engine.commandline import data_arguments
 from engine.convert import KINDS, Convert, text_only
 from engine.corpus import Corpus, Passage, builtin_corpus
 from engine.documents import read_corpus
-from engine.files import InputError, at_least, check_output, from_flags, run, write_jsonl
+from engine.files import InputError, check_outputs, from_flags, run, write_jsonl
 from engine.show import counted, overview
 from engine.table import read_records
 from gecko import FORMATS, format_passage, format_query, load
@@ -275,8 +275,7 @@ def converted(
 
 def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
     """One kind of files, what was left out of them, and the next command."""
-    check_output(output, *inputs)
-    at_least(0, seed=c.seed)
+    check_outputs([output], *inputs)
     left_out: Counter[str] = Counter()
     rows = converted(kind, inputs, left_out, c)
     for reason, count in left_out.items():
@@ -291,7 +290,7 @@ def convert(kind: str, inputs: Sequence[str], output: str, c: Convert) -> None:
 
 def corpus(output: str, documents: str) -> None:
     """The built-in corpus, or documents. Run again, it has what was added; unchanged files keep their ids."""
-    check_output(output, documents)
+    check_outputs([output], documents)
     passages = read_corpus(documents) if documents else builtin_corpus()
     write_jsonl(output, passages)
     print(f"wrote {output}: {len(passages)} passages")
@@ -300,8 +299,6 @@ def corpus(output: str, documents: str) -> None:
 
 def check(path: str, model_dir: str | None, max_length: int | None) -> None:
     """What training will see of a file: texts as formatted, counts, doubtful rows."""
-    if max_length is not None:
-        at_least(1, max_length=max_length)
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
-from engine.files import InputError, at_least, check_output, one_line, run, say, say_lost
+from engine.files import InputError, check_outputs, one_line, run, say, say_lost
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
@@ -438,7 +438,6 @@ def load(name: str | Path) -> Gecko:
 
 
 def search_command(args: Arguments) -> None:
-    at_least(1, k=args.k)
     folder = fetch(args.model)
     model = load(folder)
     corpus = Path(args.corpus or folder.parent / "corpus.jsonl")
@@ -456,7 +455,7 @@ def search_command(args: Arguments) -> None:
 
 
 def encode_command(args: Arguments) -> None:
-    check_output(args.output, args.input)
+    check_outputs([args.output], args.input)
     model = load(args.model)
     texts = []
     for title, text in rows_to_encode(args.input, args.passages):

@@ -32,7 +32,7 @@ from engine.cache import Cached, DryRun, Labels, Strings
 from engine.commandline import Arguments, Options, llm_arguments, rankings
 from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
-from engine.files import InputError, at_least, check_outputs, from_flags, read_filled, run, say
+from engine.files import InputError, check_outputs, from_flags, read_filled, run, say
 from engine.kept import blocks_of_same, count_calls, read_queries, write_kept
 from engine.local import Local
 from engine.offline import Offline
@@ -547,7 +547,7 @@ def open_llm(
     if o.llm.startswith("hf:"):
         strings: Strings = Local(o.llm.removeprefix("hf:"))
     else:
-        strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, max_requests=o.max_requests)
+        strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, o.max_requests)
     # answers have been paid for: they stay where the next run of the same command finds them
     name = Path(output.removesuffix(".gz"))
     cached = Cached(strings, o.cache or name.with_name(f"{name.stem}.cache.jsonl"))
@@ -558,7 +558,6 @@ def generate_command(args: Arguments) -> None:
     check_outputs([args.queries, args.cache], args.corpus)
     o, corpus = from_flags(Options, args), read_filled(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
-    at_least(1, limit=limit)
     say(**vars(args), passages=len(corpus))
     llm = open_llm(o, args.queries, corpus)
     rows = generate(llm, corpus, seed_draws(corpus, limit, o.seed))
@@ -598,7 +597,6 @@ def mine_command(args: Arguments) -> None:
 def main() -> None:
     args = llm_arguments(__doc__)
     if args.command == "probe":
-        at_least(0.001, timeout=args.timeout)
         probe(args.llm, args.model, TRIALS, args.timeout)
     elif args.command == "generate":
         generate_command(args)

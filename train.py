@@ -39,7 +39,7 @@ import llm
 from data import Record, Records, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
 from engine.beir import read_split
 from engine.cache import DryRun
-from engine.commandline import Arguments, Recipe, checked, path_and_weight, read_dims, train_arguments
+from engine.commandline import Arguments, Recipe, path_and_weight, read_dims, train_arguments
 from engine.corpus import Corpus
 from engine.documents import heading_pairs, read_corpus
 from engine.files import flag, from_flags, run, say, write_jsonl
@@ -431,7 +431,7 @@ def trained(start: Gecko, stage: str, sets: Sequence[Records], weights: Sequence
 
 def train_command(args: Arguments) -> None:
     """prefinetune and finetune: read the sets, train, write the model; under torchrun on several processes."""
-    c, out = checked(from_flags(TrainConfig, args)), Path(args.out)
+    c, out = from_flags(TrainConfig, args), Path(args.out)
     paths, weights = zip(*map(path_and_weight, args.data), strict=True)
     start_processes()
     first = processes()[0] == 0

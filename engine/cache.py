@@ -10,57 +10,66 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from engine.replies import Answers, Keep, LogProbs, Tops, first_token_log_prob, keep_nothing
+from engine.replies import Answers, LogProbs, Tops, first_token_log_prob
 
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
 
 
-class Strings(Protocol):
+class Strings:
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
     name: str                                                        # the server or folder
-    keep: Keep
-
-    def can(self, call: str) -> bool:
-        """Does it do this call? Some servers score no prompt."""
-
-    def describe(self, call: str) -> str:
-        """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
-
-    def report(self) -> str:
-        """What was asked of it so far."""
+    # told (call, item, answer) as each answer comes; a cache above puts its own here
+    keep: Any = staticmethod(lambda *_: None)
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         """A text that continues, or answers, each prompt."""
+        return self.ask("complete", list(zip(prompts, seeds, strict=True)))
 
     def log_likelihood(self, pairs: Pairs) -> LogProbs:
         """Of each (prefix, text): the sum of log p of the text's tokens after the prefix."""
+        return self.ask("log_likelihood", pairs)
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        """The likeliest first tokens of the answer to each prompt, with their log p."""
+        """Where no prompt is scored: the likeliest first tokens of each answer, with their log p."""
+        return self.ask("top_tokens", prompts)
+
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        """One of these calls, by its name: the answer to each item."""
+        raise NotImplementedError
+
+    def can(self, call: str) -> bool:
+        """Does it do this call? Some servers score no prompt."""
+        return True
+
+    def describe(self, call: str) -> str:
+        """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
+        return self.name
+
+    def report(self) -> str:
+        """What was asked of it so far."""
+        raise NotImplementedError
 
 
-class Cached:
+class Cached(Strings):
     """The same strings, with the answers kept in a JSONL of {"key", "value"}.
 
     A torn line (kill -9) is passed over.
     """
 
     def __init__(self, strings: Strings, path: str | Path) -> None:
-        self.strings, self.name, self.path = strings, strings.name, Path(path)
-        self.can, self.describe = strings.can, strings.describe
-        self.keep: Keep = self.put
+        self.strings = strings
+        self.name = strings.name
+        self.path = Path(path)
         strings.keep = self.put                                      # written as each answer comes
         self.found = 0                                               # answers that cost nothing again
-        self.lock = threading.Lock()
         self.answers: dict[str, Any] = {}                            # by key
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab", buffering=0)                    # one write a line
+        self.file = open(path, "ab", buffering=0)                    # one write a line, from any thread
         line = b"\n"
         with open(path, "rb") as lines:
             for line in lines:
@@ -70,14 +79,11 @@ class Cached:
         if not line.endswith(b"\n"):
             self.file.write(b"\n")
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
-        return self.ask("complete", list(zip(prompts, seeds, strict=True)))
+    def can(self, call: str) -> bool:
+        return self.strings.can(call)
 
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        return self.ask("log_likelihood", pairs)
-
-    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        return self.ask("top_tokens", prompts)
+    def describe(self, call: str) -> str:
+        return self.strings.describe(call)
 
     def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
         """The answers to items: each item is asked for once, and only if the file does not hold it."""
@@ -86,28 +92,20 @@ class Cached:
         new = sorted(item for item, answer in answers.items() if answer is None)
         self.found += len(answers) - len(new)
         if new:
-            arguments = zip(*new, strict=True) if call == "complete" else [new]
-            got = getattr(self.strings, call)(*arguments)
-            for item, answer in zip(new, got, strict=True):
-                answers[item] = answer
-                if answer is not None:
-                    self.put(call, item, answer)
+            answers |= zip(new, self.strings.ask(call, new), strict=True)
         return [answers[item] for item in items]
 
     def key(self, call: str, item: Any) -> str:
-        decides = json.dumps([self.name, self.describe(call), call, item])
-        return hashlib.sha256(decides.encode()).hexdigest()
+        decides = [self.name, self.describe(call), call, item]
+        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
     def put(self, call: str, item: Any, value: Any) -> None:
-        """Append one answer, unless it stands there."""
+        """Append one answer."""
         key = self.key(call, item)
         line = (json.dumps({"key": key, "value": value}) + "\n").encode()
-        with self.lock:
-            if key in self.answers:
-                return
-            if self.file.write(line) != len(line):
-                raise OSError("the cache could not be written: is the disk full?")
-            self.answers[key] = value
+        if self.file.write(line) != len(line):
+            raise OSError("the cache could not be written: is the disk full?")
+        self.answers[key] = value
 
     def report(self) -> str:
         return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
@@ -118,7 +116,8 @@ class Labels:
 
     def __init__(self, strings: Strings) -> None:
         self.strings = strings
-        self.asked = self.unlisted = 0                               # unlisted: not among the top first tokens
+        self.asked = 0
+        self.unlisted = 0                                            # not among the top first tokens
 
     def log_likelihood(self, pairs: Pairs) -> LogProbs:
         if self.strings.can("log_likelihood"):
@@ -127,22 +126,25 @@ class Labels:
         tops = dict(zip(prompts, self.strings.top_tokens(prompts), strict=True))
         log_p: LogProbs = []
         for prompt, label in pairs:
-            top = tops[prompt]
-            value, listed = first_token_log_prob(top, label) if top else (None, True)
-            log_p.append(value)
             self.asked += 1
+            top = tops[prompt]
+            if top is None:
+                log_p.append(None)
+                continue
+            value, listed = first_token_log_prob(top, label)
+            log_p.append(value)
             self.unlisted += not listed
         return log_p
 
     def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
         """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
-        names = rank.split(",")
         source: dict[str, str | None] = {"ql": None, "rc": None}
-        if "ql" in names:
-            source["ql"] = self.strings.describe("log_likelihood")
-        if "rc" in names:
-            call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-            source["rc"] = f"{self.strings.describe(call)} ({score})"
+        for name in rank.split(","):
+            if name == "ql":
+                source[name] = self.strings.describe("log_likelihood")
+            elif name == "rc":
+                call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
+                source[name] = f"{self.strings.describe(call)} ({score})"
         return source
 
     def report(self) -> str:
@@ -153,41 +155,29 @@ class Labels:
                 "top tokens: their log-probability is only bounded (an upper bound was taken)")
 
 
-class DryRun:
+class DryRun(Strings):
     """Strings that ask nobody and count: calls, prompt tokens (four bytes each), and what a prefix cache saves."""
 
     name = "dry run"
 
     def __init__(self) -> None:
-        self.keep: Keep = keep_nothing
-        self.calls = self.size = self.shared = self.longest = 0      # the last three in bytes
+        self.calls = 0
+        self.size = 0                                                # this and what follows in bytes
+        self.shared = 0
+        self.longest = 0
         self.previous = b""
 
-    def can(self, call: str) -> bool:
-        return True
-
-    def describe(self, call: str) -> str:
-        return self.name
-
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
-        return self.count(sorted(prompts))
-
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        self.count(sorted(prefix + text for prefix, text in set(pairs)))
-        return [None] * len(pairs)
-
-    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        return self.count(prompts)
-
-    def count(self, prompts: Sequence[str]) -> list[Any]:
-        for prompt in prompts:
-            data = prompt.encode()
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        for first, second in sorted(set(items)):                     # in the order of `Cached`
+            data = first.encode()
+            if call == "log_likelihood":
+                data += second.encode()
             self.calls += 1
             self.size += len(data)
             self.longest = max(self.longest, len(data))
             self.shared += len(os.path.commonprefix([self.previous, data]))
             self.previous = data
-        return [None] * len(prompts)
+        return [None] * len(items)
 
     def report(self) -> str:
         return (f"{self.calls:,} calls, about {self.size // 4:,} prompt tokens (4 bytes each); a prefix cache "

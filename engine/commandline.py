@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.convert import KINDS, Convert
-from engine.files import InputError, add_flags, at_least, flag, utf8
+from engine.files import InputError, add_flags, flag, utf8
 from engine.transport import server_address
 
 Arguments = argparse.Namespace
@@ -37,9 +38,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.llm not in ("offline", "recorded") and not self.llm.startswith("hf:"):
             server_address(self.llm)                                 # before it is printed: it may hold a key
-        at_least(1, threads=self.threads, chars=self.chars)
-        at_least(0.001, timeout=self.timeout)
-        at_least(0, seed=self.seed, max_requests=self.max_requests)
 
 
 @dataclass
@@ -67,110 +65,135 @@ class Recipe(Options):
         if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
             raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
         self.rank = rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
-        at_least(0, queries=self.queries)
         super().__post_init__()
 
 
-def parsers(page: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    """A page's parser, which says the first paragraph of the page's docstring, and that of its commands."""
+def parsers(page: str | None, required: bool = True) -> tuple[argparse.ArgumentParser, Callable[..., Any]]:
+    """A page's parser, which says the first paragraph of the page's docstring, and what adds a command."""
     parser = argparse.ArgumentParser(description=(page or "").split("\n\n")[0])
-    return parser, parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=required)
+
+    def command(name: str, meaning: str) -> Callable[..., Any]:
+        """What adds an argument to it."""
+        return commands.add_parser(name, help=meaning).add_argument
+
+    return parser, command
+
+
+# The least that a number may be, where that is not 0, and what a word may be
+LEAST = {"k": 1, "limit": 1, "max_length": 1, "threads": 1, "chars": 1, "batch_size": 1, "seeds": 1,
+         "timeout": 0.001, "tau": 0.001, "clip": 0.001, "first": -1}
+CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
+
+
+def parsed(parser: argparse.ArgumentParser) -> Arguments:
+    """The command line; InputError for a value that no command takes, before anything is read or written."""
+    args = parser.parse_args()
+    for name, value in vars(args).items():
+        given = f"--{name.replace('_', '-')} {value}"
+        choices, least = CHOICES.get(name), LEAST.get(name, 0)
+        if choices and value not in choices:
+            raise InputError(f"{given}: give " + " or ".join(choices))
+        number = isinstance(value, (int, float)) and name != "positive_from"    # any score, or nan: none
+        if number and not least <= value < math.inf:
+            raise InputError(f"{given}: give {least} or more")
+    return args
 
 
 def gecko_arguments(page: str | None, task: str) -> Arguments:
-    parser, commands = parsers(page)
-    search = commands.add_parser("search", help="the passages nearest to one query").add_argument
+    parser, command = parsers(page)
+    search = command("search", "the passages nearest to one query")
     search("query", type=utf8)
     search("--corpus", help="corpus.jsonl (default: beside the model), or documents")
     search("-k", type=int, default=10, help="how many (%(default)s)")
-    encode = commands.add_parser("encode", help="a file of texts -> a .npy file of unit vectors").add_argument
+    encode = command("encode", "a file of texts -> a .npy file of unit vectors")
     encode("input", help="JSONL with query or text (and title with --passages)")
     encode("output", help=".npy, float32, one row a text")
     encode("--passages", action="store_true", help="encode as passages, not as queries")
-    encode("--precision", default="float32", choices=("float32", "bf16"), help="(%(default)s)")
+    encode("--precision", default="float32", help="or bf16 (%(default)s)")
     for add in (search, encode):
         add("--model", required=True, help="a model folder")
         add("--task", type=utf8, default=task, help="queries' task (%(default)s)")
         add("--dim", type=int, help="cut to this many dimensions (default: all)")
-    return parser.parse_args()
+    return parsed(parser)
 
 
 def data_arguments(page: str | None) -> Arguments:
-    parser, commands = parsers(page)
-    corpus = commands.add_parser("corpus", help="write the built-in corpus, or a folder of .txt, .md and .rst")
-    corpus.add_argument("output", help="the corpus.jsonl to write")
-    corpus.add_argument("documents", nargs="?", default="", help="a folder of documents; none: the built-in corpus")
-    check = commands.add_parser("check", help="what the encoder will see of a training file").add_argument
-    check("file")
-    check("--model", help="a model folder: also count the texts that will be cut")
-    check("--max-length", type=int, help="as in training (default: the model's own)")
-    convert = commands.add_parser("convert", help="publishers' files -> a training file")
-    convert.add_argument("kind", choices=sorted(KINDS), help="what the files are")
-    convert.add_argument("inputs", nargs="+", help=".jsonl, .csv, .tsv, plain or .gz; beir: folders")
-    convert.add_argument("output", help="the JSONL of records to write")
-    add_flags(convert, Convert)
-    return parser.parse_args()
+    parser, command = parsers(page)
+    add = command("corpus", "write the built-in corpus, or a folder of .txt, .md and .rst")
+    add("output", help="the corpus.jsonl to write")
+    add("documents", nargs="?", default="", help="a folder of documents; none: the built-in corpus")
+    add = command("check", "what the encoder will see of a training file")
+    add("file")
+    add("--model", help="a model folder: also count the texts that will be cut")
+    add("--max-length", type=int, help="as in training (default: the model's own)")
+    add = command("convert", "publishers' files -> a training file")
+    add("kind", choices=sorted(KINDS), help="what the files are")
+    add("inputs", nargs="+", help=".jsonl, .csv, .tsv, plain or .gz; beir: folders")
+    add("output", help="the JSONL of records to write")
+    add_flags(add, Convert)
+    return parsed(parser)
 
 
 def llm_arguments(page: str | None) -> Arguments:
-    parser, commands = parsers(page)
-    probe = commands.add_parser("probe", help="what an endpoint can do, with the evidence").add_argument
-    probe("--llm", required=True, help="the endpoint's base URL; HTTP(S)_PROXY is not used")
-    probe("--model", default="", help="else the first that it serves")
-    probe("--timeout", type=float, default=120.0, help="seconds an answer may take (%(default)s)")
-    generate = commands.add_parser("generate", help="step 1: a task and a query for passages")
-    generate.add_argument("corpus")
-    generate.add_argument("queries", help="JSONL to write")
-    generate.add_argument("--limit", type=int, help="how many queries (default: one a passage)")
-    mine = commands.add_parser("mine", help="step 2: neighbours, rankings, labels")
-    mine.add_argument("corpus")
-    mine.add_argument("queries", help="what generate wrote")
-    mine.add_argument("fret", help="JSONL to write")
-    mine.add_argument("--model-dir", required=True, help="the initial retriever's folder")
-    mine.add_argument("-N", type=int, default=20, help="candidates a query (%(default)s, the paper's)")
-    mine.add_argument("--negative", choices=("last", "sampled", "none"), default="last",
-                      help="p_N, one of P without p+, or none (%(default)s)")
-    mine.add_argument("--rank", default="ql,rc",
-                      help="the rankings that R sums over, of ql, rc and retriever, with commas between; "
-                           "rc alone where prompts cannot be scored (%(default)s)")
-    mine.add_argument("--score", choices=("label", "expected"), default="label",
-                      help="RC: log p of the top label, or the expected grade (%(default)s)")
-    show = commands.add_parser("show", help="records of a FRet file as people read them").add_argument
-    show("fret", help="what mine wrote")
-    show("--changed", action="store_true", help="only where p+ is not p_seed")
-    show("--limit", type=int, default=0, help="how many records (default: 5, of a page 10,000)")
-    show("--corpus", default="", help="the candidates' texts (default: corpus.jsonl beside FRET)")
-    show("--html", default="", help="write one HTML page, with search and filters, to this file")
-    for command in (generate, mine):
-        add_flags(command, Options)
-    return parser.parse_args()
+    parser, command = parsers(page)
+    add = command("probe", "what an endpoint can do, with the evidence")
+    add("--llm", required=True, help="the endpoint's base URL; HTTP(S)_PROXY is not used")
+    add("--model", default="", help="else the first that it serves")
+    add("--timeout", type=float, default=120.0, help="seconds an answer may take (%(default)s)")
+    add = command("generate", "step 1: a task and a query for passages")
+    add("corpus")
+    add("queries", help="JSONL to write")
+    add("--limit", type=int, help="how many queries (default: one a passage)")
+    add_flags(add, Options)
+    add = command("mine", "step 2: neighbours, rankings, labels")
+    add("corpus")
+    add("queries", help="what generate wrote")
+    add("fret", help="JSONL to write")
+    add("--model-dir", required=True, help="the initial retriever's folder")
+    add("-N", type=int, default=20, help="candidates a query (%(default)s, the paper's)")
+    add("--negative", choices=("last", "sampled", "none"), default="last",
+        help="p_N, one of P without p+, or none (%(default)s)")
+    add("--rank", default="ql,rc",
+        help="the rankings that R sums over, of ql, rc and retriever, with commas between; "
+        "rc alone where prompts cannot be scored (%(default)s)")
+    add("--score", choices=("label", "expected"), default="label",
+        help="RC: log p of the top label, or the expected grade (%(default)s)")
+    add_flags(add, Options)
+    add = command("show", "records of a FRet file as people read them")
+    add("fret", help="what mine wrote")
+    add("--changed", action="store_true", help="only where p+ is not p_seed")
+    add("--limit", type=int, help="how many records (default: 5, of a page 10,000)")
+    add("--corpus", default="", help="the candidates' texts (default: corpus.jsonl beside FRET)")
+    add("--html", default="", help="write one HTML page, with search and filters, to this file")
+    return parsed(parser)
 
 
 def train_arguments(page: str | None, settings: type) -> Arguments:
     """The command is None for the recipe."""
-    parser, commands = parsers(page)
-    parser.epilog, commands.required = "Without a command: the whole recipe in small.", False
+    parser, command = parsers(page, required=False)
+    parser.epilog = "Without a command: the whole recipe in small."
     parser.add_argument("--out", default="runs/demo", help="the recipe's folder (%(default)s)")
-    add_flags(parser, Recipe)
+    add_flags(parser.add_argument, Recipe)
     for stage, what in (("prefinetune", "pairs, in-batch negatives (eq. 2)"),
                         ("finetune", "records with hard negatives (eq. 3)")):
-        command = commands.add_parser(stage, help=what)
-        command.add_argument("data", nargs="+", help="JSONL records, DATA or DATA:WEIGHT")
-        command.add_argument("--init", required=True, help="a model folder, a hub id, or tiny")
-        command.add_argument("--out", required=True, help="the folder to write")
-        add_flags(command, settings)
-    evaluate = commands.add_parser("evaluate", help="retrieval and similarity figures of a model").add_argument
-    evaluate("--model", required=True, help="a model folder")
-    evaluate("--mteb", nargs="+", default=[],
-             help="names of mteb's tasks, or of a benchmark, such as 'MTEB(eng, v1)', the paper's")
-    evaluate("--dim", type=int, help="cut to this many dimensions (default: all)")
-    evaluate("--out", help="write the figures to this JSON file; with --mteb, to this folder")
-    evaluate("--beir", action="append", default=[],
-             help="a BEIR folder (ties by id, descending, as trec_eval); may be repeated")
-    evaluate("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
-    evaluate("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
-    evaluate("--task", help="the task of all sets (default: by the set's name, Table 9)")
-    args = parser.parse_args()
+        add = command(stage, what)
+        add("data", nargs="+", help="JSONL records, DATA or DATA:WEIGHT")
+        add("--init", required=True, help="a model folder, a hub id, or tiny")
+        add("--out", required=True, help="the folder to write")
+        add_flags(add, settings)
+    add = command("evaluate", "retrieval and similarity figures of a model")
+    add("--model", required=True, help="a model folder")
+    add("--mteb", nargs="+", default=[],
+        help="names of mteb's tasks, or of a benchmark, such as 'MTEB(eng, v1)', the paper's")
+    add("--dim", type=int, help="cut to this many dimensions (default: all)")
+    add("--out", help="write the figures to this JSON file; with --mteb, to this folder")
+    add("--beir", action="append", default=[],
+        help="a BEIR folder (ties by id, descending, as trec_eval); may be repeated")
+    add("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
+    add("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
+    add("--task", help="the task of all sets (default: by the set's name, Table 9)")
+    args = parsed(parser)
     if args.command and sys.argv[1] != args.command:                 # argparse would drop it without a word
         raise InputError(f"{sys.argv[1]} before {args.command}: there it is the recipe's; put it after the command")
     return args
@@ -202,17 +225,3 @@ def path_and_weight(item: str) -> tuple[str, float]:
     if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
         raise InputError(f"{item}: give DATA or DATA:WEIGHT; a weight is a number above 0")
     return path, float(weight)
-
-
-def checked(settings: Any) -> Any:
-    """The same settings of a training; what cannot be run is one line, before anything is read or written."""
-    choices = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
-    for name, value in vars(settings).items():
-        given = f"--{name.replace('_', '-')} {value}"
-        if name in choices and value not in choices[name]:
-            raise InputError(f"{given}: give " + " or ".join(choices[name]))
-        if name in ("tau", "batch_size", "clip", "max_length") and not 0 < value < math.inf:
-            raise InputError(f"{given}: give a number above 0")
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise InputError(f"{given}: give 0 or a number above it")
-    return settings

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cache import Answers, Keep, LogProbs, Pairs, Tops, keep_nothing
+from engine.cache import Pairs, Strings
 from engine.files import say
 from engine.replies import (
     answer_text,
@@ -22,13 +22,13 @@ from engine.replies import (
     continuation_log_prob,
     first_token_log_prob,
     forced_log_prob,
-    ids_and_pieces,
     listed_tokens,
     scored_tokens,
 )
-from engine.transport import CallFailed, Json, LLMError, Server, Usage
+from engine.transport import CallFailed, Json, LLMError, Server
 
 ScoringMode = tuple[str, Json]  # chat, completions, echo or forced; further fields of the body
+Capability = tuple[ScoringMode | None, str]  # the mode that works, and the evidence
 
 # A model that thinks first does not begin its answer with the answer: thinking off, as servers spell it.
 # The last is OpenAI's for its reasoning models, which refuse max_tokens and other temperatures.
@@ -43,6 +43,8 @@ MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in 
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),
 }
+# subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the prompt's part
+ECHO: ScoringMode = ("completions", {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0})
 NEEDS = {
     "complete": "Is there a model behind it, and does it answer without thinking first?",
     "log_likelihood": "Query likelihood needs echo with logprobs (vLLM, SGLang, llama-cpp-python) or llama-server. "
@@ -63,7 +65,7 @@ class Trials:
     labels: Sequence[str]
 
 
-class Endpoint:
+class Endpoint(Strings):
     """One server and one model, as strings (see engine/cache.py)."""
 
     def __init__(
@@ -73,39 +75,25 @@ class Endpoint:
         trials: Trials,
         threads: int = 16,
         timeout: float = 120.0,                                      # seconds
-        *,
         max_requests: int = 0,                                       # 0: no limit
-        backoff: float = 0.5,                                        # seconds
     ) -> None:
-        self.usage = Usage(max_requests)
-        self.server = Server(url, threads, timeout, self.usage, backoff)
+        self.server = Server(url, threads, timeout, max_requests)
+        self.usage = self.server.usage
         self.name, self.model, self.trials = self.server.url, model, trials
-        self.report = self.usage.report
-        self.keep: Keep = keep_nothing
-        self.capabilities: dict[str, tuple[ScoringMode | None, str]] = {}  # call -> its mode, the evidence
+        self.capabilities: dict[str, Capability] = {}                # by call
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
-        mode = self.require("complete")
-        items = list(zip(prompts, seeds, strict=True))
-        return self.each("complete", items, lambda item: self.completion(mode, *item))
+    def report(self) -> str:
+        return self.usage.report()
 
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        score = self.scorer(self.require("log_likelihood"))
-        return self.each("log_likelihood", pairs, lambda pair: score(*pair)[0])
-
-    def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
-        mode = self.require("top_tokens")
-        return self.each("top_tokens", prompts, functools.partial(self.top, mode))
-
-    def each(self, call: str, items: Sequence[Any], ask: Callable[[Any], Any]) -> list[Any]:
-        """ask(item) for all items; None where a call failed."""
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        mode = self.require(call)
         answers: list[Any] = [None] * len(items)
 
         def work(i: int) -> None:
             try:
-                answers[i] = ask(items[i])
+                answers[i] = self.answer(call, mode, items[i])
             except CallFailed as error:
                 if not self.server.stopped.is_set():
                     self.usage.settle(str(error))
@@ -113,50 +101,64 @@ class Endpoint:
             self.keep(call, items[i], answers[i])
             self.usage.settle()
 
-        self.server.map(work, range(len(items)))
+        self.server.map(work, len(items))
         return answers
+
+    def answer(self, call: str, mode: ScoringMode, item: Any) -> Any:
+        """The answer to one item."""
+        if call == "complete":
+            return self.completion(mode, *item)
+        if call == "top_tokens":
+            return self.top(mode, item)
+        total, _ = self.score(mode, *item)
+        return total
 
     # ----------------------------------------------------------------------------------------------
     # Requests
 
-    def post(self, route: str, body: Json, read: Callable[[Json], Any]) -> Any:
-        body = {name: value for name, value in body.items() if value is not None}
-        prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+    def post(self, mode: ScoringMode, prompt: str, fields: Json, read: Callable[[Json], Any]) -> Any:
+        """read(reply) of a chat or a completion; the mode's own fields stand over the others."""
+        name, own = mode
+        route, body = "/completions", {"model": self.model, "prompt": prompt, **fields, **own}
+        if name == "chat":
+            route = "/chat/completions"
+            body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
+        body = {field: value for field, value in body.items() if value is not None}
 
         def checked(answer: Json) -> Any:
             check_not_cut(answer, prompt)
             return read(answer)
 
-        return self.server.call(self.server.base + route, {"model": self.model, **body}, checked)
+        return self.server.call(self.server.base + route, body, checked)
 
     def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
-        body = {"max_tokens": 256, "temperature": 0.7, "seed": seed} | fields | mode[1]
-        if mode[0] == "chat":
-            return self.post("/chat/completions", body | {"messages": as_user(prompt)}, answer_text)
-        return self.post("/completions", body | {"prompt": prompt, "stop": ["\n\n"]}, answer_text)
+        body = {"max_tokens": 256, "temperature": 0.7, "seed": seed, **fields}
+        if mode[0] == "completions":
+            body["stop"] = ["\n\n"]
+        return self.post(mode, prompt, body, answer_text)
 
-    def top(self, mode: ScoringMode, prompt: str) -> Tops:
+    def top(self, mode: ScoringMode, prompt: str) -> list[tuple[str, float]]:
         """The likeliest first tokens of the answer."""
         body: Json = {"max_tokens": 1, "temperature": 0}
-        read = functools.partial(listed_tokens, labels=self.trials.labels)
         if mode[0] == "chat":
-            body |= {"messages": as_user(prompt), "logprobs": True, "top_logprobs": 20}
-            return self.post("/chat/completions", body | mode[1], read)
-        return self.post("/completions", body | {"prompt": prompt} | mode[1], read)
+            body |= {"logprobs": True, "top_logprobs": 20}
+        return self.post(mode, prompt, body, functools.partial(listed_tokens, labels=self.trials.labels))
 
-    def scorer(self, mode: ScoringMode) -> Callable[[str, str], tuple[float, int]]:
-        """(prefix, text) -> the sum of log p of the text's tokens, and how many they are."""
-        return self.forced_decoding if mode[0] == "forced" else self.echo
+    def score(self, mode: ScoringMode, prefix: str, text: str) -> tuple[float, int]:
+        """The sum of log p of the text's tokens, and how many they are."""
+        if mode[0] == "forced":
+            return self.forced_decoding(prefix, text)
+        return self.echo(prefix, text)
 
     def echo(self, prefix: str, text: str) -> tuple[float, int]:
         """The server returns the prompt with its log-probabilities."""
-        return self.post("/completions", echo_body(prefix + text),
+        return self.post(ECHO, prefix + text, {},
                          lambda answer: continuation_log_prob(answer, prefix, text, self.head))
 
     def head_tokens(self, prefix: str) -> list[str]:
         """The tokens of a prefix alone."""
-        return self.post("/completions", echo_body(prefix), lambda answer: scored_tokens(answer, prefix)[0])
+        return self.post(ECHO, prefix, {}, lambda answer: scored_tokens(answer, prefix)[0])
 
     def forced_decoding(self, prefix: str, text: str) -> tuple[float, int]:
         """llama-server: one request a token, which a bias makes it generate; the log-prob is the raw one."""
@@ -166,29 +168,29 @@ class Endpoint:
         ids = [id for id, _ in tokens]
         values = []
         for n in range(len(head), len(ids)):
-            forced, lists = ids[n], [1]
-            if not tokens[n][1]:
-                # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced,
-                # and the one that is wanted found in the list beside it, a long one if need be
-                forced, lists = head[-1][0], [1000, 10 ** 6]
-            values.append(self.forced_token(ids[:n], forced, ids[n], lists))
+            forced = ids[n]
+            if not isinstance(tokens[n][1], str):
+                # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced
+                forced = head[-1][0]
+            values.append(self.forced_token(ids[:n], forced, ids[n]))
         return math.fsum(values), len(values)
 
-    def forced_token(self, before: list[int], forced: int, wanted: int, lists: Sequence[int]) -> float:
-        """log p(wanted | before) from a request that forces a token and lists so many others beside it."""
+    def forced_token(self, before: list[int], forced: int, wanted: int) -> float:
+        """log p(wanted | before) where a token is forced: it, or one of the list beside it, long if needed."""
         body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
                       "logit_bias": [[forced, 1000]], "cache_prompt": True}
-        for listed in lists:
+        for listed in [1] if forced == wanted else [1000, 10 ** 6]:
             value = self.server.call(self.server.root + "/completion", body | {"n_probs": listed},
                                      lambda answer: forced_log_prob(answer, forced, wanted))
             if value is not None:
                 return value
         raise CallFailed(f"the server does not list token {wanted}: does it cap n_probs?")
 
-    def tokenize(self, text: str) -> list[tuple[int, bool]]:
-        """(token id, is it whole characters) of a text; what a passage says is never a control token."""
+    def tokenize(self, text: str) -> list[tuple[int, Any]]:
+        """(id, piece) of each token: half a character is no string, what a passage says no control token."""
         body = {"content": text, "add_special": True, "parse_special": False, "with_pieces": True}
-        return self.server.call(self.server.root + "/tokenize", body, ids_and_pieces)
+        return self.server.call(self.server.root + "/tokenize", body,
+                                lambda answer: [(int(token["id"]), token["piece"]) for token in answer["tokens"]])
 
     # ----------------------------------------------------------------------------------------------
     # What the server can do, with numbers
@@ -210,7 +212,7 @@ class Endpoint:
         mode = self.require(call)                                    # which finds the model's name too
         return f"{self.model}: {spelled(mode)}"
 
-    def capability(self, call: str) -> tuple[ScoringMode | None, str]:
+    def capability(self, call: str) -> Capability:
         """The first mode of a call that works, found once, and the evidence: what came back."""
         if call not in self.capabilities:
             with self.server.impatient():
@@ -219,7 +221,7 @@ class Endpoint:
                 self.capabilities[call] = self.first_that_works(call)
         return self.capabilities[call]
 
-    def first_that_works(self, call: str) -> tuple[ScoringMode | None, str]:
+    def first_that_works(self, call: str) -> Capability:
         attempt = getattr(self, f"try_{call}")
         failures: dict[str, str] = {}                                # evidence -> the first mode that gave it
         for mode in MODES[call]:
@@ -262,10 +264,7 @@ class Endpoint:
 
     def try_log_likelihood(self, mode: ScoringMode) -> tuple[bool, str]:
         """Two texts must be scored, and not the same for every token."""
-        score = self.scorer(mode)
-        first, second = self.trials.pairs
-        a, n = score(*first)
-        b, m = score(*second)
+        (a, n), (b, m) = [self.score(mode, *pair) for pair in self.trials.pairs]
         return not math.isclose(a / n, b / m), f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
 
     def try_top_tokens(self, mode: ScoringMode) -> tuple[bool, str]:
@@ -287,27 +286,17 @@ def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
     """Say what a server can do, with the evidence; LLMError where that is not enough."""
     start = time.monotonic()
     endpoint = Endpoint(url, model, trials, timeout=timeout)
-    can = {call: endpoint.can(call) for call in MODES}
+    can = [call for call in MODES if endpoint.can(call)]
     print(f"{endpoint.name} (model {endpoint.model})")
     for call, (_, evidence) in endpoint.capabilities.items():
-        print(f"  {call:14} {'yes' if can[call] else 'NO '}  {evidence}")
+        print(f"  {call:14} {'yes' if call in can else 'NO '}  {evidence}")
     print(f"  {endpoint.usage.requests} requests, {time.monotonic() - start:.1f} s")
-    if not can["complete"] or not (can["log_likelihood"] or can["top_tokens"]):
+    if "complete" not in can or len(can) == 1:
         raise LLMError("this endpoint cannot make FRet: it needs complete, and log_likelihood or top_tokens")
-    rank = "" if can["log_likelihood"] else " --rank rc"
+    rank = "" if "log_likelihood" in can else " --rank rc"
     print(f"next: python llm.py generate CORPUS QUERIES --llm {url}; then mine with the same{rank}")
 
 
 def spelled(mode: ScoringMode) -> str:
     name, fields = mode
     return " ".join([name, *(f"{field}={value}" for field, value in fields.items())])
-
-
-def as_user(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
-
-
-def echo_body(prompt: str) -> Json:
-    # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the
-    # prompt's part
-    return {"prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}

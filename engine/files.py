@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import zlib
@@ -80,30 +79,28 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
     new.chmod(0o755)
     try:
         yield new
-        if path.exists():
-            old = new.with_name(new.name + ".old")
+        old = new.with_name(new.name + ".old")
+        with contextlib.suppress(FileNotFoundError):
             os.replace(path, old)
-            os.replace(new, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(new, path)
+        os.replace(new, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def check_output(path: str, *inputs: str | Path) -> None:
-    """InputError where a folder or an input stands under an output's name, before anything is read or paid."""
-    if Path(path).is_dir():
-        raise InputError(f"{path or '.'}: a folder stands there; name a file")
-    if Path(path).resolve() in [Path(name).resolve() for name in inputs]:
-        raise InputError(f"{path}: it is an input too; name another file")
-
-
 def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
-    """The same for several outputs, which must differ; "" is none."""
-    for n, output in enumerate(outputs):
-        if output:
-            check_output(output, *inputs, *outputs[n + 1:])
+    """InputError, before anything is read or paid, where a folder, an input or another output has an output's name.
+
+    An output "" is none.
+    """
+    taken = {Path(name).resolve() for name in inputs}
+    for output in filter(None, outputs):
+        path = Path(output).resolve()
+        if path.is_dir():
+            raise InputError(f"{output}: a folder stands there; name a file")
+        if path in taken:
+            raise InputError(f"{output}: it is an input too; name another file")
+        taken.add(path)
 
 
 @contextlib.contextmanager
@@ -119,40 +116,40 @@ def open_text(path: str | Path) -> Iterator[Any]:
         raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
 
 
-def read_jsonl(path: str | Path, strict: bool = True) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("file:line", row) for each non-empty line; an error names file:line and the fix.
 
-    `strict`: half a surrogate pair is an error too; JSON can escape it, but no tokenizer or file takes it.
+    Half a surrogate pair is an error too: JSON can escape it, but no tokenizer or file takes it.
     """
-    n = 0
+    where = ""
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where, n = f"{path}:{number}", n + 1
+            where = f"{path}:{number}"
             try:
                 row = json.loads(line)
-                if strict and "\\ud" in line.lower():                # the escape of a half, or of both
+                if "\\ud" in line.lower():                           # the escape of a half, or of both
                     json.dumps(row, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where}: not a JSON object; one JSON object a line")
             yield where, row
-    if not n:
+    if not where:
         raise InputError(f"{path}: no rows; one JSON object a line is needed")
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Writes rows to a plain or .gz file, whole or not at all; the number of rows."""
-    n = 0
+def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes rows to a plain or .gz file, whole or not at all."""
     with file_beside(path) as new, open(new, "wb") as file:
         # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
-        stream: Any = gzip.GzipFile("", "wb", fileobj=file, mtime=0) if str(path).endswith(".gz") else file
+        stream: Any = file
+        if str(path).endswith(".gz"):
+            stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
         with io.TextIOWrapper(stream, encoding="utf-8") as out:
-            for n, row in enumerate(rows, 1):
+            for row in rows:
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return n
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -165,24 +162,16 @@ def flag(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"help": meaning})
 
 
-def at_least(least: float, **given: float) -> None:
-    """InputError for a flag's value that is below `least`, or no number."""
-    for name, value in given.items():
-        if not value >= least:                                       # nan neither
-            raise InputError(f"--{name.replace('_', '-')} {value}: give {least} or more")
-
-
-def add_flags(parser: argparse.ArgumentParser, config: type, skip: Sequence[str] = ()) -> None:
+def add_flags(add: Callable[..., Any], config: type, skip: Sequence[str] = ()) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
     for f in fields(config):
         if f.name in skip:
             continue
-        name = "--" + f.name.replace("_", "-")
-        meaning = f"{f.metadata['help']} (%(default)s)"
         kind: dict[str, Any] = {"type": type(f.default)}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(name, default=f.default, help=meaning, **kind)
+        name = "--" + f.name.replace("_", "-")
+        add(name, default=f.default, help=f"{f.metadata['help']} (%(default)s)", **kind)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
@@ -193,8 +182,6 @@ def run(main: Callable[[], None]) -> None:
     """Call main(); a user's mistake or Ctrl-C becomes one line and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")            # letters that the terminal's encoding lacks
-    if callable(signal.getsignal(signal.SIGINT)):                    # not where the shell ignores it
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()                                           # a failure at the exit would be a traceback
@@ -261,22 +248,20 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     """
     passages: dict[str, dict[str, str]] = {}
     places: dict[str, str] = {}
-    empty = repeated = 0
+    repeated = 0
     for where, row in read_jsonl(path):
         key = row.get("_id")
-        if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
+        if type(key) not in (str, int) or key == "":
             raise InputError(f'{where}: no "_id"; every passage needs one of its own')
-        title, text = passage_texts(where, row)
         key = str(key)
+        title, text = passage_texts(where, row)
         passage = {"_id": key, "title": title, "text": text}
-        if key not in passages:
-            passages[key], places[key] = passage, where
-            empty += not (title or text)
-        elif passages[key] == passage:
-            repeated += 1
-        else:
-            raise InputError(f'{where}: "_id" {key!r} stands already at {places[key]} with another text; '
-                             "make it unique")
+        first = passages.setdefault(key, passage)
+        place = places.setdefault(key, where)
+        if first != passage:
+            raise InputError(f'{where}: "_id" {key!r} stands already at {place} with another text; make it unique')
+        repeated += first is not passage
+    empty = sum(not (p["title"] or p["text"]) for p in passages.values())
     if empty == len(passages):
         raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
     if empty:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
-from engine.files import InputError, first_line, folder_beside, read_json
+from engine.files import InputError, first_line, folder_beside, read_json, write_json
 
 Json = dict[str, Any]
 
@@ -37,21 +37,20 @@ class Folder:
 
 
 ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
-# the values that are supported; the first is what a silent file means, but for model_type
+# the values that are supported; but for model_type, the first is what a silent file means
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(ENCODERS), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
     "is_decoder": (False,), "add_cross_attention": (False,)}
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "max_position_embeddings", "model_type")
+            "max_position_embeddings")                               # whole numbers
 OPTIONAL = ("type_vocab_size", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob",
-            "pad_token_id", "hidden_act")
+            "pad_token_id", "hidden_act", "model_type")
 # parts of a checkpoint that are not the encoder's
 HEADS = ("pooler.", "cls.", "lm_head.", "classifier.", "qa_outputs.", "embeddings.position_ids",
          "embeddings.token_type_ids")
 # what is fetched from the hub
-FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
-         "tokenizer_config.json", "modules.json", "*_Pooling/config.json", "gecko.json",
-         "sentence_*_config.json", "config_sentence_transformers.json")
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json",
+         "*_Pooling/config.json", "gecko.json", "sentence_*_config.json", "config_sentence_transformers.json")
 # settings of tokenizer_config.json that transformers puts over those of tokenizer.json
 OVERRIDES = {"do_lower_case": ("normalizer", "lowercase"), "strip_accents": ("normalizer", "strip_accents"),
              "tokenize_chinese_chars": ("normalizer", "handle_chinese_chars"),
@@ -67,12 +66,10 @@ def fetch(name: str | Path) -> Path:
         from huggingface_hub import snapshot_download
 
         return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
-    except ImportError as error:
-        raise InputError(f"{name}: no such folder, and a hub id needs huggingface_hub; install it: "
-                         "pip install huggingface_hub") from error
-    except Exception as error:  # the client's, of many kinds
+    except Exception as error:  # the client's, of many kinds, or it is not installed
         raise InputError(f"{name}: no such folder, and not to be had from the Hugging Face hub "
-                         f"({first_line(error)}); check the name and the network") from error
+                         f"({first_line(error)}); check the name, the network, and pip install huggingface_hub"
+                         ) from error
 
 
 @contextlib.contextmanager
@@ -103,7 +100,7 @@ def read_folder(path: Path) -> Folder:
                              "that `python train.py` wrote (runs/demo/gecko)")
     with readable(path):
         config = read_config(path / "config.json")
-        normalised = check_modules(path, config["hidden_size"])
+        normalised = check_modules(path)
         tokenizer = read_tokenizer(path, config["vocab_size"])
         folder = Folder(config, read_weights(path), tokenizer, 0, [], {})
         read_settings(path, folder, normalised)
@@ -112,43 +109,34 @@ def read_folder(path: Path) -> Folder:
 
 def read_config(path: Path) -> Json:
     """The fields that shape the encoder, and none that would need another one."""
-    raw = read_json(path, dict)
+    raw = {"model_type": None, **read_json(path, dict)}
     for key, allowed in SUPPORTED.items():
-        value = raw.get(key, allowed[0])
-        if value not in allowed:
-            raise InputError(f"{path}: {key} {value!r} is not supported; give a folder of an encoder with "
-                             + " or ".join(repr(x) for x in allowed))
-    config: Json = {}
-    for key in (*REQUIRED, *OPTIONAL):
-        value = raw.get(key)
-        if value is None and key in OPTIONAL:
-            continue
-        number = isinstance(value, (int, float)) and value >= 0
-        if not number and key not in ("model_type", "hidden_act"):
-            raise InputError(f"{path}: {key} is {value!r}, not a number from 0 on; save the model again")
-        config[key] = value
+        if raw.get(key, allowed[0]) not in allowed:
+            raise InputError(f"{path}: {key} {raw[key]!r} is not supported; give a folder of an encoder with "
+                             + " or ".join(map(repr, allowed)))
+    for key in REQUIRED:
+        if not isinstance(raw.get(key), int):
+            raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a whole number; save the model again")
+    config: Json = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if raw.get(key) is not None}
     config.setdefault("pad_token_id", 0 if config["model_type"] == "bert" else 1)
-    d, heads = config["hidden_size"], config["num_attention_heads"]
-    if config["num_hidden_layers"] and (heads < 1 or d % heads):
-        raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")
     return config
 
 
-def check_modules(path: Path, d: int) -> bool:
+def check_modules(path: Path) -> bool:
     """modules.json and 1_Pooling: encoder, mean over all tokens; true where vectors are made of length 1."""
-    kinds, poolings = ["Transformer", "Pooling"], sorted(path.glob("1_Pooling/config.json"))
     listed = path / "modules.json"
+    modules = [{"type": "Transformer"}, {"type": "Pooling", "path": "1_Pooling"}]
     if listed.is_file():
         modules = read_json(listed, list)
-        kinds = [str(m.get("type")).split(".")[-1] for m in modules]
-        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
-                             "Transformer, Pooling and Normalize, in this order, are")
-        place = modules[1].get("path")
-        if not isinstance(place, str) or place in ("", "..") or not re.fullmatch(r"[\w.-]+", place):
-            raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")
-        poolings = [path / place / "config.json"]
-    for pooling in poolings:
+    kinds = [str(module.get("type")).split(".")[-1] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
+                         "Transformer, Pooling and Normalize, in this order, are")
+    place = str(modules[1].get("path"))
+    if not re.fullmatch(r"\w[\w.-]*", place):
+        raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")
+    pooling = path / place / "config.json"
+    if listed.is_file() or pooling.is_file():
         raw = read_json(pooling, dict)
         modes = raw.get("pooling_mode")                              # older versions have a flag for each mode:
         if not modes:
@@ -157,8 +145,6 @@ def check_modules(path: Path, d: int) -> bool:
         if not mean or not raw.get("include_prompt", True):
             raise InputError(f"{pooling}: pooling {modes!r} is not supported, nor a prompt left out of it; "
                              "only the mean over all tokens (eq. 1) is")
-        if raw.get("embedding_dimension", raw.get("word_embedding_dimension", d)) != d:
-            raise InputError(f"{pooling}: the pooling's dimension does not fit the encoder's hidden_size {d}")
     return "Normalize" in kinds
 
 
@@ -166,19 +152,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """The encoder's parameters out of model.safetensors."""
     file = path / "model.safetensors"
     if not file.is_file():
-        reason = ""
-        if list(path.glob("*.bin")):
-            reason = " (a .bin is a pickle and is never opened)"
-        elif (path / "model.safetensors.index.json").is_file():
-            reason = " (shards are not supported)"
-        raise InputError(f"{path}: no model.safetensors there{reason}; save the model again with "
-                         "transformers' save_pretrained(DIR, max_shard_size='100GB')")
+        raise InputError(f"{path}: no model.safetensors there (shards are not supported, and a .bin is a pickle "
+                         "and is never opened); save the model again with transformers' save_pretrained(DIR, "
+                         "max_shard_size='100GB')")
+    weights = {}
     with readable(file):
-        weights = load_file(str(file))
-    for prefix in ("bert.", "roberta."):                             # of a checkpoint with heads
-        if any(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): x for name, x in weights.items()}
-    return {name: x for name, x in weights.items() if not name.startswith(HEADS)}
+        for name, x in load_file(str(file)).items():
+            name = re.sub(r"^(bert|roberta)\.", "", name)            # of a checkpoint with heads
+            if not name.startswith(HEADS):
+                weights[name] = x
+    return weights
 
 
 def check_weights(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -239,10 +222,7 @@ def read_settings(path: Path, folder: Folder, normalised: bool) -> None:
         folder.formats = {name: str(ours["formats"][name]) for name in ("query", "passage")}
         if not all("{text}" in form for form in folder.formats.values()):
             raise InputError(f"{path}/gecko.json: a format without {{text}} makes all texts one; give it a place")
-    d = folder.config["hidden_size"]
-    folder.dims = ours.get("dims") or read_json(path / "config.json").get("matryoshka_dimensions") or []
-    if not all(1 <= dim <= d for dim in folder.dims):
-        raise InputError(f"{path}: dims {folder.dims} are not all from 1 to {d}; save the model again")
+    folder.dims = list(ours.get("dims") or read_json(path / "config.json").get("matryoshka_dimensions") or [])
     tokens = read_optional(path / "tokenizer_config.json").get("model_max_length")
     wanted = ours.get("max_length") or encoder.get("max_seq_length") or tokens or math.inf
     folder.max_length = int(min(wanted, folder.config["max_position_embeddings"]))
@@ -265,8 +245,7 @@ def write_folder(path: str | Path, folder: Folder) -> None:
         folder.tokenizer.no_truncation()
         (new / "tokenizer.json").write_text(folder.tokenizer.to_str(pretty=True), encoding="utf-8")
         for name, content in small_files(folder).items():
-            (new / name).parent.mkdir(exist_ok=True)
-            (new / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_json(new / name, content)
 
 
 def small_files(folder: Folder) -> Json:
@@ -287,8 +266,6 @@ def small_files(folder: Folder) -> Json:
                           "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(modules)],
         "1_Pooling/config.json": {"word_embedding_dimension": c["hidden_size"], "pooling_mode_mean_tokens": True},
         "2_Normalize/config.json": {},
-        "sentence_bert_config.json": {"max_seq_length": folder.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {
-            "prompts": folder.prompts, "default_prompt_name": None,
-            "similarity_fn_name": "cosine", "matryoshka_dims": folder.dims},
+        "sentence_bert_config.json": {"max_seq_length": folder.max_length},
+        "config_sentence_transformers.json": {"prompts": folder.prompts, "similarity_fn_name": "cosine"},
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def read_queries(path: str | Path, corpus: Sequence[Row]) -> list[Row]:
 
 def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[int]]:
     """Places in rows, at least `size` at a time, with all rows that have the same `name` in one block."""
-    same: dict[str, list[int]] = {}
+    same: dict[str, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
-        same.setdefault(row[name], []).append(place)
+        same[row[name]].append(place)
     block: list[int] = []
     for places in same.values():
         block += places
@@ -47,86 +48,73 @@ def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[i
         yield block
 
 
-class Kept:
-    """The rows that did not fail, and what is counted on the way, of which `check` judges them at the end."""
-
-    def __init__(self, rows: Iterable[Row], what: str) -> None:
-        self.rows, self.what = rows, what
-        self.count: Counter[str] = Counter()
-        self.failures: list[str] = []
-        self.seed_first: Counter[str] = Counter()                    # rows, by ranking
-        self.chance = 0.0                                            # the sum of the mined rows' 1 / N
-        self.scores: dict[str, set[Any]] = {"ql": set(), "rc": set()}  # up to two different ones of each
-
-    def __iter__(self) -> Iterator[Row]:
-        for row in self.rows:
-            if "failed" not in row:
-                self.add(row)
-                yield row
-                continue
-            self.failures.append(row["failed"])
-            if len(self.failures) >= MAX_FAILED_AT_FIRST and not self.count["kept"]:
-                break
-        self.check()
-
-    def add(self, row: Row) -> None:
-        self.count["kept"] += 1
-        self.count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
-        self.count["no negative"] += row.get("negative_id", "") is None
-        if "candidates" not in row:
-            return
-        for name, scores in self.scores.items():
-            if len(scores) < 2:
-                scores.update(candidate[name] for candidate in row["candidates"])
-        self.seed_first.update(puts_seed_first(row))
-        self.count["mined"] += 1
-        self.chance += 1 / len(row["candidates"])
-
-    def check(self) -> None:
-        """LLMError when nine in ten failed, or all scores are equal: that endpoint does not score."""
-        kept, failed = self.count["kept"], len(self.failures)
-        if failed > 9 * kept:
-            raise LLMError(f"{self.what}: {kept} of the first {failed + kept} rows succeeded, too few to go on; "
-                           f"failures: {'; '.join(self.failures[:3])}")
-        for name, scores in self.scores.items():
-            if len(scores) == 1 and None not in scores:
-                raise LLMError(f"all {name} scores equal {scores.pop()}: the endpoint does not score; "
-                               "nothing was written")
-
-
 def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> Counter[str]:
     """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
-    The counts of rows: kept, mined, relabelled (p+ is not p_seed), no negative. LLMError, and nothing written,
-    where `Kept.check` says so.
+    The counts of rows: kept, relabelled (p+ is not p_seed), no negative. LLMError, and nothing written, where
+    `check_kept` says so.
     """
-    kept = Kept(tqdm(rows, total=total, desc=what, unit="row"), what)
+    count: Counter[str] = Counter()
+    failures: list[str] = []
+    seed_first: dict[str, float] = defaultdict(float)                # rows, by ranking and by "chance"
+    scores: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two different ones of each
+
+    def kept() -> Iterator[Row]:
+        for row in tqdm(rows, total=total, desc=what, unit="row"):
+            if "failed" in row:
+                failures.append(row["failed"])
+                if len(failures) >= MAX_FAILED_AT_FIRST and not count["kept"]:
+                    break
+                continue
+            count["kept"] += 1
+            count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
+            count["no negative"] += row.get("negative_id", "") is None
+            if "candidates" in row:
+                add_ranking(row, seed_first, scores)
+            yield row
+        check_kept(what, count["kept"], failures, scores)
+
     try:
-        write_jsonl(path, kept)
+        write_jsonl(path, kept())
     finally:
         if hasattr(llm, "report"):
             print(llm.report())
-    count, mined = kept.count, kept.count["mined"]
-    if mined:
-        print(shares(kept.seed_first, kept.chance / mined, mined))
-    example = f"; a failure: {kept.failures[0]}" if kept.failures else ""
+    if seed_first:
+        print(shares(seed_first, count["kept"]))
+    example = f"; a failure: {failures[0]}" if failures else ""
     print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
     return count
 
 
-def puts_seed_first(row: Row) -> dict[str, bool]:
-    """Of each ranking, "retriever", "ql" or "rc": is the passage first that the query was written for?"""
+def add_ranking(row: Row, seed_first: dict[str, float], scores: dict[str, set[Any]]) -> None:
+    """Which rankings put the passage first that the query was written for, and the row's scores."""
     candidates = row["candidates"]
-    first = {"retriever": candidates[0]}                             # nearest first
-    for name in ("ql", "rc"):
+    seed_first["chance"] += 1 / len(candidates)
+    seed_first["retriever"] += candidates[0]["id"] == row["seed_id"]  # nearest first
+    for name, different in scores.items():
+        if len(different) < 2:
+            different.update(candidate[name] for candidate in candidates)
         if candidates[0][name] is not None:
-            first[name] = max(candidates, key=lambda candidate: candidate[name])
-    return {name: candidate["id"] == row["seed_id"] for name, candidate in first.items()}
+            first = max(candidates, key=operator.itemgetter(name))
+            seed_first[name] += first["id"] == row["seed_id"]
 
 
-def shares(seed_first: Counter[str], chance: float, rows: int) -> str:
+def check_kept(what: str, kept: int, failures: Sequence[str], scores: dict[str, set[Any]]) -> None:
+    """LLMError when nine in ten failed, or all scores are equal: that endpoint does not score."""
+    failed = len(failures)
+    if failed > 9 * kept:
+        raise LLMError(f"{what}: {kept} of the first {failed + kept} rows succeeded, too few to go on; "
+                       f"failures: {'; '.join(failures[:3])}")
+    for name, different in scores.items():
+        if len(different) == 1 and None not in different:
+            raise LLMError(f"all {name} scores equal {different.pop()}: the endpoint does not score; "
+                           "nothing was written")
+
+
+def shares(seed_first: dict[str, float], rows: int) -> str:
     """How often each ranking puts the seed first, with a 95 % interval, and whether that is more than chance."""
     parts = []
+    chance = seed_first.pop("chance") / rows
     for name, times in sorted(seed_first.items()):
         share = times / rows
         # Wilson's interval of a share, which is right for few rows too

@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face in this process: the same string calls as an endpoint.
+"""A causal language model of Hugging Face in this process: the string calls of an endpoint that scores prompts.
 
 What all prompts share is read once; a prefix once, however many texts follow it; then the texts, in batches,
 each against the keys and values of its prefix.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Answers, Keep, LogProbs, Pairs, Tops, keep_nothing
+from engine.cache import Pairs, Strings
 from engine.files import InputError, first_line
 
 Tokens = list[int]
@@ -26,7 +26,7 @@ Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a
 PREFIXES = 8  # that are read together
 
 
-class Local:
+class Local(Strings):
     """The strings of engine/cache.py."""
 
     def __init__(
@@ -50,8 +50,6 @@ class Local:
         torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
         self.name = f"hf:{folder}"
         self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
-        self.keep: Keep = keep_nothing
-        self.read_tokens = 0
         end = self.model.generation_config.eos_token_id
         self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
@@ -64,21 +62,23 @@ class Local:
             return f"{how}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
         return how
 
-    def can(self, call: str) -> bool:
-        return True
-
     def report(self) -> str:
-        return f"{self.name} read {self.read_tokens:,} tokens in this process"
+        return f"{self.name} answered in this process"
 
     def tokens(self, text: str) -> Tokens:
         return list(self.tokenizer(text)["input_ids"])
 
     # ----------------------------------------------------------------------------------------------
-    # The three calls
+    # The two calls
 
     @torch.inference_mode()
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        """Sum of log p of the text's tokens after its prefix."""
+    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+        if call == "complete":
+            return self.completions(items)
+        return self.sums(items)
+
+    def sums(self, pairs: Pairs) -> list[float]:
+        """Of each pair the sum of log p of the text's tokens after its prefix."""
         texts: dict[str, list[str]] = {}
         for prefix, text in dict.fromkeys(pairs):
             texts.setdefault(prefix, []).append(text)
@@ -112,27 +112,15 @@ class Local:
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
-    @torch.inference_mode()
-    def top_tokens(self, prompts: Sequence[str], k: int = 20) -> list[Tops | None]:
-        """The likeliest first tokens of the answer, each with its log p."""
-        answers: list[Tops | None] = [None] * len(prompts)
-        for numbers, ids, cache in self.batches(prompts, PREFIXES):
-            log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
-            values, tokens = log_p.topk(k)                           # (B, k) twice
-            for row, n in enumerate(numbers):
-                words = [self.tokenizer.decode(token) for token in tokens[row].tolist()]
-                answers[n] = list(zip(words, values[row].tolist(), strict=True))
-        return answers
-
-    @torch.inference_mode()
-    def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
+    def completions(self, items: Sequence[tuple[str, int]]) -> list[str]:
         """What the model writes after each prompt, up to a stop; equal prompts differ by their seed."""
-        answers: Answers = [None] * len(prompts)
+        answers = [""] * len(items)
+        prompts, seeds = zip(*items, strict=True)
         for numbers, ids, cache in self.batches(prompts, self.rows):
             written = self.write(ids, cache, [seeds[n] for n in numbers])
             for n, text in zip(numbers, written, strict=True):
                 answers[n] = text
-                self.keep("complete", (prompts[n], seeds[n]), text)
+                self.keep("complete", items[n], text)
         return answers
 
     def write(self, ids: Tensor, cache: Any, seeds: Sequence[int]) -> list[str]:
@@ -193,7 +181,6 @@ class Local:
         valid = ids >= 0                                             # (B, K)
         place = valid.cumsum(dim=1).sub(1).clamp(min=0)              # (B, K)
         seen = cache.get_seq_length()
-        self.read_tokens += int(valid[:, seen:].sum())
         settings = {self.cache_name: cache, "attention_mask": valid, "position_ids": place[:, seen:]}
         return self.model(ids[:, seen:].clamp(min=0), logits_to_keep=last, **settings).logits.float()
 

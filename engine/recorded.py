@@ -9,7 +9,6 @@ otherwise than it did is left out. tests/lab/record.py makes the file.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,18 @@ class Recorded:
     def __init__(self, corpus: Corpus, path: str | Path = RECORD) -> None:
         lines = read_jsonl(path)
         _, self.header = next(lines)
-        digests = next(lines, ("", {}))[1].get("digests")
+        _, named = next(lines, ("", {}))
+        digests = named.get("digests")
         if not isinstance(digests, dict) or "characters" not in self.header:
             raise InputError(f"{path}: no record of a language model; tests/lab/record.py writes one")
-        same = {p["_id"] for p in corpus
-                if digests.get(p["_id"]) == digest(shown(p, self.header["characters"]))}
+        same = set()
+        for p in corpus:
+            if digests.get(p["_id"]) == digest(shown(p, self.header["characters"])):
+                same.add(p["_id"])
         self.missing = len(digests) - len(same)                      # passages
         self.rows: list[dict[str, Any]] = []                         # seed_id, task, query, ql
+        self.written: dict[str, list[str]] = {}                      # answers that are still to come, by seed
+        self.ranked: dict[tuple[str, str], list[str]] = {}           # candidates by (seed, query)
         self.lost = 0                                                # rows
         self.scores: dict[tuple[str, str], float] = {}               # QL by (query, passage's id)
         for _, row in lines:
@@ -46,11 +50,10 @@ class Recorded:
                 self.lost += 1
                 continue
             self.rows.append(row)
+            answer = f"Task: {row['task']}\nQuery: {row['query']}"
+            self.written.setdefault(row["seed_id"], []).append(answer)
+            self.ranked[row["seed_id"], row["query"]] = [key for key, _ in row["ql"]]
             self.scores |= {(row["query"], key): score for key, score in row["ql"]}
-        self.of_seed: dict[str, list[dict[str, Any]]] = {}
-        for row in self.rows:
-            self.of_seed.setdefault(row["seed_id"], []).append(row)
-        self.drawn: Counter[str] = Counter()
         self.places = {p["_id"]: place for place, p in enumerate(corpus)}
         self.asked = self.common = 0                                 # candidates; those found here too
 
@@ -69,22 +72,19 @@ class Recorded:
 
     def candidates(self, query: dict[str, Any], found: list[str]) -> list[str]:
         """A recorded query's candidates, nearest first, for those found now; what both hold is counted."""
-        for row in self.of_seed.get(query["seed_id"], []):
-            if row["query"] == query["query"]:
-                ids = [key for key, _ in row["ql"]]
-                self.asked += len(ids)
-                self.common += len(set(ids) & set(found))
-                return ids
-        return found
+        ids = self.ranked.get((query["seed_id"], query["query"]))
+        if ids is None:
+            return found
+        self.asked += len(ids)
+        self.common += len(set(ids) & set(found))
+        return ids
 
     def generate(self, passages: Corpus) -> Answers:
         answers: Answers = []
         for p in passages:
-            rows = self.of_seed.get(p["_id"], [])
-            number = self.drawn[p["_id"]]                            # drawn again: its next query
-            self.drawn[p["_id"]] += 1
-            if number < len(rows):
-                answers.append(f"Task: {rows[number]['task']}\nQuery: {rows[number]['query']}")
+            written = self.written.get(p["_id"])
+            if written:
+                answers.append(written.pop(0))                       # drawn again: its next query
             else:
                 answers.append(None)
         return answers

@@ -16,11 +16,6 @@ from engine.transport import CallFailed, Json
 Tops = list[tuple[str, float]]                # tokens and their log p
 Answers = list[str | None]                    # of a list of prompts; None: a call that failed
 LogProbs = list[float | None]
-Keep = Callable[[str, Any, Any], None]        # told (call, item, answer) as each answer comes
-
-
-def keep_nothing(call: str, item: Any, answer: Any) -> None:
-    """Where no cache stands above."""
 
 
 def answer_text(answer: Json) -> str:
@@ -103,7 +98,7 @@ def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
         choice, generated = answer["prompt"][0], 0
     scored = choice.get("logprobs") or {}
     tokens, values = scored.get("tokens"), scored.get("token_logprobs")
-    if not isinstance(tokens, list) or not isinstance(values, list) or prompt not in choice["text"]:
+    if not tokens or not values or prompt not in choice["text"]:
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
                          f"{usage.get('prompt_tokens')}-token prompt")
@@ -152,8 +147,3 @@ def forced_log_prob(answer: Json, forced: int, wanted: int) -> float | None:
         if listed["id"] == wanted:
             return log_prob(listed["logprob"])
     return None
-
-
-def ids_and_pieces(answer: Json) -> list[tuple[int, bool]]:
-    """(token id, is it whole characters) of each token of a text."""
-    return [(int(token["id"]), isinstance(token["piece"], str)) for token in answer["tokens"]]

@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from engine.corpus import Corpus
-from engine.files import InputError, at_least, check_outputs, file_beside, one_line, read_jsonl, read_passages
+from engine.files import InputError, check_outputs, file_beside, one_line, read_jsonl, read_passages
+from engine.table import check_record
 
 Row = dict[str, Any]
 Passages = dict[str, dict[str, str]]  # {"title", "text"} by id
 Ranks = Callable[[Sequence[float]], list[int]]
 UNKNOWN = {"title": "", "text": ""}  # a passage whose text is not here
+ON_PAGE = ("_id", "kind", "task", "query", "seed_id", "positive_id", "negative_id")  # of a row
 
 
 def show(args: Any, ranks: Ranks) -> None:
     """`llm.py show`: print the first rows, or write them as a page; say how many there are and what is left out."""
     source = Path(args.corpus or Path(args.fret).parent / "corpus.jsonl")
     check_outputs([args.html], args.fret, source)
-    at_least(0, limit=args.limit)
     rows, about = first_rows(args.fret, args.changed, args.limit or (10_000 if args.html else 5))
     corpus = read_passages(source) if args.corpus or source.is_file() else []
     passages = known_passages(rows, corpus)
@@ -35,7 +36,7 @@ def show(args: Any, ranks: Ranks) -> None:
     else:
         for row in rows:
             print(*as_lines(row, passages, ranks), sep="\n", end="\n\n")
-    candidates = {str(candidate["id"]) for row in rows for candidate in row["candidates"]}
+    candidates = {candidate["id"] for row in rows for candidate in row["candidates"]}
     unknown = len(candidates - passages.keys())
     if unknown:
         print(f"no text here for {unknown:,} of the candidates; --corpus FILE gives it")
@@ -47,7 +48,7 @@ def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
     rows: list[Row] = []
     total = matching = 0
     for total, row in enumerate(read_fret(path), 1):
-        if changed and row.get("positive_id") == row.get("seed_id"):
+        if changed and row["positive_id"] == row["seed_id"]:
             continue
         matching += 1
         if matching <= limit:
@@ -62,27 +63,12 @@ def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
 
 
 def read_fret(path: str) -> Iterator[Row]:
-    """The rows that `mine` wrote, with all that is shown of them."""
-    for where, row in read_jsonl(path, strict=False):
-        try:
-            good = readable(row)
-        except (LookupError, TypeError):
-            good = False
-        if not good:
+    """The rows that `mine` wrote."""
+    for where, row in read_jsonl(path):
+        if not row.get("candidates"):
             raise InputError(f"{where}: no record with candidates; give a file that `llm.py mine` wrote")
+        check_record(where, row)
         yield row
-
-
-def readable(row: Row) -> bool:
-    """Whether all that is shown of a row is there, texts as strings and scores as numbers."""
-    texts = [row["task"], row["query"], row["kind"]]
-    texts += [row[name]["text"] for name in ("positive", "negative") if row[name]]
-    ids = [candidate["id"] for candidate in row["candidates"]]
-    scores = [candidate["R"] for candidate in row["candidates"]]
-    for name in ("ql", "rc"):
-        scores += [c[name] for c in row["candidates"] if c[name] is not None]
-    good = all(isinstance(text, str) for text in texts)
-    return good and len(ids) > 0 and all(abs(score) < 1e300 for score in scores)  # nan is not
 
 
 def in_order(row: Row, ranks: Ranks) -> list[tuple[int | None, int | None, Row]]:
@@ -101,7 +87,7 @@ def known_passages(rows: Sequence[Row], corpus: Corpus) -> Passages:
     for row in rows:
         for name in ("positive", "negative"):
             if row[name]:
-                passages[str(row[f"{name}_id"])] = {"title": "", **row[name]}
+                passages[row[f"{name}_id"]] = {"title": "", **row[name]}
     return passages
 
 
@@ -119,38 +105,26 @@ def as_lines(row: Row, passages: Passages, ranks: Ranks) -> Iterator[str]:
         for mark, key in (("p+", "positive_id"), ("p-", "negative_id"), ("seed", "seed_id")):
             if row[key] == candidate["id"]:
                 marks.append(mark)
-        p = passages.get(str(candidate["id"]), UNKNOWN)
+        p = passages.get(candidate["id"], UNKNOWN)
         text = one_line(f"{p['title'] or candidate['id']}  {p['text']}", 60)
         yield f"{line}  {candidate['R']:.3f}  {' '.join(marks):7}  {text}".rstrip()
 
 
 def as_page(rows: Sequence[Row], passages: Passages, about: str, ranks: Ranks) -> str:
     """viewer.html with the rows as JSON, which its script draws on demand."""
-    numbers: dict[str, int] = {}                                     # a passage's id -> its place in `texts`
-
-    def number(key: Any) -> int | None:
-        return None if key is None else numbers.setdefault(str(key), len(numbers))
-
+    texts: dict[str, list[str]] = {}                                 # title and text by id
     records = []
     for row in rows:
-        records.append({
-            "id": row["_id"],
-            "kind": row["kind"],
-            "task": row["task"],
-            "query": row["query"][:2000],
-            "seed": number(row["seed_id"]),
-            "pos": number(row["positive_id"]),
-            "neg": number(row["negative_id"]),
-            "candidates": [[number(c["id"]), c["ql"], r_ql, c["rc"], r_rc, c["R"]]
-                           for r_ql, r_rc, c in in_order(row, ranks)],
-        })
-    texts = []
-    for key in numbers:
-        p = passages.get(key, UNKNOWN)
-        text = p["text"]
-        if len(text) > 1000:
-            text = text[:1000] + "..."
-        texts.append([key, p["title"], text])
+        candidates = []
+        for r_ql, r_rc, c in in_order(row, ranks):
+            candidates.append([c["id"], c["ql"], r_ql, c["rc"], r_rc, c["R"]])
+            if c["id"] in passages:
+                p = passages[c["id"]]
+                text = p["text"]
+                if len(text) > 1000:
+                    text = text[:1000] + "..."
+                texts[c["id"]] = [p["title"], text]
+        records.append({name: row[name] for name in ON_PAGE} | {"candidates": candidates})
     # subtle: a "<" in the data could end the script element that holds it
     data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
     return Path(__file__).with_name("viewer.html").read_text(encoding="utf-8").replace("@data@", data, 1)

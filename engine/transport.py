@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import itertools
 import json
 import os
 import random
@@ -17,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
@@ -29,6 +28,7 @@ from engine.files import InputError, one_line
 Json = dict[str, Any]         # a request's body, or a reply
 
 MAX_TRIES = 6                 # of one request
+FIRST_PAUSE = 0.5             # seconds before a second try; then twice as long each time
 MAX_FAILED_IN_A_ROW = 20      # calls; then the run stops
 MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
 FIRST_WORD = 5.0              # seconds of silence before a probe says that it waits
@@ -103,14 +103,13 @@ class Server:
         url: str,
         threads: int,
         timeout: float,                                              # seconds
-        usage: Usage,
-        backoff: float = 0.5,                                        # seconds before a second try
+        max_requests: int,                                           # 0: no limit
     ) -> None:
         self.address = server_address(url)
         self.base = self.address.path.rstrip("/") or "/v1"           # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
         self.url = f"{self.address.scheme}://{self.address.netloc}{self.base}"
-        self.threads, self.usage, self.backoff = threads, usage, backoff
+        self.threads, self.usage = threads, Usage(max_requests)
         self.timeout = min(timeout, 1e6)                             # no socket takes inf
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
@@ -123,18 +122,18 @@ class Server:
         self.resume_at = 0.0                                         # nor before this time
         self.connections: dict[int, http.client.HTTPConnection] = {}  # by thread
 
-    def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
-        """work(item) for all items, `threads` at a time; after an exception nothing more is sent."""
+    def map(self, work: Callable[[int], None], count: int) -> None:
+        """work(i) for all i below count, `threads` at a time; after an exception nothing more is sent."""
         self.disconnect()                                            # this thread waits from here on
         self.stopped.clear()
-        turn = itertools.count()                                     # next(turn) is atomic
+        numbers = iter(range(count))                                 # whose next() is atomic
 
         def worker() -> None:
             try:
-                for i in turn:
-                    if i >= len(items) or self.stopped.is_set():
+                for i in numbers:
+                    if self.stopped.is_set():
                         break
-                    work(items[i])
+                    work(i)
             except BaseException:
                 self.stopped.set()
                 raise
@@ -143,7 +142,7 @@ class Server:
 
         with ThreadPoolExecutor(self.threads) as pool:
             try:
-                futures = [pool.submit(worker) for _ in range(min(self.threads, len(items)))]
+                futures = [pool.submit(worker) for _ in range(min(self.threads, count))]
                 wait(futures)
             except KeyboardInterrupt:
                 self.stopped.set()
@@ -157,7 +156,7 @@ class Server:
     def call(self, path: str, body: Json | None, read: Callable[[Json], Any]) -> Any:
         """read(reply), tried again while that may help; then CallFailed, or LLMError to stop the run."""
         for attempt in range(MAX_TRIES):
-            pause = min(self.backoff * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
+            pause = min(FIRST_PAUSE * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
             try:
                 return read(self.exchange(path, body))
             except LLMError:
@@ -179,8 +178,8 @@ class Server:
                 reason = f"no answer ({type(error).__name__}: {error})"
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {error})"
-            if attempt + 1 < MAX_TRIES and self.stopped.wait(pause):
-                raise CallFailed("the run was stopped")
+            if attempt + 1 < MAX_TRIES:
+                self.stopped.wait(pause)
         raise CallFailed(f"{self.quoted(reason)}, {MAX_TRIES} times")
 
     @contextlib.contextmanager
@@ -249,8 +248,7 @@ class Server:
         """A new connection for this thread."""
         secure = self.address.scheme == "https"
         make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        host, port = self.address.hostname or "", self.address.port
-        connection = make(host, port, timeout=min(10.0, self.timeout))
+        connection = make(self.address.netloc, timeout=min(10.0, self.timeout))
         connection.connect()
         connection.sock.settimeout(self.timeout)
         self.connections[threading.get_ident()] = connection

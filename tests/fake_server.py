@@ -26,9 +26,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import llm
-from engine import files
+from engine import files, transport
 from engine.endpoint import Endpoint
 
+transport.FIRST_PAUSE = 0.001    # tests do not wait
 BOS = b"<s>"
 CHATTING = ("openai", "reasoning", "thinking", "stubborn", "llama-server")
 NAMES: list[bytes] = [BOS]  # token id -> bytes, as they are met
@@ -299,7 +300,7 @@ def rc_prompt(query: str, p: dict[str, str]) -> str:
 
 
 def endpoint(server: FakeServer, model: str = "tiny", **options: Any) -> Endpoint:
-    return Endpoint(server.url, model, llm.TRIALS, **{"threads": 8, "backoff": 0.001, "timeout": 5.0, **options})
+    return Endpoint(server.url, model, llm.TRIALS, **{"threads": 8, "timeout": 5.0, **options})
 
 
 def echoing(server: FakeServer, **options: Any) -> Endpoint:

@@ -12,10 +12,10 @@ from engine.cache import Cached, DryRun
 
 
 class Fake:
-    """Strings by rule. `failing` items fail; `tells` says whether answers are handed over as they come."""
+    """Strings by rule. `failing` items fail."""
 
-    def __init__(self, name="fake", failing=(), tells=True):
-        self.name, self.failing, self.tells, self.asked = name, failing, tells, []
+    def __init__(self, name="fake", failing=()):
+        self.name, self.failing, self.asked = name, failing, []
 
     def keep(self, call, item, answer):
         raise AssertionError("`Cached` puts its own here")
@@ -29,21 +29,14 @@ class Fake:
     def report(self):
         return "sent nothing"
 
-    def complete(self, prompts, seeds):
-        return self.answers("complete", zip(prompts, seeds, strict=True), lambda item: f"{item[0]} {item[1]} é\n")
-
-    def log_likelihood(self, pairs):
-        return self.answers("log_likelihood", pairs, lambda pair: -float(len(pair[1])))
-
-    def top_tokens(self, prompts):
-        return self.answers("top_tokens", prompts, lambda prompt: [(prompt, -0.5)])
-
-    def answers(self, call, items, rule):
+    def ask(self, call, items):
+        rules = {"complete": lambda item: f"{item[0]} {item[1]} é\n",
+                 "log_likelihood": lambda pair: -float(len(pair[1])), "top_tokens": lambda prompt: [(prompt, -0.5)]}
         answers = []
         for item in items:
             self.asked.append((call, item))
-            answers.append(None if item in self.failing else rule(item))
-            if self.tells and answers[-1] is not None:
+            answers.append(None if item in self.failing else rules[call](item))
+            if answers[-1] is not None:
                 self.keep(call, item, answers[-1])
         return answers
 
@@ -51,9 +44,8 @@ class Fake:
 PAIRS = [("b", " x"), ("a", " long"), ("b", " x"), ("a", " y")]
 
 
-@pytest.mark.parametrize("tells", [True, False])
-def test_each_item_is_asked_for_once_and_prompts_that_begin_alike_together(tells, tmp_path):
-    fake = Fake(tells=tells)
+def test_each_item_is_asked_for_once_and_prompts_that_begin_alike_together(tmp_path):
+    fake = Fake()
     cached = Cached(fake, tmp_path / "c.jsonl")
     assert cached.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, -2.0]
     assert [item for _, item in fake.asked] == [("a", " long"), ("a", " y"), ("b", " x")]

@@ -561,8 +561,6 @@ def test_records_say_who_scored_them(undisturbed, work, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("threads, faults", [("1", 0.0), ("16", 0.0), ("16", 0.2)])
 def test_bytes_do_not_depend_on_threads_or_faults(threads, faults, undisturbed, work, tmp_path, monkeypatch):
-    monkeypatch.setattr(Endpoint.__init__, "__kwdefaults__",
-                        Endpoint.__init__.__kwdefaults__ | {"backoff": 0.001})
     with FakeServer("vllm", faults=faults) as server:
         for argv in commands(work, tmp_path, server.url, "--threads", threads):
             main(monkeypatch, argv)

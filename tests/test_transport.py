@@ -120,7 +120,7 @@ def test_the_window_is_bounded(monkeypatch):
     with FakeServer("llama-cpp-python") as server:
         e = endpoint(server, threads=4)
         done: list[int] = []
-        e.server.map(done.append, range(1000))
+        e.server.map(done.append, 1000)
         assert sorted(done) == list(range(1000)) and len(submitted) == 4
         e.server.stopped.set()
         with pytest.raises(CallFailed, match="was stopped"):
@@ -214,7 +214,7 @@ def test_a_servers_words_are_cut_without_the_key_or_terminal_controls(monkeypatc
                 monkeypatch.setattr(server, "answer", lambda *_, reply=reply: reply)
                 with pytest.raises(CallFailed) as error:
                     if reply[1] is cut:
-                        e.post("/completions", {"prompt": "a:"}, answer_text)
+                        e.post(("completions", {}), "a:", {}, answer_text)
                     e.echo("a:", " b")
                 shown = str(error.value)
                 assert "sk" not in shown and "\x1b" not in shown and len(shown) < 250

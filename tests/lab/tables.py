@@ -36,12 +36,12 @@ import train  # noqa: E402
 from data import Record, builtin_pairs, converted, read_records  # noqa: E402
 from engine import evaluate  # noqa: E402
 from engine.beir import Beir, read_beir  # noqa: E402
+from engine.commandline import parsed  # noqa: E402
 from engine.convert import labelled  # noqa: E402
 from engine.evaluate import short_names  # noqa: E402
 from engine.files import (  # noqa: E402
     InputError,
     add_flags,
-    at_least,
     file_beside,
     from_flags,
     read_passages,
@@ -482,10 +482,8 @@ def training_cases(args: argparse.Namespace, c: TrainConfig, model: Gecko, mined
 
 def table_command(args: argparse.Namespace) -> None:
     """Find or make the files that the rows come from, run the rows, write the table."""
-    c, out = train.checked(from_flags(TrainConfig, args)), Path(args.out)
+    c, out = from_flags(TrainConfig, args), Path(args.out)
     home = Path(args.corpus or "runs/demo")
-    at_least(1, seeds=args.seeds)
-    at_least(0, queries=args.queries)
     for path in args.sts:                                    # a mistake shows before the LLM is paid
         evaluate.read_sts(path)
     labelled(list(itertools.chain(*args.classes)))
@@ -584,10 +582,10 @@ def main() -> None:
         command.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
         command.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
         command.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
-        add_flags(command, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
+        add_flags(command.add_argument, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
         small = vars(replace(train.BAG, steps=train.Sizes().steps))
         command.set_defaults(**small)
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.table == "plot":
         plot_command(args)
     else:
