@@ -115,10 +115,13 @@ def read_config(path: Path) -> Json:
             raise InputError(f"{path}: {key} {raw[key]!r} is not supported; give a folder of an encoder with "
                              + " or ".join(map(repr, allowed)))
     for key in REQUIRED:
-        if not isinstance(raw.get(key), int):
+        if not isinstance(raw.get(key), int) or raw[key] < 0:
             raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a whole number; save the model again")
     config: Json = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if raw.get(key) is not None}
     config.setdefault("pad_token_id", 0 if config["model_type"] == "bert" else 1)
+    d, heads = config["hidden_size"], config["num_attention_heads"]
+    if config["num_hidden_layers"] and (heads < 1 or d % heads):
+        raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")
     return config
 
 
@@ -222,7 +225,10 @@ def read_settings(path: Path, folder: Folder, normalised: bool) -> None:
         folder.formats = {name: str(ours["formats"][name]) for name in ("query", "passage")}
         if not all("{text}" in form for form in folder.formats.values()):
             raise InputError(f"{path}/gecko.json: a format without {{text}} makes all texts one; give it a place")
-    folder.dims = list(ours.get("dims") or read_json(path / "config.json").get("matryoshka_dimensions") or [])
+    d = folder.config["hidden_size"]
+    folder.dims = ours.get("dims") or read_json(path / "config.json").get("matryoshka_dimensions") or []
+    if not all(1 <= dim <= d for dim in folder.dims):
+        raise InputError(f"{path}: dims {folder.dims} are not all from 1 to {d}; save the model again")
     tokens = read_optional(path / "tokenizer_config.json").get("model_max_length")
     wanted = ours.get("max_length") or encoder.get("max_seq_length") or tokens or math.inf
     folder.max_length = int(min(wanted, folder.config["max_position_embeddings"]))

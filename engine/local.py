@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face in this process: the string calls of an endpoint that scores prompts.
+"""A causal language model of Hugging Face in this process: the same string calls as an endpoint.
 
 What all prompts share is read once; a prefix once, however many texts follow it; then the texts, in batches,
 each against the keys and values of its prefix.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Pairs, Strings
+from engine.cache import Pairs, Strings, Tops
 from engine.files import InputError, first_line
 
 Tokens = list[int]
@@ -69,13 +69,13 @@ class Local(Strings):
         return list(self.tokenizer(text)["input_ids"])
 
     # ----------------------------------------------------------------------------------------------
-    # The two calls
+    # The three calls
 
     @torch.inference_mode()
     def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
         if call == "complete":
             return self.completions(items)
-        return self.sums(items)
+        return self.sums(items) if call == "log_likelihood" else self.tops(items)
 
     def sums(self, pairs: Pairs) -> list[float]:
         """Of each pair the sum of log p of the text's tokens after its prefix."""
@@ -111,6 +111,18 @@ class Local(Strings):
         token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
+
+    def tops(self, prompts: Sequence[str], k: int = 20) -> list[Tops]:
+        """The likeliest first tokens of each answer, with their log p."""
+        answers: list[Tops] = [[]] * len(prompts)
+        for numbers, ids, cache in self.batches(prompts, PREFIXES):
+            log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
+            values, tokens = log_p.topk(k)                           # (B, k) twice
+            for row, n in enumerate(numbers):
+                words = [self.tokenizer.decode(token) for token in tokens[row].tolist()]
+                answers[n] = list(zip(words, values[row].tolist(), strict=True))
+                self.keep("top_tokens", prompts[n], answers[n])
+        return answers
 
     def completions(self, items: Sequence[tuple[str, int]]) -> list[str]:
         """What the model writes after each prompt, up to a stop; equal prompts differ by their seed."""

@@ -6,6 +6,7 @@ How ranks are counted comes as an argument, `ranks(scores)`.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,7 +66,12 @@ def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
 def read_fret(path: str) -> Iterator[Row]:
     """The rows that `mine` wrote."""
     for where, row in read_jsonl(path):
-        if not row.get("candidates"):
+        try:
+            scores = [c[name] or 0.0 for c in row["candidates"] for name in ("R", "ql", "rc")]
+            good = all(c["id"] for c in row["candidates"]) and scores and all(map(math.isfinite, scores))
+        except (LookupError, TypeError, OverflowError):
+            good = False
+        if not good:
             raise InputError(f"{where}: no record with candidates; give a file that `llm.py mine` wrote")
         check_record(where, row)
         yield row

@@ -90,6 +90,14 @@ def test_negative_control_padding_that_is_read_changes_scores(model, monkeypatch
     assert model.log_likelihood(PAIRS) != pytest.approx(together, abs=1e-2)
 
 
+def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
+    for prompt, top in zip(PREFIXES, model.top_tokens(PREFIXES), strict=True):
+        values = [log_p for _, log_p in top]
+        assert values == sorted(values, reverse=True) and len(values) == 20
+        token, log_p = next((t, v) for t, v in top if model.tokens(prompt + t)[:-1] == model.tokens(prompt))
+        assert model.log_likelihood([(prompt, token)])[0] == pytest.approx(log_p, abs=1e-4)
+
+
 def test_greedy_answers_are_those_of_generate(folder):
     """Temperature 0, rows of different lengths, with and without a shared head."""
     model = Local(folder, temperature=0.0, max_tokens=12, stop=())
