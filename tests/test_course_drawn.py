@@ -85,13 +85,15 @@ def batch(draw, count):
     rows = rng.choice([slice(None), slice(start, rng.randint(start + 1, B))])
     if draw % 10 == 1:
         ids[1][0], rows = ids[0][0], slice(0, B - 1)
-    if draw % 10 == 2:
+    if draw % 10 == 2:                                   # the first two queries are one number in float32
+        ids[0][:2], ids[1][:2] = torch.tensor([4 * B, 4 * B + 1]), torch.tensor([4 * B + 2, 4 * B + 4])
         ids, rows = [torch.where(i < 0, i, (1 << 25) + (i // 2) * 256 + i % 2) for i in ids], slice(0, B)
     if draw % 10 == 3:
         rest = B - 3
         ids = [torch.tensor(i) for i in ([0, 0, 0] + rest * [1], [1, 2, 3] + rest * [0], [-1, 9, 9] + rest * [9])]
         rows = slice(0, B)
-    return x, [F.normalize(v, dim=1) for v in x], ids[:count], rng.choice([0.05, 0.3, 2.0]), rows
+    tau = 2.0 if draw % 10 == 2 else rng.choice([0.05, 0.3, 2.0])        # at 2 every candidate weighs
+    return x, [F.normalize(v, dim=1) for v in x], ids[:count], tau, rows
 
 
 def check_loss(loss, spec, x, unit, ids, mistakes, tau, rows):
@@ -372,6 +374,22 @@ def test_relabel_drawn(draw):
     assert got[0] == p_pos and (got[1] in may if may else got[1] is None), \
         f"{what} sampled {got}, of {may or 'none'} with p+ = {p_pos}"
     assert (R, texts) == kept, CHANGED
+
+
+@pytest.mark.ex5
+@pytest.mark.parametrize("n", [20, 50, 100, 200, 400])
+def test_relabel_among_many_ties(n):
+    """A sort that is not stable shows among many."""
+    import llm
+
+    rng, _ = source(5200 + n)
+    R = [0.5, 1.0, *(rng.choice([0.5, 1.0]) for _ in range(n - 2))]
+    rng.shuffle(R)
+    first, last = R.index(1.0), n - 1 - R[::-1].index(0.5)
+    check(llm.relabel(R, list(map(str, range(n)))), (first, last), {
+        "of equal R the nearer passage is taken for p-": (first, R.index(0.5)),
+        "of equal R the farther passage is taken for p+": (n - 1 - R[::-1].index(1.0), last)},
+        f"of {n} candidates, each of R 0.5 or 1:", True)
 
 
 @pytest.mark.ex5
