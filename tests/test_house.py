@@ -129,6 +129,12 @@ def test_the_pages_read_in_an_hour():
     assert words / sum(weight.code for weight in weights) <= 10.5
 
 
+def test_the_house_does_not_grow():
+    weights = [weigh(path) for path in (*PAGES, *ENGINE_FILES)]
+    assert sum(weight.lines for weight in weights) <= 7_600
+    assert sum(weight.words for weight in weights) <= 53_800
+
+
 @pytest.mark.parametrize("path", ENGINE_FILES, ids=lambda path: path.name)
 def test_an_engine_file_is_small(path):
     assert weigh(path).lines <= 320
