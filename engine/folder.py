@@ -100,7 +100,7 @@ def read_folder(path: Path) -> Folder:
                              "that `python train.py` wrote (runs/demo/gecko)")
     with readable(path):
         config = read_config(path / "config.json")
-        normalised = check_modules(path)
+        normalised = check_modules(path, config["hidden_size"])
         tokenizer = read_tokenizer(path, config["vocab_size"])
         folder = Folder(config, read_weights(path), tokenizer, 0, [], {})
         read_settings(path, folder, normalised)
@@ -115,9 +115,12 @@ def read_config(path: Path) -> Json:
             raise InputError(f"{path}: {key} {raw[key]!r} is not supported; give a folder of an encoder with "
                              + " or ".join(map(repr, allowed)))
     for key in REQUIRED:
-        if not isinstance(raw.get(key), int) or raw[key] < 0:
+        if not isinstance(raw.get(key), int):
             raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a whole number; save the model again")
     config: Json = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if raw.get(key) is not None}
+    for key, value in config.items():
+        if key not in SUPPORTED and not (isinstance(value, (int, float)) and value >= 0):
+            raise InputError(f"{path}: {key} is {value!r}, not a number from 0 on; save the model again")
     config.setdefault("pad_token_id", 0 if config["model_type"] == "bert" else 1)
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads < 1 or d % heads):
@@ -125,7 +128,7 @@ def read_config(path: Path) -> Json:
     return config
 
 
-def check_modules(path: Path) -> bool:
+def check_modules(path: Path, d: int) -> bool:
     """modules.json and 1_Pooling: encoder, mean over all tokens; true where vectors are made of length 1."""
     listed = path / "modules.json"
     modules = [{"type": "Transformer"}, {"type": "Pooling", "path": "1_Pooling"}]
@@ -148,6 +151,8 @@ def check_modules(path: Path) -> bool:
         if not mean or not raw.get("include_prompt", True):
             raise InputError(f"{pooling}: pooling {modes!r} is not supported, nor a prompt left out of it; "
                              "only the mean over all tokens (eq. 1) is")
+        if raw.get("embedding_dimension", raw.get("word_embedding_dimension", d)) != d:
+            raise InputError(f"{pooling}: the pooling's dimension does not fit the encoder's hidden_size {d}")
     return "Normalize" in kinds
 
 

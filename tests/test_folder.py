@@ -294,6 +294,7 @@ REFUSED = {
     "width of text": (lambda m: edit(m, "config.json", hidden_size="24"), "hidden_size is '24'"),
     "odd heads": (lambda m: edit(m, "config.json", num_attention_heads=5), "num_attention_heads 5"),
     "no heads": (lambda m: edit(m, "config.json", num_attention_heads=0), "num_attention_heads 0"),
+    "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "layer_norm_eps is .small., not a"),
     "width below 0": (lambda m: edit(m, "config.json", hidden_size=-24), "hidden_size is -24"),
     "vast": (lambda m: edit(m, "config.json", vocab_size=10 ** 15), r"config.json makes it \(1000000000000000, 24"),
     "config a list": (lambda m: write(m / "config.json", []), "config.json: not a JSON dict"),
@@ -329,6 +330,8 @@ REFUSED = {
                                  "pooling 'cls'"),
     "prompt left out": (lambda m: (modules(m, "Transformer", "Pooling"), edit(
         m, "1_Pooling/config.json", include_prompt=False)), "nor a prompt left out"),
+    "pooling's width": (lambda m: (modules(m, "Transformer", "Pooling"), edit(
+        m, "1_Pooling/config.json", word_embedding_dimension=99)), "dimension does not fit"),
     "cut at the left": (lambda m: edit(m, "tokenizer_config.json", truncation_side="left"),
         "truncation_side 'left'"),
     "padded at the left": (lambda m: edit(m, "tokenizer_config.json", padding_side="left"),
