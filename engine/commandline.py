@@ -82,7 +82,8 @@ def parsers(page: str | None, required: bool = True) -> tuple[argparse.ArgumentP
 
 # The least that a number may be, where that is not 0, and what a word may be
 LEAST = {"k": 1, "limit": 1, "max_length": 1, "threads": 1, "chars": 1, "batch_size": 1, "seeds": 1,
-         "timeout": 0.001, "tau": 0.001, "clip": 0.001, "first": -1}
+         "timeout": 0.001, "first": -1}
+ABOVE_0 = ("tau", "clip")
 CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
 
 
@@ -94,6 +95,8 @@ def parsed(parser: argparse.ArgumentParser) -> Arguments:
         choices, least = CHOICES.get(name), LEAST.get(name, 0)
         if choices and value not in choices:
             raise InputError(f"{given}: give " + " or ".join(choices))
+        if name in ABOVE_0 and not 0 < value < math.inf:
+            raise InputError(f"{given}: give a number above 0")
         number = isinstance(value, (int, float)) and name != "positive_from"    # any score, or nan: none
         if number and not least <= value < math.inf:
             raise InputError(f"{given}: give {least} or more")

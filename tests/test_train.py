@@ -540,9 +540,9 @@ def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags,message", [
-    (["--tau", "0"], "--tau 0.0: give 0.001 or more"), (["--batch-size", "0"], "--batch-size 0"),
+    (["--tau", "0"], "--tau 0.0: give a number above 0"), (["--batch-size", "0"], "--batch-size 0"),
     (["--max-length", "-1"], "--max-length -1"), (["--mix", "all"], "--mix all: give sets or mixed or tasks"),
-    (["--tau", "nan"], "--tau nan: give 0.001 or more"), (["--steps", "-3"], "--steps -3: give 0 or more"),
+    (["--tau", "nan"], "--tau nan: give a number above 0"), (["--steps", "-3"], "--steps -3: give 0 or more"),
     (["--epochs", "inf"], "--epochs inf"), (["--lr", "-1"], "--lr -1.0"), (["--weight-decay", "-1"], "--weight-"),
     (["--seed", "-1"], "--seed -1"), (["--save-every", "-1"], "--save-every -1")])
 def test_a_bad_flag_is_one_line(tmp_path, capsys, flags, message):
