@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
+from engine.dropout import attention, dropout
 from engine.files import InputError, check_outputs, one_line, run, say, say_lost
 from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
@@ -157,13 +158,13 @@ class Layer(nn.Module):
         q = project["query"](x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d/H)
         k = project["key"](x).view(B, T, self.heads, -1).transpose(1, 2)    # (B, H, T, d/H)
         v = project["value"](x).view(B, T, self.heads, -1).transpose(1, 2)  # (B, H, T, d/H)
-        p = self.attention_p if self.training else 0.0
-        a = F.scaled_dot_product_attention(q, k, v, keep, p)         # (B, H, T, d/H)
+        p, attention_p = (self.p, self.attention_p) if self.training else (0.0, 0.0)
+        a = attention(q, k, v, keep, attention_p)                    # (B, H, T, d/H)
         a = out["dense"](a.transpose(1, 2).reshape(B, T, d))         # (B, T, d)
-        x = out["LayerNorm"](x + F.dropout(a, self.p, self.training))         # (B, T, d)
+        x = out["LayerNorm"](x + dropout(a, p))                      # (B, T, d)
         # d -> intermediate_size -> d
-        h = self.output["dense"](F.gelu(self.intermediate["dense"](x)))       # (B, T, d)
-        return self.output["LayerNorm"](x + F.dropout(h, self.p, self.training))  # (B, T, d)
+        h = self.output["dense"](F.gelu(self.intermediate["dense"](x)))  # (B, T, d)
+        return self.output["LayerNorm"](x + dropout(h, p))           # (B, T, d)
 
 
 class Encoder(nn.Module):
@@ -189,7 +190,7 @@ class Encoder(nn.Module):
         position = e["position_embeddings"].weight[first:first + T]  # (T, d)
         segment = e["token_type_embeddings"].weight[0]               # (d) BERT's "first sentence"
         x = e["LayerNorm"](e["word_embeddings"](ids) + position + segment)    # (B, T, d)
-        x = F.dropout(x, self.config.hidden_dropout_prob, self.training)      # (B, T, d)
+        x = dropout(x, self.config.hidden_dropout_prob if self.training else 0.0)  # (B, T, d)
         keep = mask.bool()[:, None, None, :]                         # (B, 1, 1, T)
         for layer in self.encoder["layer"]:
             x = layer(x, keep)                                       # (B, T, d)

@@ -20,7 +20,7 @@ import data
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["gecko", "data", "llm", "train"]
-ENGINE = ["files", "search", "tokens", "packed", "vectors", "folder", "corpus", "pairs", "markup", "documents",
+ENGINE = ["files", "search", "tokens", "packed", "dropout", "vectors", "folder", "corpus", "pairs", "markup", "documents",
           "beir", "table", "convert", "transport", "commandline", "replies", "cache", "kept", "offline", "recorded",
           "endpoint", "local", "show", "scale", "runs", "evaluate", "results", "mteb"]
 ALLOWED = {"torch", "numpy", "tqdm", "tokenizers", "safetensors"}
