@@ -46,6 +46,7 @@ from engine.files import flag, from_flags, run, say, write_jsonl
 from engine.kept import read_queries, write_kept
 from engine.mteb import evaluate_command
 from engine.offline import Offline
+from engine.packed import autocast
 from engine.recorded import Recorded
 from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
 from engine.runs import Run, check_negatives, run_key, save_into, tokenised
@@ -248,7 +249,7 @@ def train(
     max_lr = c.lr or (1e-2 if is_bag(model.encoder) else 3e-5)
     parameters = [p for p in model.encoder.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=max_lr, weight_decay=c.weight_decay, fused=True)
-    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16")
+    in_precision = autocast(model.device, c.precision)
     model.dims = tuple(dims)
     settings = f"{stage} {replace(c, eval='', save_every=0, resume=False)} {model.encoder.config}"
     key = run_key(settings, itertools.chain([text_ids], plan, model.encoder.parameters(), tokens))
@@ -262,7 +263,7 @@ def train(
         x = torch.zeros(len(ids), d, dtype=parameters[0].dtype, device=model.device)
         there = ids >= 0                                             # (n)
         if there.any():
-            with autocast:
+            with in_precision:
                 vectors = model.embed([tokens[i] for i in ids[there].tolist()])
             x[there] = vectors.to(x.dtype)
         return x

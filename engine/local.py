@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.cache import Pairs, Strings, Tops
 from engine.files import InputError, first_line
+from engine.search import has_bfloat16
 
 Tokens = list[int]
 Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a cache of all but the last of these
@@ -41,13 +42,16 @@ class Local(Strings):
             from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
         except ImportError as error:
             raise InputError("a model in this process needs transformers: pip install transformers") from error
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # the weights' own, but for a CPU to which bfloat16 products take four times as long as float32 ones
+        dtype = "auto" if device.type == "cuda" or has_bfloat16(device) else torch.float32
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder}: transformers opens no causal language model there "
                              f"({first_line(error)})") from error
-        torch.nn.Module.to(self.model, "cuda" if torch.cuda.is_available() else "cpu")
+        torch.nn.Module.to(self.model, device)
         self.name = f"hf:{folder}"
         self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
         end = self.model.generation_config.eos_token_id

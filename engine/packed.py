@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.files import InputError, one_line
+from engine.files import InputError, one_line, say
 from engine.search import ONEDNN, has_bfloat16
 from engine.tokens import TokenIds
 
@@ -63,7 +63,14 @@ def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> Em
                          "AMX, or a GPU from 2020 on); encode in float32")
     if device.type == "cpu":
         return packed(encoder, torch.bfloat16 if precision == "bf16" else torch.float32)
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")(embed)
+    return autocast(device, precision)(embed)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Products in bfloat16 where `precision` is bf16; said where the device only emulates them."""
+    if precision == "bf16" and not has_bfloat16(device):
+        say(precision=f"bf16, which this {device.type} only emulates: float32 takes a fraction of the time")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def is_bag(encoder: Any) -> bool:

@@ -171,3 +171,16 @@ def test_mine_with_a_model_in_this_process(folder, tmp_path, monkeypatch, capsys
 def test_what_is_no_model_is_one_line(tmp_path):
     with pytest.raises(InputError, match="transformers opens no causal language model there"):
         Local(str(tmp_path))
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_bfloat16_weights_are_read_as_float32_where_a_cpu_only_emulates_it(tmp_path, monkeypatch, fast, dtype):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU takes the weights as they are")
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"]()).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_llama.tokenizer()).save_pretrained(tmp_path)
+    monkeypatch.setattr("engine.local.has_bfloat16", lambda device: fast)
+    local = Local(str(tmp_path))
+    assert local.model.dtype == dtype
+    assert local.describe("log_likelihood").endswith(str(dtype).removeprefix("torch."))

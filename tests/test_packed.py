@@ -77,6 +77,17 @@ def test_texts_cut_are_counted_over_the_blocks(model, monkeypatch):
     assert model.truncated == 0 and model.lost() == ""
 
 
+@pytest.mark.parametrize("fast, precision, said",
+                         [(True, "bf16", False), (False, "bf16", True), (False, "float32", False)])
+def test_emulated_bfloat16_is_not_slow_in_silence(monkeypatch, capsys, fast, precision, said):
+    """Training says it; encoding refuses it (below)."""
+    monkeypatch.setattr(packed, "has_bfloat16", lambda device: fast)
+    with packed.autocast(torch.device("cpu"), precision):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+    assert ("this cpu only emulates" in capsys.readouterr().err) == said
+
+
 def test_precision_and_training_mode(model, monkeypatch):
     """A wrong name, and bfloat16 without the instructions for it, are refused; training mode stays."""
     with pytest.raises(files.InputError, match="--precision fp8"):

@@ -81,6 +81,7 @@ CASES: dict[str, tuple[str, Labels]] = {
     "p_seed, none": ("finetune", labels("seed", "none")),
     "p_seed, none, eq. 2": ("prefinetune", labels("seed", "none")),
     "p_seed, p_20": ("finetune", labels("seed", "last")),
+    "p_seed, sampled": ("finetune", labels("seed", "sampled")),
     "p_1, none": ("finetune", labels("p1", "none")),
     "p_1, sampled": ("finetune", labels("p1", "sampled")),
     "p_1, p_20": ("finetune", labels("p1", "last")),

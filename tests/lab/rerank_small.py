@@ -1,6 +1,6 @@
 """How a small language model ranks a student's top 20: by query likelihood, and by relevance in four ways.
 
-    python tests/lab/rerank_small.py MODEL RETRIEVER QUESTIONS [--first 60] [--out FILE.json]
+    python tests/lab/rerank_small.py MODEL RETRIEVER QUESTIONS [--first 60] [--no-relevance] [--out FILE.json]
     python tests/lab/rerank_small.py FILE.json                               the table of a finished run
 
 MODEL is what tests/lab/fetch_model.py makes, RETRIEVER and QUESTIONS what `python train.py` writes
@@ -52,6 +52,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=60, help="questions (%(default)s)")
     parser.add_argument("-N", type=int, default=20)
     parser.add_argument("--chars", type=int, default=300)
+    parser.add_argument("--relevance", action=argparse.BooleanOptionalAction, default=True,
+                        help="rank by relevance too, which takes four times as long as query likelihood")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", default="", help="write each question's nDCG@10 to this JSON file")
     args = parser.parse_args()
@@ -73,17 +75,18 @@ def main() -> None:
     start = time.monotonic()
     ql = np.array(model.log_likelihood([(fill(P_QL, passage=passages[key]), " " + q) for q, key in pairs]), float)
     print(f"QL of {len(pairs)} pairs: {time.monotonic() - start:.0f} s", flush=True)
-    start = time.monotonic()
-    rc = label_log_p(pairs)
-    distinct = list(dict.fromkeys(key for _, key in pairs))
-    prior = dict(zip(distinct, label_log_p([("N/A", key) for key in distinct]), strict=True))
-    print(f"RC of {len(pairs)} pairs and {len(distinct)} priors: {time.monotonic() - start:.0f} s", flush=True)
-    odds = rc[:, 0] - rc[:, -1]
-    own = np.array([prior[key][0] - prior[key][-1] for _, key in pairs])
-    scores: dict[str, Any] = {
-        "retriever": -(np.arange(len(pairs)) % args.N), "QL": ql, "RC: log p of the best label": rc[:, 0],
-        "RC: expected grade": [llm.expected_relevance(list(row)) for row in rc],
-        "RC: log-odds": odds, "RC: log-odds less the passage's own": odds - own}
+    scores: dict[str, Any] = {"retriever": -(np.arange(len(pairs)) % args.N), "QL": ql}
+    if args.relevance:
+        start = time.monotonic()
+        rc = label_log_p(pairs)
+        distinct = list(dict.fromkeys(key for _, key in pairs))
+        prior = dict(zip(distinct, label_log_p([("N/A", key) for key in distinct]), strict=True))
+        print(f"RC of {len(pairs)} pairs and {len(distinct)} priors: {time.monotonic() - start:.0f} s", flush=True)
+        odds = rc[:, 0] - rc[:, -1]
+        own = np.array([prior[key][0] - prior[key][-1] for _, key in pairs])
+        scores |= {"RC: log p of the best label": rc[:, 0],
+                   "RC: expected grade": [llm.expected_relevance(list(row)) for row in rc],
+                   "RC: log-odds": odds, "RC: log-odds less the passage's own": odds - own}
     ranked: dict[str, list[float]] = {}
     fusions = {name: [name] for name in scores}
     fusions |= {f"QL + {name}": ["QL", name] for name in scores if name != "QL"}
