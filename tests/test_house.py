@@ -21,8 +21,8 @@ import data
 ROOT = Path(__file__).parent.parent
 ORDER = ["gecko", "data", "llm", "train"]
 ENGINE = ["files", "search", "tokens", "packed", "dropout", "vectors", "folder", "corpus", "pairs", "markup",
-          "documents", "beir", "table", "convert", "transport", "commandline", "replies", "cache", "kept", "offline", "recorded",
-          "endpoint", "local", "show", "scale", "runs", "evaluate", "results", "mteb"]
+          "documents", "beir", "table", "convert", "transport", "commandline", "replies", "cache", "kept",
+          "offline", "recorded", "endpoint", "local", "show", "scale", "runs", "evaluate", "results", "mteb"]
 ALLOWED = {"torch", "numpy", "tqdm", "tokenizers", "safetensors"}
 OPTIONAL = {"matplotlib", "mteb", "huggingface_hub"}
 
