@@ -12,7 +12,7 @@ from torch import Tensor
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """`F.dropout(x, p)`, with p to the nearest 1/256 on a CPU; its mean is x all the same."""
-    if x.is_cuda or not 1 <= round(256 * p) <= 255:
+    if x.device.type != "cpu" or not 1 <= round(256 * p) <= 255:
         return F.dropout(x, p)
     words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None)   # 64 random bits each
     byte = words.view(torch.uint8)[:x.numel()].view(x.shape)         # 0 to 255
@@ -28,7 +28,7 @@ def attention(
     p: float,      # of dropout
 ) -> Tensor:       # (B, H, T, d/H)
     """softmax(q k^T / sqrt(d/H)) v of each head."""
-    if p == 0 or q.is_cuda:
+    if p == 0 or q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, keep, p)
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5               # (B, H, T, T)
     a = scores.masked_fill(~keep, -torch.inf).softmax(dim=3)         # (B, H, T, T)
