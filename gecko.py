@@ -233,7 +233,7 @@ class Gecko:
         self.formats = dict(formats)
         self.dims = tuple(dims) or (encoder.config.hidden_size,)     # that it was trained for
         # of the last call of `tokens`
-        self.texts = self.truncated = 0                              # texts, and those that were cut
+        self.texts = self.truncated = self.length = 0                # texts, those that were cut, and where
         self.unknown = 0.0                                           # the share of unknown tokens
 
     @property
@@ -243,8 +243,8 @@ class Gecko:
     def tokens(self, texts: Sequence[str], max_length: int | None = None) -> list[array[int]]:
         """Token ids of each text, cut at max_length; `lost` says what was lost."""
         check_list(texts)
-        length = min(max_length or self.max_length, self.max_length)
-        tokens, self.truncated, self.unknown = tokenise(self.tokenizer, texts, length)
+        self.length = min(max_length or self.max_length, self.max_length)
+        tokens, self.truncated, self.unknown = tokenise(self.tokenizer, texts, self.length)
         self.texts = len(tokens)
         return tokens
 
@@ -252,7 +252,7 @@ class Gecko:
         """What of its texts the last call of `tokens` lost, in words; empty if nothing."""
         notes = []
         if self.truncated:
-            notes.append(f"{self.truncated} of {self.texts} texts were cut at {self.max_length} tokens")
+            notes.append(f"{self.truncated} of {self.texts} texts were cut at {self.length} tokens")
         if self.unknown > 0.01:
             notes.append(f"{self.unknown:.0%} of the tokens are unknown to this model's tokenizer")
         return "; ".join(notes)

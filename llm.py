@@ -33,7 +33,7 @@ from engine.commandline import Arguments, Options, llm_arguments, rankings
 from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
 from engine.files import InputError, check_outputs, from_flags, read_filled, run, say
-from engine.kept import blocks_of_same, count_calls, read_queries, write_kept
+from engine.kept import blocks_of_same_query, count_calls, read_queries, write_kept
 from engine.local import Local
 from engine.offline import Offline
 from engine.recorded import Recorded
@@ -401,7 +401,7 @@ def mine(
     finished: dict[int, Record] = {}
     following = 0                                                    # the next place in queries to yield
     # rows that ask the same stand in one block, for `labelled` compares them
-    for places in blocks_of_same(queries, "query", block):
+    for places in blocks_of_same_query(queries, block):
         rows = [queries[n] for n in places]
         inputs = [format_query(row["query"], row["task"], retriever.formats) for row in rows]
         _, nearest = topk(retriever.encode(inputs), C, N)            # (rows, N) places in C
@@ -538,10 +538,10 @@ def open_llm(
     score: str = "label",
 ) -> LLM:
     """The LLM that the flags describe."""
-    if o.dry_run:
-        return LanguageModel(DryRun(), score, o.seed, o.chars)
     if o.llm == "recorded":
         return Recorded(corpus)
+    if o.dry_run:
+        return LanguageModel(DryRun(), score, o.seed, o.chars)
     if o.llm == "offline":
         return Offline(corpus, retriever, list(FREQUENT_TASKS), o.seed)
     if o.llm.startswith("hf:"):

@@ -54,9 +54,9 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
 
 def read_split(name: str) -> Beir:
     """DIR or DIR:SPLIT, of which "test" is the default."""
-    folder, split = name, "test"
-    if not Path(name).is_dir():
-        folder, _, split = name.rpartition(":")
+    folder, _, split = name.rpartition(":")
+    if Path(name).is_dir() or not folder:
+        return read_beir(name)
     return read_beir(folder, split)
 
 
@@ -87,7 +87,7 @@ def read_qrels(path: str | Path) -> Qrels:
     """
     with open_text(path) as file:
         lines = list(file)
-    grades: dict[tuple[str, str], int] = {}
+    qrels: Qrels = {}
     form = None                             # that of the first line holds for all
     for number, line in enumerate(lines, 1):
         line = line.strip()
@@ -99,13 +99,10 @@ def read_qrels(path: str | Path) -> Qrels:
             raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR, with tabs) or "
                              "query, 0, passage, grade (TREC), one form in all lines, grades whole numbers")
         query, passage, grade = columns[1], columns[2], int(columns[3])
-        if grades.setdefault((query, passage), grade) != grade:
+        if qrels.setdefault(query, {}).setdefault(passage, grade) != grade:
             raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")
-    qrels: Qrels = {}
-    for (query, passage), grade in grades.items():
-        relevant = qrels.setdefault(query, {})
-        if grade > 0:
-            relevant[passage] = grade
+    for query, grades in qrels.items():
+        qrels[query] = {passage: grade for passage, grade in grades.items() if grade > 0}
     if not any(qrels.values()):
         raise InputError(f"{path}: no relevant passage; nothing to evaluate")
     return qrels

@@ -114,10 +114,10 @@ class Cached(Strings):
 class Labels:
     """Strings that score labels after prompts: by their first tokens where no prompt can be scored."""
 
+    asked = unlisted = 0                                             # labels; those not among the top first tokens
+
     def __init__(self, strings: Strings) -> None:
         self.strings = strings
-        self.asked = 0
-        self.unlisted = 0                                            # not among the top first tokens
 
     def log_likelihood(self, pairs: Pairs) -> LogProbs:
         if self.strings.can("log_likelihood"):
@@ -159,13 +159,8 @@ class DryRun(Strings):
     """Strings that ask nobody and count: calls, prompt tokens (four bytes each), and what a prefix cache saves."""
 
     name = "dry run"
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self.size = 0                                                # this and what follows in bytes
-        self.shared = 0
-        self.longest = 0
-        self.previous = b""
+    calls = size = shared = longest = 0                              # all but the calls in bytes
+    previous = b""
 
     def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
         for first, second in sorted(set(items)):                     # in the order of `Cached`

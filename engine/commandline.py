@@ -65,6 +65,8 @@ class Recipe(Options):
         if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
             raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
         self.rank = rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
+        if self.llm == "recorded" and "rc" in self.rank.split(","):
+            raise InputError(f"--rank {self.rank}: no relevance is recorded; give ql or ql,retriever")
         super().__post_init__()
 
 
@@ -80,7 +82,7 @@ def parsers(page: str | None, required: bool = True) -> tuple[argparse.ArgumentP
     return parser, command
 
 
-# The least that a number may be, where that is not 0, and what a word may be
+# The least that a number may be, where that is not 0; numbers that may not be 0; what a word may be
 LEAST = {"k": 1, "limit": 1, "max_length": 1, "threads": 1, "chars": 1, "batch_size": 1, "seeds": 1,
          "timeout": 0.001, "first": -1}
 ABOVE_0 = ("tau", "clip")
@@ -91,7 +93,7 @@ def parsed(parser: argparse.ArgumentParser) -> Arguments:
     """The command line; InputError for a value that no command takes, before anything is read or written."""
     args = parser.parse_args()
     for name, value in vars(args).items():
-        given = f"--{name.replace('_', '-')} {value}"
+        given = f"{'--' if name[1:] else '-'}{name.replace('_', '-')} {value}"
         choices, least = CHOICES.get(name), LEAST.get(name, 0)
         if choices and value not in choices:
             raise InputError(f"{given}: give " + " or ".join(choices))

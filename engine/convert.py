@@ -122,6 +122,8 @@ def nli(paths: Iterable[str], left_out: Counter[str]) -> Iterator[Row]:
             premise = text_in(where, row, "sentence1", "premise")
             hypothesis = text_in(where, row, "sentence2", "hypothesis")
             premises[premise][label].append(hypothesis)
+            if label == "neutral":
+                left_out["rows that neither entail nor contradict"] += 1
     for premise, by_label in premises.items():
         against = [text_only(text) for text in by_label["contradiction"]]
         if not by_label["entailment"]:
@@ -145,6 +147,8 @@ def choice(paths: Iterable[str], left_out: Counter[str], first: int) -> Iterator
             if not re.fullmatch("-1|[0-4]", cop):
                 raise InputError(f"{where}: cop {cop!r}; give the right option's number, or -1")
             rows.append((where, row, int(cop)))
+    if not rows:
+        return
     if first == -1:
         where, row, _ = rows[0]
         numbers = {number for _, _, number in rows}
@@ -245,7 +249,7 @@ def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:
     """Whether a row's label, or with `positive_from` its score, says that its texts belong together."""
     if math.isnan(positive_from):
         label = str(value).strip().lower()
-        if label in SAME | DIFFERENT and not isinstance(value, float):
+        if label in SAME | DIFFERENT:
             return label in SAME
         raise InputError(f"{where}: {name} {json.dumps(value)} says neither yes nor no; if it is a "
                          "score, give --positive-from X: rows with at least X are pairs")

@@ -12,11 +12,11 @@ from torch import Tensor
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """`F.dropout(x, p)`, with p to the nearest 1/256 on a CPU; its mean is x all the same."""
-    if x.device.type != "cpu" or not 1 <= round(256 * p) <= 255:
+    least = round(256 * p)
+    if x.device.type != "cpu" or not 1 <= least <= 255:
         return F.dropout(x, p)
     words = torch.empty(x.numel() // 8 + 1, dtype=torch.int64).random_(-2 ** 63, None)   # 64 random bits each
     byte = words.view(torch.uint8)[:x.numel()].view(x.shape)         # 0 to 255
-    least = round(256 * p)
     return torch.where(byte >= least, x, 0.0) * (256 / (256 - least))
 
 

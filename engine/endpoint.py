@@ -27,7 +27,7 @@ from engine.replies import (
 )
 from engine.transport import CallFailed, Json, LLMError, Server
 
-ScoringMode = tuple[str, Json]  # chat, completions, echo or forced; further fields of the body
+ScoringMode = tuple[str, Json]  # chat, completions, echo or forced; of the first two, further fields of the body
 Capability = tuple[ScoringMode | None, str]  # the mode that works, and the evidence
 
 # A model that thinks first does not begin its answer with the answer: thinking off, as servers spell it.
@@ -37,7 +37,8 @@ CHATS: tuple[ScoringMode, ...] = (
     ("chat", {"reasoning_effort": "none"}),
     ("chat", {"reasoning_effort": "none", "max_tokens": None, "max_completion_tokens": 256, "temperature": 1}))
 MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in this order
-    # a small model copies a prompt's examples in a chat and not in a completion; OpenAI's last mode has none
+    # a small model copies a prompt's examples in a chat and not in a completion; OpenAI, whose mode is the last,
+    # has no completions
     "complete": (*CHATS[:-1], ("completions", {}), CHATS[-1]),
     "log_likelihood": (("echo", {}), ("forced", {})),
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
@@ -110,8 +111,7 @@ class Endpoint(Strings):
             return self.completion(mode, *item)
         if call == "top_tokens":
             return self.top(mode, item)
-        total, _ = self.score(mode, *item)
-        return total
+        return self.score(mode, *item)[0]
 
     # ----------------------------------------------------------------------------------------------
     # Requests
@@ -227,12 +227,12 @@ class Endpoint(Strings):
         for mode in MODES[call]:
             try:
                 works, evidence = attempt(mode)
+                if works:
+                    return mode, f"{spelled(mode)}: {evidence}"
             except (CallFailed, LLMError) as error:
                 if isinstance(error, LLMError) and not str(error).startswith("HTTP 404"):
                     raise                                            # a key, a limit: no mode will do
-                works, evidence = False, str(error)
-            if works:
-                return mode, f"{spelled(mode)}: {evidence}"
+                evidence = str(error)
             failures.setdefault(evidence, spelled(mode))
         reasons = "; ".join(f"{mode}: {evidence}" for evidence, mode in failures.items())
         if call == "complete" and self.answered:

@@ -1,7 +1,7 @@
 """Measures of retrieval and similarity, their confidence intervals, and the lexical baseline, BM25.
 
 A retrieval set is a BEIR folder; a similarity set is JSONL of sentence pairs with human scores.
-A model is whatever has encode_queries and encode_passages.
+A model is whatever has encode_queries, encode_passages, and `lost` to say which of their texts were cut.
 """
 
 from __future__ import annotations

@@ -246,8 +246,7 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     A title alone is a passage. A row with neither stays in its place with two empty texts. A row that
     stands twice, word for word, is read once. Both are counted, to stderr.
     """
-    passages: dict[str, dict[str, str]] = {}
-    places: dict[str, str] = {}
+    known: dict[str, tuple[str, dict[str, str]]] = {}                # where each stands, and what it says
     repeated = 0
     for where, row in read_jsonl(path):
         key = row.get("_id")
@@ -256,19 +255,19 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
         key = str(key)
         title, text = passage_texts(where, row)
         passage = {"_id": key, "title": title, "text": text}
-        first = passages.setdefault(key, passage)
-        place = places.setdefault(key, where)
+        place, first = known.setdefault(key, (where, passage))
         if first != passage:
             raise InputError(f'{where}: "_id" {key!r} stands already at {place} with another text; make it unique')
         repeated += first is not passage
-    empty = sum(not (p["title"] or p["text"]) for p in passages.values())
+    passages = [passage for _, passage in known.values()]
+    empty = sum(not (p["title"] or p["text"]) for p in passages)
     if empty == len(passages):
         raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
     if empty:
         print(f"{path}: {empty} of {len(passages)} passages have neither title nor text", file=sys.stderr)
     if repeated:
         print(f"{path}: {repeated} repeated rows are read once", file=sys.stderr)
-    return list(passages.values())
+    return passages
 
 
 def read_filled(path: str | Path) -> list[dict[str, str]]:

@@ -60,7 +60,7 @@ OVERRIDES = {"do_lower_case": ("normalizer", "lowercase"), "strip_accents": ("no
 def fetch(name: str | Path) -> Path:
     """The folder itself; ORG/NAME that is no path here is fetched from the Hugging Face hub, without pickles."""
     org = str(name).split("/")[0]
-    if Path(name).is_dir() or Path(org).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if Path(org).is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
         return Path(name)
     try:
         from huggingface_hub import snapshot_download
@@ -115,7 +115,7 @@ def read_config(path: Path) -> Json:
             raise InputError(f"{path}: {key} {raw[key]!r} is not supported; give a folder of an encoder with "
                              + " or ".join(map(repr, allowed)))
     for key in REQUIRED:
-        if not isinstance(raw.get(key), int):
+        if type(raw.get(key)) is not int:
             raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a whole number; save the model again")
     config: Json = {key: raw[key] for key in (*REQUIRED, *OPTIONAL) if raw.get(key) is not None}
     for key, value in config.items():
@@ -165,7 +165,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                          "max_shard_size='100GB')")
     weights = {}
     with readable(file):
-        for name, x in load_file(str(file)).items():
+        for name, x in load_file(file).items():
             name = re.sub(r"^(bert|roberta)\.", "", name)            # of a checkpoint with heads
             if not name.startswith(HEADS):
                 weights[name] = x
@@ -251,8 +251,8 @@ SPECIAL = {"unk_token": ("[UNK]", "<unk>"), "cls_token": ("[CLS]", "<s>"), "sep_
 def write_folder(path: str | Path, folder: Folder) -> None:
     """Whole or not at all: written beside its place, then renamed."""
     with folder_beside(path) as new:
-        weights = {name: x.detach().cpu().contiguous() for name, x in folder.weights.items()}
-        save_file(weights, str(new / "model.safetensors"), metadata={"format": "pt"})
+        weights = {name: x.cpu().contiguous() for name, x in folder.weights.items()}
+        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
         folder.tokenizer.no_truncation()
         (new / "tokenizer.json").write_text(folder.tokenizer.to_str(pretty=True), encoding="utf-8")
         for name, content in small_files(folder).items():

@@ -33,11 +33,11 @@ def read_queries(path: str | Path, corpus: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def blocks_of_same(rows: Sequence[Row], name: str, size: int) -> Iterator[list[int]]:
-    """Places in rows, at least `size` at a time, with all rows that have the same `name` in one block."""
+def blocks_of_same_query(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
+    """Places in rows, at least `size` at a time, with all rows of one query in one block."""
     same: dict[str, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
-        same[row[name]].append(place)
+        same[row["query"]].append(place)
     block: list[int] = []
     for places in same.values():
         block += places

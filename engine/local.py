@@ -116,12 +116,12 @@ class Local(Strings):
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
-    def tops(self, prompts: Sequence[str], k: int = 20) -> list[Tops]:
+    def tops(self, prompts: Sequence[str]) -> list[Tops]:
         """The likeliest first tokens of each answer, with their log p."""
         answers: list[Tops] = [[]] * len(prompts)
         for numbers, ids, cache in self.batches(prompts, PREFIXES):
             log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
-            values, tokens = log_p.topk(k)                           # (B, k) twice
+            values, tokens = log_p.topk(20)                          # (B, 20) twice
             for row, n in enumerate(numbers):
                 words = [self.tokenizer.decode(token) for token in tokens[row].tolist()]
                 answers[n] = list(zip(words, values[row].tolist(), strict=True))

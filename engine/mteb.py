@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from engine.beir import read_beir
 from engine.evaluate import encode_beir, rankings, retrieval_scores, short_names, sts_terms
-from engine.files import InputError, first_line, say, write_json
+from engine.files import InputError, check_outputs, first_line, say, write_json
 from engine.vectors import model_key
 
 # --------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def bare(name: str) -> str:
 
 
 class ForMteb:
-    """float32 vectors in appendix B's formats, with Table 9's tasks (or `task` for all sets)."""
+    """float32 vectors in the model's own formats, with Table 9's tasks (or `task` for all sets)."""
 
     def __init__(
         self,
@@ -179,6 +179,8 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
     """`train.py evaluate`: the figures of a model on all sets that are named."""
     if not args.beir and not args.sts and not args.mteb:
         raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
+    if args.out and not args.mteb:
+        check_outputs([args.out], *args.sts)
     tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
     model = load(args.model)
     say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,

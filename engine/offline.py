@@ -103,10 +103,8 @@ class Offline:
 def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
     text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
-    phrases_of = {}
-    for term, phrases in re.findall("^([^#:]+): (.+)$", text, re.MULTILINE):
-        phrases_of[term] = phrases.split(", ")
-    return phrases_of
+    rows = re.findall("^([^#:]+): (.+)$", text, re.MULTILINE)
+    return {term: phrases.split(", ") for term, phrases in rows}
 
 
 @functools.cache

@@ -52,7 +52,7 @@ EmbedBatch = Callable[[TokenIds], Tensor]             # token ids of B texts -> 
 
 
 def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> EmbedBatch:
-    """`embed` in that precision; on a CPU packed, unless `few` tokens do not repay that."""
+    """`embed` in that precision; on a CPU packed, unless in float32 `few` tokens do not repay that."""
     device = next(encoder.parameters()).device
     if precision not in ("float32", "bf16"):
         raise InputError(f"--precision {precision}: give float32 or bf16")

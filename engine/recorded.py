@@ -34,11 +34,11 @@ class Recorded:
         digests = named.get("digests")
         if not isinstance(digests, dict) or "characters" not in self.header:
             raise InputError(f"{path}: no record of a language model; tests/lab/record.py writes one")
-        same = set()
-        for p in corpus:
+        same = {}                                                    # places in the corpus, by id
+        for place, p in enumerate(corpus):
             if digests.get(p["_id"]) == digest(shown(p, self.header["characters"])):
-                same.add(p["_id"])
-        self.missing = len(digests) - len(same)                      # passages
+                same[p["_id"]] = place
+        self.places, self.missing = same, len(digests) - len(same)   # passages
         self.rows: list[dict[str, Any]] = []                         # seed_id, task, query, ql
         self.written: dict[str, list[str]] = {}                      # answers that are still to come, by seed
         self.ranked: dict[tuple[str, str], list[str]] = {}           # candidates by (seed, query)
@@ -54,7 +54,6 @@ class Recorded:
             self.written.setdefault(row["seed_id"], []).append(answer)
             self.ranked[row["seed_id"], row["query"]] = [key for key, _ in row["ql"]]
             self.scores |= {(row["query"], key): score for key, score in row["ql"]}
-        self.places = {p["_id"]: place for place, p in enumerate(corpus)}
         self.asked = self.common = 0                                 # candidates; those found here too
 
     def report(self) -> str:
@@ -83,10 +82,7 @@ class Recorded:
         answers: Answers = []
         for p in passages:
             written = self.written.get(p["_id"])
-            if written:
-                answers.append(written.pop(0))                       # drawn again: its next query
-            else:
-                answers.append(None)
+            answers.append(written.pop(0) if written else None)      # drawn again: its next query
         return answers
 
     def query_likelihood(self, pairs: Pairs) -> LogProbs:

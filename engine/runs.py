@@ -102,7 +102,7 @@ class Run:
             with folder_beside(self.out / f"checkpoint-{len(losses):08d}") as new:
                 self.save(new)
                 if len(losses) < self.steps:
-                    save_file(moments(self.optimiser), str(new / "optimiser.safetensors"))
+                    save_file(moments(self.optimiser), new / "optimiser.safetensors")
                 (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             for path in sorted(self.out.glob("checkpoint-*"))[:-1]:
                 remove(path)
@@ -137,7 +137,7 @@ def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_
     n_id = np.where(left_out, -1, n_id)                              # (rows)
     tokens = model.tokens(list(ids), max_length)
     if model.truncated:
-        say_first(f"{model.truncated} of {len(tokens)} texts are cut at {max_length} tokens")
+        say_first(f"{model.truncated} of {len(tokens)} texts are cut at {model.length} tokens")
     return tokens, np.stack([q_id, p_id, n_id], axis=1)
 
 
@@ -184,8 +184,8 @@ def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.opt
     """What `Run.checkpoint` wrote, into the encoder and the optimiser."""
     moments_file = folder / "optimiser.safetensors"                 # none where the run is finished
     try:
-        encoder.load_state_dict(load_file(str(folder / "model.safetensors")))
-        named = load_file(str(moments_file)) if moments_file.exists() else {}
+        encoder.load_state_dict(load_file(folder / "model.safetensors"))
+        named = load_file(moments_file) if moments_file.exists() else {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder}: not a readable checkpoint ({error}); remove it or change --out") from error
     state: dict[int, dict[str, Tensor]] = {}
@@ -216,11 +216,12 @@ def whole_rows(path: Path) -> list[dict[str, Any]]:
 
 def save_into(save: Callable[[Path], None], out: Path) -> None:
     """The model's files into a folder that holds the run's others too, each by one rename."""
-    save(out / ".model")
-    for path in sorted((out / ".model").iterdir()):
+    new = out / ".model"
+    save(new)
+    for path in sorted(new.iterdir()):
         remove(out / path.name)
         os.replace(path, out / path.name)
-    (out / ".model").rmdir()
+    new.rmdir()
 
 
 def remove(path: Path) -> None:

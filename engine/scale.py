@@ -152,13 +152,13 @@ def stop_processes() -> None:
 
 def all_reduce_sum(x: Tensor) -> None:
     """Sum over all processes, in place; the same bytes on each."""
-    if processes()[1] > 1:
+    if dist.is_initialized():
         dist.all_reduce(x)
 
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if processes()[1] > 1:
+    if dist.is_initialized():
         dist.barrier()
 
 

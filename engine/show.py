@@ -107,10 +107,8 @@ def as_lines(row: Row, passages: Passages, ranks: Ranks) -> Iterator[str]:
         for score, rank in ((candidate["ql"], r_ql), (candidate["rc"], r_rc)):
             number = "none" if score is None else f"{score:.3f}"
             line += f"{number:>10} {rank or '':>4}"
-        marks = []
-        for mark, key in (("p+", "positive_id"), ("p-", "negative_id"), ("seed", "seed_id")):
-            if row[key] == candidate["id"]:
-                marks.append(mark)
+        names = (("p+", "positive_id"), ("p-", "negative_id"), ("seed", "seed_id"))
+        marks = [mark for mark, key in names if row[key] == candidate["id"]]
         p = passages.get(candidate["id"], UNKNOWN)
         text = one_line(f"{p['title'] or candidate['id']}  {p['text']}", 60)
         yield f"{line}  {candidate['R']:.3f}  {' '.join(marks):7}  {text}".rstrip()

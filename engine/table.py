@@ -92,7 +92,7 @@ def tsv(path: str, text: str) -> Cells:
 def column(where: str, row: Json, *names: str) -> str:
     """The first of these columns that the row has and that is not blank."""
     for name in names:
-        if row.get(name) not in (None, "") and str(row[name]).strip():
+        if row.get(name) is not None and str(row[name]).strip():
             return name
     raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; "
                      "rename the column")
@@ -166,11 +166,8 @@ def check_record(where: str, row: Json) -> None:
 
 def is_passage(p: Any, symmetric: bool) -> bool:
     """Whether it says something; a title alone does, but a symmetric target shows none."""
-    if not isinstance(p, dict) or not isinstance(p.get("text"), str):
-        return False
-    if not isinstance(p.get("title"), str | None):
-        return False
-    return (p["text"] if symmetric else content(p)).strip() != ""
+    good = isinstance(p, dict) and isinstance(p.get("text"), str) and isinstance(p.get("title"), str | None)
+    return good and (p["text"] if symmetric else content(p)).strip() != ""
 
 
 def content(passage: dict[str, str]) -> str:

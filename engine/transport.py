@@ -271,8 +271,8 @@ def server_address(url: str) -> SplitResult:
     """The parts of a server's URL; InputError, without the URL, which may hold a key."""
     try:
         parts = urlsplit(url)
-        good = (parts.scheme in ("http", "https") and bool((parts.hostname or "").encode("idna"))
-                and parts.port != 0 and bool(re.fullmatch("[!-~]*", parts.path)))
+        good = (parts.scheme in ("http", "https") and (parts.hostname or "").encode("idna")
+                and parts.port != 0 and re.fullmatch("[!-~]*", parts.path))
     except ValueError:                                               # a port or a host that can be none
         good = False
     if not good or parts.query or "@" in url:

@@ -1,4 +1,5 @@
-"""The vectors of a corpus, kept on disk: a text is encoded once, and again only by another model.
+"""The vectors of a corpus, kept on disk: a text is encoded once, and again only by another model, or where another
+corpus of the same name has been searched since.
 
 The file holds a vector of each text, and a key made of the text and the model: another model's vectors are never
 found. A file that is torn counts for nothing and is written anew.
@@ -36,7 +37,12 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
         known.update(zip(new, x, strict=True))
     vectors = np.stack([known[key] for key in keys])                 # (len(texts), d)
     if new:
-        write_vectors(path, keys, vectors)
+        numbers = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        try:                                                         # else the next search takes as long as this
+            with file_beside(path) as file:
+                save_file({"keys": numbers, "vectors": vectors}, file)
+        except (OSError, SafetensorError) as error:
+            say(vectors=f"not kept ({first_line(error)})")
     return vectors
 
 
@@ -76,13 +82,3 @@ def model_key(model: Any) -> bytes:
     for weights in model.encoder.state_dict().values():
         key.update(weights.cpu().numpy().data)
     return key.digest()
-
-
-def write_vectors(path: Path, keys: Sequence[bytes], vectors: np.ndarray) -> None:
-    """Whole or not at all; where nothing can be written, the next search only takes as long as this one."""
-    numbers = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
-    try:
-        with file_beside(path) as new:
-            save_file({"keys": numbers, "vectors": vectors}, new)
-    except (OSError, SafetensorError) as error:
-        say(vectors=f"not kept ({first_line(error)})")

@@ -57,6 +57,7 @@ def test_nli_sets_entailment_against_contradiction_of_the_same_premise(tmp_path,
                                        ("a dog runs", "an animal runs", None)]
     assert all(r["symmetric"] and r["task"] == "semantic similarity" for r in out)
     assert "left out: 1 rows without a gold label" in said and "left out: 1 premises that entail nothing" in said
+    assert "left out: 1 rows that neither entail nor contradict" in said
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
@@ -212,6 +213,9 @@ def test_a_numbering_that_the_file_does_not_tell_is_asked_for(tmp_path, command,
     for first in (0, 1):
         _, out, _ = command("choice", path, "--first", first)
         assert [r["positive"]["text"] for r in out] == ["ABCD"[row["cop"] - first] for row in rows]
+    header = lines(tmp_path / "header.csv", "id,question,opa,opb,opc,opd,cop,exp")
+    code, out, said = command("choice", header)
+    assert (code, out) == (2, None) and "no record could be made" in said
     code, out, said = command("choice", path, "--first", 2)
     assert (code, out) == (2, None) and "--first 2: give 0 or 1" in said
 

@@ -241,7 +241,7 @@ def test_check_says_what_the_model_loses_of_the_texts(tmp_path, monkeypatch, cap
         formats, max_length = data.FORMATS, 32
 
         def tokens(self, texts, max_length):
-            self.texts, self.truncated, self.unknown = len(texts), 1, unknown
+            self.texts, self.truncated, self.unknown, self.length = len(texts), 1, unknown, 32
 
     files.write_jsonl(tmp_path / "r.jsonl", [GOOD, GOOD])
     monkeypatch.setattr(data, "load", lambda folder: Model())

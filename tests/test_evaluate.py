@@ -18,7 +18,7 @@ import torch
 import gecko
 import train
 from engine import evaluate, files
-from engine.beir import Beir, read_beir, read_qrels
+from engine.beir import Beir, read_beir, read_qrels, read_split
 
 # --------------------------------------------------------------------------------------------------
 # Measures
@@ -292,6 +292,26 @@ def test_the_command_writes_fractions_of_1(model, tmp_path, monkeypatch, capsys)
     assert 0 < retrieval["mrr@10"] <= retrieval["ndcg@10"] <= 1 and -1 <= similarity["spearman"] <= 1
     printed = capsys.readouterr().out
     assert f"{tmp_path.name} ndcg@10 {retrieval['ndcg@10']:.4f}" in printed
+
+
+def test_no_figures_are_written_over_what_they_are_of(model, tmp_path, monkeypatch, capsys):
+    files.write_jsonl(tmp_path / "pairs.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}])
+    before = (tmp_path / "pairs.jsonl").read_bytes()
+    for out, said in ((tmp_path / "pairs.jsonl", "it is an input too"), (tmp_path, "a folder stands there")):
+        with pytest.raises(SystemExit):
+            command(model, monkeypatch, "--sts", tmp_path / "pairs.jsonl", "--out", out)
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "pairs.jsonl").read_bytes() == before
+
+
+def test_a_split_stands_behind_the_folder(tmp_path):
+    (tmp_path / "set").mkdir()
+    folder = beir_folder(tmp_path / "set")
+    assert read_split(str(folder)) == read_split(f"{folder}:test") == read_beir(folder)
+    with pytest.raises(files.InputError, match="typo/corpus.jsonl: no such file"):
+        read_split("typo")
+    with pytest.raises(files.InputError, match="dev.tsv: no such file"):
+        read_split(f"{folder}:dev")
 
 
 def test_the_command_says_what_is_cut_and_what_is_missing(model, tmp_path, monkeypatch, capsys):

@@ -530,8 +530,9 @@ def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
     rows[0]["query"] = "red " * 30
     files.write_jsonl(tmp_path / "a.jsonl", rows)
     gecko.save(small_model(), tmp_path / "model")
-    for flags, said in (((), "1 of 13 texts are cut at 32"),
-                        (("--max-length", "20"), "2 of 13 texts are cut at 20")):
+    for flags, said in (((), "1 of 13 texts are cut at 32 tokens"),
+                        (("--max-length", "99"), "1 of 13 texts are cut at 32 tokens"),
+                        (("--max-length", "20"), "2 of 13 texts are cut at 20 tokens")):
         command(data.main, "check", tmp_path / "a.jsonl", "--model", tmp_path / "model", *flags)
         assert said in capsys.readouterr().out
     command(train.main, "finetune", tmp_path / "a.jsonl", "--init", tmp_path / "model", "--out",
@@ -737,6 +738,9 @@ def bad(*parts):
         "--dims", "x"),
     bad("train.py", "evaluate", "--model", "{demo}/gecko"),
     bad("train.py", "evaluate", "--model", "{demo}/gecko", "--beir", "{tmp}"),
+    bad("train.py", "evaluate", "--model", "{demo}/gecko", "--sts", "{tmp}/empty.jsonl",
+        "--out", "{tmp}/empty.jsonl"),
+    bad("train.py", "--rank", "ql,rc", "--out", "{tmp}/m"),           # no relevance is recorded
 ])
 def test_a_mistake_is_one_line_and_exit_2(parts, demo, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.jsonl").write_text("")
