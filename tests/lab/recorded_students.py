@@ -87,7 +87,8 @@ CASES: dict[str, tuple[str, Labels]] = {
     "p_1, p_20": ("finetune", labels("p1", "last")),
     "p_1 where the seed is below 3rd, p_20": ("finetune", where_below_third),
     "rows whose seed is first, p_20": ("finetune", seed_first),
-    "soft labels": ("listwise", lambda rows, passages: rows),
+    "soft labels": ("20 candidates", lambda rows, passages: rows),
+    "soft labels, 5 of the 20 a step": ("5 candidates", lambda rows, passages: rows),
 }
 
 
@@ -108,8 +109,12 @@ def listwise_loss(
     return F.kl_div(s.log_softmax(dim=1), teacher, reduction="batchmean", log_target=True)
 
 
-def train_listwise(model: Gecko, rows: Rows, passages: Passages, c: TrainConfig, temperature: float = 2.0) -> None:
-    """The loop of train.py with this loss; rows that have fewer candidates than most are left out."""
+def train_listwise(model: Gecko, rows: Rows, passages: Passages, c: TrainConfig, n: int,
+                   temperature: float = 2.0) -> None:
+    """The loop of train.py with this loss, on n candidates of each row, drawn anew at each step.
+
+    Rows that have fewer candidates than most are left out.
+    """
     N = max(len(row["candidates"]) for row in rows)
     rows = [row for row in rows if len(row["candidates"]) == N]
     parameters = [p for p in model.encoder.parameters() if p.requires_grad]
@@ -121,14 +126,16 @@ def train_listwise(model: Gecko, rows: Rows, passages: Passages, c: TrainConfig,
     for step in range(steps):
         batch = [rows[i] for i in order[step * c.batch_size:(step + 1) * c.batch_size]]
         texts = [format_query(row["query"], row["task"], model.formats) for row in batch]
+        scores = []                                                  # B of n
         for row in batch:
-            of_row = [passages[candidate["id"]] for candidate in row["candidates"]]
+            drawn = [row["candidates"][i] for i in rng.permutation(N)[:n]]
+            scores.append([candidate["ql"] for candidate in drawn])
+            of_row = [passages[candidate["id"]] for candidate in drawn]
             texts += [format_passage(p["text"], p["title"], model.formats) for p in of_row]
         with torch.autocast("cpu", torch.bfloat16, enabled=c.precision == "bf16"):
-            x = F.normalize(model.embed(model.tokens(texts, c.max_length)).float(), dim=1)   # (B + B * N, d)
-        B = len(batch)
-        ql = torch.tensor([[candidate["ql"] for candidate in row["candidates"]] for row in batch])
-        loss = listwise_loss(x[:B], x[B:].view(B, N, -1), ql, c.tau, temperature)
+            x = F.normalize(model.embed(model.tokens(texts, c.max_length)).float(), dim=1)   # (B + B * n, d)
+        B, ql = len(batch), torch.tensor(scores)                     # (B, n)
+        loss = listwise_loss(x[:B], x[B:].view(B, len(scores[0]), -1), ql, c.tau, temperature)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, steps, c.lr, c.warmup)
         optimiser.zero_grad()
@@ -217,10 +224,10 @@ def main() -> None:
             if scores.setdefault(case, {}).get(seed):
                 continue
             start, model, settings = time.monotonic(), load(init), replace(c, seed=int(seed))
-            if stage == "listwise":
-                train_listwise(model, records, passages, settings)
-            else:
+            if stage in ("prefinetune", "finetune"):
                 train(model, stage, [records], settings, title=case)
+            else:
+                train_listwise(model, records, passages, settings, int(stage.split()[0]))
             scores[case][seed] = ndcg(model, sets, args.precision)
             line = next(line for line in table(results) if line.startswith(f"| {case} |"))
             print(line, f"{time.monotonic() - start:.0f} s", flush=True)
