@@ -163,7 +163,8 @@ def table(results: dict[str, Any]) -> list[str]:
     """The lines of a results file: of each case and split the mean over its seeds, and its gains."""
     heads = [f"{split} | over as it came | over p_seed" for split in SPLITS]
     lines = [f"| labels | rows | seeds | {' | '.join(heads)} |", "|---|---|---|" + "---|---|---|" * len(SPLITS)]
-    for case, seeds in results["ndcg@10"].items():
+    order = ["as it came", *CASES]
+    for case, seeds in sorted(results["ndcg@10"].items(), key=lambda item: order.index(item[0])):
         cells = [case, str(results["rows"].get(case, "")), str(len(seeds))]
         p_seed = case.replace("p_1", "p_seed")                       # with the same negative, if there is one
         p_seed = p_seed if case.startswith("p_1") and p_seed in results["ndcg@10"] else "p_seed, none"
