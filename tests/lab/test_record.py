@@ -179,9 +179,9 @@ def test_results_show_what_the_files_say(table, file):
 
 def test_two_cases_are_compared_on_the_seeds_that_have_both():
     """Of dev two seeds, of test one; a gain is the mean difference in points."""
-    results = {"ndcg@10": {"A": {"0": {"dev": [0.5, 0.7], "test": [0.4]}, "1": {"dev": [0.6, 0.6]}, "2": {"test": [1.0]}},
-                           "B": {"0": {"dev": [0.4, 0.6], "test": [0.1]}, "1": {"dev": [0.4, 0.4], "test": [0.0]}}}}
-    line = recorded_students.compared(results, "A", "B")
+    a = {"0": {"dev": [0.5, 0.7], "test": [0.4]}, "1": {"dev": [0.6, 0.6]}, "2": {"test": [1.0]}}
+    b = {"0": {"dev": [0.4, 0.6], "test": [0.1]}, "1": {"dev": [0.4, 0.4], "test": [0.0]}}
+    line = recorded_students.compared({"ndcg@10": {"A": a, "B": b}}, "A", "B")
     assert line.startswith("A over B: dev +15.0 [") and "(2 seeds), test +30.0 [" in line
     assert line.endswith("(1 seeds)") and f"dev and test {100 * (0.1 + 0.1 + 0.3) / 3:+.1f} [" in line
 
