@@ -168,7 +168,8 @@ def test_listwise_loss_by_its_terms():
 
 
 @pytest.mark.parametrize("table, file", [
-    (rerank_small.table, "rerank_small.json"), (recorded_students.table, "recorded_tiny.json"),
+    (rerank_small.table, "rerank_small.json"), (rerank_small.table, "rerank_small_minilm.json"),
+    (recorded_students.table, "recorded_tiny.json"),
     (recorded_students.table, "recorded_minilm.json"), (forgetting.table, "forgetting.json")])
 def test_results_show_what_the_files_say(table, file):
     lab = Path(__file__).parent
