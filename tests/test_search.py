@@ -118,7 +118,7 @@ def test_search_hands_on_what_it_is_given(monkeypatch):
 
     monkeypatch.setattr(search, "candidates", spy_first)
     monkeypatch.setattr(search, "search_again", spy_second)
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.bfloat16):                    # also where a CPU only emulates it
         asked.clear()
         proven = search.certified_topk(q, p, 3, 4321, dtype)[2]
         assert proven.tolist() == [True, True, False, False, False, False]
