@@ -54,7 +54,7 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
     The counts of rows: kept, relabelled (p+ is not p_seed), no negative. LLMError, and nothing written, where
     `check_kept` says so.
     """
-    count: Counter[str] = Counter()
+    count = Counter[str]()
     failures: list[str] = []
     seed_first: dict[str, float] = defaultdict(float)                # rows, by ranking and by "chance"
     scores: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two different ones of each

@@ -49,9 +49,9 @@ class Offline:
     ) -> None:
         self.embedder, self.tasks, self.seed = embedder, tasks, seed
         self.vectors: dict[str, np.ndarray] = {}                     # of passages, by their ids
-        self.drawn: Counter[str] = Counter()                         # queries so far, by the passage's id
+        self.drawn = Counter[str]()                                  # queries so far, by the passage's id
         self.counts: dict[str, Counter[str]] = {}
-        self.collection: Counter[str] = Counter()
+        self.collection = Counter[str]()
         for p in corpus:
             self.counts[p["_id"]] = Counter(terms(f"{p['title']}\n{p['text']}"))
             self.collection.update(self.counts[p["_id"]])

@@ -55,8 +55,7 @@ def topk(
     budget: int = 0,                # bytes of one block of scores; 0: as many as the device likes
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` for any number of passages: scores and indices (Q, k), whatever the blocks."""
-    scores, indices, _ = certified_topk(queries, passages, k, budget)
-    return scores, indices
+    return certified_topk(queries, passages, k, budget)[:2]
 
 
 @torch.no_grad()
