@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.corpus import Corpus, shown
-from engine.files import InputError, read_jsonl
+from engine.files import read_jsonl
 from engine.offline import Pairs
 from engine.replies import Answers, LogProbs
 
@@ -28,12 +28,8 @@ class Recorded:
     """The three calls of llm.py's LLM; None where the record holds no answer."""
 
     def __init__(self, corpus: Corpus, path: str | Path = RECORD) -> None:
-        lines = read_jsonl(path)
-        _, self.header = next(lines)
-        _, named = next(lines, ("", {}))
-        digests = named.get("digests")
-        if not isinstance(digests, dict) or "characters" not in self.header:
-            raise InputError(f"{path}: no record of a language model; tests/lab/record.py writes one")
+        self.header, named, *rows = [row for _, row in read_jsonl(path)]
+        digests = named["digests"]
         same = {}                                                    # places in the corpus, by id
         for place, p in enumerate(corpus):
             if digests.get(p["_id"]) == digest(shown(p, self.header["characters"])):
@@ -44,7 +40,7 @@ class Recorded:
         self.ranked: dict[tuple[str, str], list[str]] = {}           # candidates by (seed, query)
         self.lost = 0                                                # rows
         self.scores: dict[tuple[str, str], float] = {}               # QL by (query, passage's id)
-        for _, row in lines:
+        for row in rows:
             row["ql"] = [[key, score] for key, score in row["ql"] if key in same]
             if row["seed_id"] not in same or len(row["ql"]) < 2:
                 self.lost += 1
