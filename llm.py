@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data import Record, Records, record, side
-from engine.cache import Cached, DryRun, Labels, Strings
+from engine.cache import DryRun, Labels, Strings
 from engine.commandline import Arguments, Options, llm_arguments, rankings
 from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
@@ -550,8 +550,8 @@ def open_llm(
         strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, o.max_requests)
     # answers have been paid for: they stay where the next run of the same command finds them
     name = Path(output.removesuffix(".gz"))
-    cached = Cached(strings, o.cache or name.with_name(f"{name.stem}.cache.jsonl"))
-    return LanguageModel(cached, score, o.seed, o.chars)
+    strings.keep_in(o.cache or name.with_name(f"{name.stem}.cache.jsonl"))
+    return LanguageModel(strings, score, o.seed, o.chars)
 
 
 def generate_command(args: Arguments) -> None:

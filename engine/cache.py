@@ -1,7 +1,6 @@
-"""What an LLM is below the page, strings; and what stands above or in place of one.
+"""What an LLM is below the page, three calls on strings whose answers are kept; and what stands in place of one.
 
-`Cached` keeps answers in an append-only file: a run that was stopped pays nothing twice. `Labels` scores labels
-also where a server scores no prompt. `DryRun` counts what would be asked.
+`Labels` scores labels also where a server scores no prompt. `DryRun` counts what would be asked.
 """
 
 from __future__ import annotations
@@ -17,14 +16,17 @@ from typing import Any
 from engine.replies import Answers, LogProbs, Tops, first_token_log_prob
 
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
+Items = Sequence[tuple[str, Any]]  # what a call is asked for: (prompt, its seed or text)
 
 
 class Strings:
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
     name: str                                                        # the server or folder
-    # told (call, item, answer) as each answer comes; a cache above puts its own here
-    keep: Any = staticmethod(lambda *_: None)
+    path: str | Path = "no file"                                     # of the answers that are kept
+    file: Any = None
+    kept: dict[str, Any] = {}                                        # answers by key
+    found = 0                                                        # answers that cost nothing again
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         """A text that continues, or answers, each prompt."""
@@ -36,10 +38,20 @@ class Strings:
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
         """Where no prompt is scored: the likeliest first tokens of each answer, with their log p."""
-        return self.ask("top_tokens", prompts)
+        return self.ask("top_tokens", [(prompt, "") for prompt in prompts])
 
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        """One of these calls, by its name: the answer to each item."""
+    def ask(self, call: str, items: Items) -> list[Any]:
+        """The answers to items: each item is asked for once, and only if the file does not hold it."""
+        answers = {item: self.kept.get(self.key(call, item)) for item in items}
+        # sorted: prompts that share their beginning follow each other, which a prefix cache makes cheap
+        new = sorted(item for item, answer in answers.items() if answer is None)
+        self.found += len(answers) - len(new)
+        if new:
+            answers |= zip(new, self.ask_new(call, new), strict=True)
+        return [answers[item] for item in items]
+
+    def ask_new(self, call: str, items: Items) -> list[Any]:
+        """The answers of the LLM itself, each given to `keep` as it comes."""
         raise NotImplementedError
 
     def can(self, call: str) -> bool:
@@ -50,65 +62,43 @@ class Strings:
         """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
         return self.name
 
-    def report(self) -> str:
-        """What was asked of it so far."""
+    def sent(self) -> str:
+        """What was asked of the LLM itself."""
         raise NotImplementedError
 
+    def report(self) -> str:
+        return f"{self.found:,} answers of {self.name} from {self.path}; {self.sent()}"
 
-class Cached(Strings):
-    """The same strings, with the answers kept in a JSONL of {"key", "value"}.
+    # ----------------------------------------------------------------------------------------------
+    # The file: a JSONL of {"key", "value"}, so that a run that was stopped pays nothing twice
 
-    A torn line (kill -9) is passed over.
-    """
-
-    def __init__(self, strings: Strings, path: str | Path) -> None:
-        self.strings = strings
-        self.name = strings.name
-        self.path = Path(path)
-        strings.keep = self.put                                      # written as each answer comes
-        self.found = 0                                               # answers that cost nothing again
-        self.answers: dict[str, Any] = {}                            # by key
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def keep_in(self, path: str | Path) -> None:
+        """Take the answers that the file holds, and append all that come. A torn line (kill -9) is passed over."""
+        self.path, self.kept = path, {}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "ab", buffering=0)                    # one write a line, from any thread
         line = b"\n"
         with open(path, "rb") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, LookupError, TypeError):
                     row = json.loads(line)
-                    self.answers[row["key"]] = row["value"]
+                    self.kept[row["key"]] = row["value"]
         if not line.endswith(b"\n"):
             self.file.write(b"\n")
 
-    def can(self, call: str) -> bool:
-        return self.strings.can(call)
-
-    def describe(self, call: str) -> str:
-        return self.strings.describe(call)
-
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        """The answers to items: each item is asked for once, and only if the file does not hold it."""
-        answers = {item: self.answers.get(self.key(call, item)) for item in items}
-        # sorted: prompts that share their beginning follow each other, which a prefix cache makes cheap
-        new = sorted(item for item, answer in answers.items() if answer is None)
-        self.found += len(answers) - len(new)
-        if new:
-            answers |= zip(new, self.strings.ask(call, new), strict=True)
-        return [answers[item] for item in items]
-
-    def key(self, call: str, item: Any) -> str:
+    def key(self, call: str, item: tuple[str, Any]) -> str:
         decides = [self.name, self.describe(call), call, item]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
-    def put(self, call: str, item: Any, value: Any) -> None:
+    def keep(self, call: str, item: tuple[str, Any], value: Any) -> None:
         """Append one answer."""
+        if self.file is None:
+            return
         key = self.key(call, item)
         line = (json.dumps({"key": key, "value": value}) + "\n").encode()
         if self.file.write(line) != len(line):
             raise OSError("the cache could not be written: is the disk full?")
-        self.answers[key] = value
-
-    def report(self) -> str:
-        return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
+        self.kept[key] = value
 
 
 class Labels:
@@ -122,29 +112,24 @@ class Labels:
     def log_likelihood(self, pairs: Pairs) -> LogProbs:
         if self.strings.can("log_likelihood"):
             return self.strings.log_likelihood(pairs)
-        prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
-        tops = dict(zip(prompts, self.strings.top_tokens(prompts), strict=True))
+        tops = self.strings.top_tokens([prompt for prompt, _ in pairs])
         log_p: LogProbs = []
-        for prompt, label in pairs:
-            self.asked += 1
-            top = tops[prompt]
-            if top is None:
-                log_p.append(None)
-                continue
-            value, listed = first_token_log_prob(top, label)
+        for (_, label), top in zip(pairs, tops, strict=True):
+            value, listed = first_token_log_prob(top, label) if top else (None, True)
             log_p.append(value)
+            self.asked += 1
             self.unlisted += not listed
         return log_p
 
     def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
         """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
         source: dict[str, str | None] = {"ql": None, "rc": None}
-        for name in rank.split(","):
-            if name == "ql":
-                source[name] = self.strings.describe("log_likelihood")
-            elif name == "rc":
-                call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-                source[name] = f"{self.strings.describe(call)} ({score})"
+        rankings = rank.split(",")
+        if "ql" in rankings:
+            source["ql"] = self.strings.describe("log_likelihood")
+        if "rc" in rankings:
+            call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
+            source["rc"] = f"{self.strings.describe(call)} ({score})"
         return source
 
     def report(self) -> str:
@@ -162,11 +147,11 @@ class DryRun(Strings):
     calls = size = shared = longest = 0                              # all but the calls in bytes
     previous = b""
 
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        for first, second in sorted(set(items)):                     # in the order of `Cached`
-            data = first.encode()
+    def ask_new(self, call: str, items: Items) -> list[None]:
+        for prompt, text in items:
+            data = prompt.encode()
             if call == "log_likelihood":
-                data += second.encode()
+                data += text.encode()
             self.calls += 1
             self.size += len(data)
             self.longest = max(self.longest, len(data))
@@ -177,4 +162,3 @@ class DryRun(Strings):
     def report(self) -> str:
         return (f"{self.calls:,} calls, about {self.size // 4:,} prompt tokens (4 bytes each); a prefix cache "
                 f"saves {self.shared // 4:,} of them; the longest prompt has {self.longest // 4:,}")
-

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.cache import Pairs, Strings, Tops
+from engine.cache import Items, Strings
 from engine.files import InputError, first_line
+from engine.replies import Tops
 from engine.search import has_bfloat16
 
 Tokens = list[int]
-Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a cache of all but the last of these
+Batch = tuple[list[str], Tensor, Any]  # prompts, their ids (B, K), a cache of all but the last of these
 
 # B rows of a batch, K tokens of a prompt, L of a text, V of the vocabulary. The id -1 is padding.
-PREFIXES = 8  # that are read together
+PROMPTS = 8  # that are read together; of answers that are written, as many as rows
 
 
 class Local(Strings):
@@ -66,7 +67,7 @@ class Local(Strings):
             return f"{how}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
         return how
 
-    def report(self) -> str:
+    def sent(self) -> str:
         return f"{self.name} answered in this process"
 
     def tokens(self, text: str) -> Tokens:
@@ -76,33 +77,29 @@ class Local(Strings):
     # The three calls
 
     @torch.inference_mode()
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        if call == "complete":
-            return self.completions(items)
-        return self.sums(items) if call == "log_likelihood" else self.tops(items)
-
-    def sums(self, pairs: Pairs) -> list[float]:
-        """Of each pair the sum of log p of the text's tokens after its prefix."""
-        texts: dict[str, list[str]] = {}
-        for prefix, text in dict.fromkeys(pairs):
-            texts.setdefault(prefix, []).append(text)
-        prefixes = list(texts)
-        scores: dict[tuple[str, str], float] = {}
-        for numbers, ids, cache in self.batches(prefixes, PREFIXES):
-            row_of = {prefixes[n]: row for row, n in enumerate(numbers)}
-            batch = [(prefix, text) for prefix in row_of for text in texts[prefix]]
-            batch.sort(key=lambda pair: len(pair[1]))                # of like length: little padding
+    def ask_new(self, call: str, items: Items) -> list[Any]:
+        methods: dict[str, Callable[..., list[Any]]] = {
+            "complete": self.written, "log_likelihood": self.sums, "top_tokens": self.tops}
+        same: dict[str, list[tuple[str, Any]]] = {}                  # items by their prompt
+        for item in items:
+            same.setdefault(item[0], []).append(item)
+        answers: dict[tuple[str, Any], Any] = {}
+        for prompts, ids, cache in self.batches(list(same), self.rows if call == "complete" else PROMPTS):
+            batch = [(row, item) for row, prompt in enumerate(prompts) for item in same[prompt]]
+            batch.sort(key=lambda row_item: len(str(row_item[1][1])))  # texts of like length: little padding
             for start in range(0, len(batch), self.rows):
-                chunk = batch[start:start + self.rows]
-                rows = [row_of[prefix] for prefix, _ in chunk]
-                values = self.continuations(ids[rows], of_rows(cache, rows), chunk)
-                for pair, value in zip(chunk, values, strict=True):
-                    scores[pair] = value
-                    self.keep("log_likelihood", pair, value)         # a stopped run goes on from here
-        return [scores[pair] for pair in pairs]
+                rows = [row for row, _ in batch[start:start + self.rows]]
+                chunk = [item for _, item in batch[start:start + self.rows]]
+                found = methods[call](ids[rows], of_rows(cache, rows), chunk)
+                for item, answer in zip(chunk, found, strict=True):
+                    answers[item] = answer
+                    self.keep(call, item, answer)                    # a stopped run goes on from here
+        return [answers[item] for item in items]
 
-    def continuations(self, ids: Tensor, cache: Any, pairs: Pairs) -> list[float]:
-        """log p of each text after its prefix, of which ids (B, K) are the tokens."""
+    # Each takes a batch of items, the ids (B, K) of their prompts, and a cache of all but the last of these.
+
+    def sums(self, ids: Tensor, cache: Any, pairs: Items) -> list[float]:
+        """Of each pair the sum of log p of the text's tokens after its prefix."""
         texts = []
         for prefix, text in pairs:
             # subtle: tokenised in its place, since a tokenizer may mark the beginning of a text
@@ -116,34 +113,18 @@ class Local(Strings):
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
-    def tops(self, prompts: Sequence[str]) -> list[Tops]:
+    def tops(self, ids: Tensor, cache: Any, prompts: Items) -> list[Tops]:
         """The likeliest first tokens of each answer, with their log p."""
-        answers: list[Tops] = [[]] * len(prompts)
-        for numbers, ids, cache in self.batches(prompts, PREFIXES):
-            log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
-            values, tokens = log_p.topk(20)                          # (B, 20) twice
-            for row, n in enumerate(numbers):
-                words = [self.tokenizer.decode(token) for token in tokens[row].tolist()]
-                answers[n] = list(zip(words, values[row].tolist(), strict=True))
-                self.keep("top_tokens", prompts[n], answers[n])
+        top = self.forward(ids, cache)[:, -1].log_softmax(dim=-1).topk(20)  # (B, 20) twice
+        answers = []
+        for values, tokens in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            answers.append(list(zip(map(self.tokenizer.decode, tokens), values, strict=True)))
         return answers
 
-    def completions(self, items: Sequence[tuple[str, int]]) -> list[str]:
-        """What the model writes after each prompt, up to a stop; equal prompts differ by their seed."""
-        answers = [""] * len(items)
-        prompts, seeds = zip(*items, strict=True)
-        for numbers, ids, cache in self.batches(prompts, self.rows):
-            written = self.write(ids, cache, [seeds[n] for n in numbers])
-            for n, text in zip(numbers, written, strict=True):
-                answers[n] = text
-                self.keep("complete", items[n], text)
-        return answers
-
-    def write(self, ids: Tensor, cache: Any, seeds: Sequence[int]) -> list[str]:
+    def written(self, ids: Tensor, cache: Any, items: Items) -> list[str]:
         """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""
         K = ids.shape[1]
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        answers = [("", False)] * len(seeds)
+        noise = [torch.Generator().manual_seed(seed) for _, seed in items]
         for _ in range(self.max_tokens):
             logits = self.forward(ids, cache)[:, -1].cpu()           # (B, V)
             # the largest of logits / temperature + Gumbel noise is a sample of their softmax
@@ -170,27 +151,27 @@ class Local(Strings):
 
     def batches(self, prompts: Sequence[str], size: int) -> Iterator[Batch]:
         """The prompts, read in batches of like length, so that there is little padding."""
-        tokens = [self.tokens(prompt) for prompt in prompts]
+        tokens = {prompt: self.tokens(prompt) for prompt in prompts}
         # what all begin with is read once; not a last token, which is to predict the next
-        head = list(os.path.commonprefix([row[:-1] for row in tokens]))
+        head = list(os.path.commonprefix([row[:-1] for row in tokens.values()]))
         if getattr(self.model.config, "sliding_window", None):
             head = []    # subtle: the padding after the head would count as what the window sees
         head_cache = self.new_cache()
         if head:
             self.forward(self.tensor([head]), head_cache)
-        order = sorted(range(len(tokens)), key=lambda n: len(tokens[n]))
+        order = sorted(prompts, key=lambda prompt: len(tokens[prompt]))
         for start in range(0, len(order), size):
-            numbers = order[start:start + size]
-            longest = len(tokens[numbers[-1]])
+            batch = order[start:start + size]
+            longest = len(tokens[batch[-1]])
             rows = []
-            for n in numbers:                                        # padded so that all end together
-                padding = [-1] * (longest - len(tokens[n]))
-                rows.append(head + padding + tokens[n][len(head):])
+            for prompt in batch:                                     # padded so that all end together
+                row = tokens[prompt]
+                rows.append(head + [-1] * (longest - len(row)) + row[len(head):])
             ids = self.tensor(rows)
             cache = of_rows(head_cache, [0] * len(rows))
             if longest > len(head) + 1:
                 self.forward(ids[:, :-1], cache)
-            yield numbers, ids, cache
+            yield batch, ids, cache
 
     def forward(self, ids: Tensor, cache: Any, last: int = 1) -> Tensor:
         """Logits (B, last, V) after the last tokens of ids (B, K), of which the cache holds those before."""

@@ -55,17 +55,17 @@ def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
         raise CallFailed("it answered 200 but sent no top_logprobs")
     top = []
     for token, value in listed:
-        if isinstance(token, str) and (is_log_prob(value) or any(begins(label, token) for label in labels)):
+        if isinstance(token, str) and (is_log_prob(value) or begins(labels, token)):
             top.append((token, log_prob(value)))
     if not top:
         raise CallFailed("it answered 200 but no top_logprobs is a number")
     return top
 
 
-def begins(label: str, token: str) -> bool:
-    """Is the token the beginning of a label, in any spelling?"""
+def begins(labels: Sequence[str], token: str) -> bool:
+    """Is the token the beginning of one of the labels, in any spelling?"""
     letters = token.strip(" ▁Ġ\n").lower()
-    return letters != "" and label.strip().lower().startswith(letters)
+    return letters != "" and any(label.strip().lower().startswith(letters) for label in labels)
 
 
 def first_token_log_prob(top: Tops, label: str) -> tuple[float, bool]:
@@ -74,20 +74,21 @@ def first_token_log_prob(top: Tops, label: str) -> tuple[float, bool]:
     >>> first_token_log_prob([(" Not", -0.1), (" the", -3.0)], " Highly Relevant")
     (-3.0, False)
     """
-    values = [value for token, value in top if begins(label, token)]
+    values = [value for token, value in top if begins([label], token)]
     if not values:
         return min(value for _, value in top), False
     largest = max(values)
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values)), True
 
 
-def check_not_cut(answer: Json, prompt: str) -> None:
-    """CallFailed where `usage` counts so few tokens that the server cannot have read the whole prompt."""
+def uncut(answer: Json, prompt: str) -> Json:
+    """The answer; CallFailed where `usage` counts too few tokens for the server to have read the whole prompt."""
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
     if tokens and tokens < len(prompt) / 8 / 2:
         raise CallFailed(f"the server read {tokens} tokens of a prompt of {len(prompt):,} characters: "
                          "it cuts prompts in silence; give the model a longer context there")
+    return answer
 
 
 def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:

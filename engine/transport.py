@@ -12,12 +12,9 @@ import json
 import os
 import random
 import re
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -27,11 +24,9 @@ from engine.files import InputError, one_line
 
 Json = dict[str, Any]         # a request's body, or a reply
 
-MAX_TRIES = 6                 # of one request
-FIRST_PAUSE = 0.5             # seconds before a second try; then twice as long each time
+PAUSES = (0.5, 1, 2, 4, 8, 0)  # seconds after each try of one request
 MAX_FAILED_IN_A_ROW = 20      # calls; then the run stops
 MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
-FIRST_WORD = 5.0              # seconds of silence before a probe says that it waits
 MAX_REPLY_BYTES = 1 << 26     # the log-probs of a whole vocabulary take a third of it
 
 
@@ -44,7 +39,7 @@ class CallFailed(Exception):
 
 
 class RetryableError(Exception):
-    """(reason, how many seconds the server asks to wait, or None): a failure that may pass."""
+    """What the server says may pass."""
 
 
 @dataclass
@@ -75,17 +70,14 @@ class Usage:
             self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
             self.completion_tokens += int(usage.get("completion_tokens") or 0)
 
-    def settle(self, failure: str = "") -> None:
-        """One call has ended; LLMError when too many in a row have failed."""
+    def fail(self, reason: str) -> None:
+        """Count a call that failed; LLMError when too many in a row have."""
         with self.lock:
-            if not failure:
-                self.failed_in_a_row = 0
-                return
             self.failed += 1
             self.failed_in_a_row += 1
-            self.last_failure = failure
+            self.last_failure = reason
             if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-                raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {failure}")
+                raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {reason}")
 
     def report(self) -> str:
         sent = (f"sent {self.requests:,} requests: {self.prompt_tokens:,} prompt and "
@@ -93,6 +85,15 @@ class Usage:
         if self.failed:
             return f"{sent}\n{self.failed:,} calls failed; the last: {self.last_failure}"
         return sent
+
+
+class Connection(threading.local):
+    """To one host: each thread has one of its own, which its first request opens."""
+
+    def __init__(self, address: SplitResult, timeout: float) -> None:
+        secure = address.scheme == "https"
+        make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        self.http = make(address.netloc, timeout=timeout)
 
 
 class Server:
@@ -105,58 +106,56 @@ class Server:
         timeout: float,                                              # seconds
         max_requests: int,                                           # 0: no limit
     ) -> None:
-        self.address = server_address(url)
-        self.base = self.address.path.rstrip("/") or "/v1"           # of a bare host, as most servers have it
+        address = server_address(url)
+        self.base = address.path.rstrip("/") or "/v1"                # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
-        self.url = f"{self.address.scheme}://{self.address.netloc}{self.base}"
-        self.threads, self.usage = threads, Usage(max_requests)
-        self.timeout = min(timeout, 1e6)                             # no socket takes inf
+        self.url = f"{address.scheme}://{address.netloc}{self.base}"
+        self.connection = Connection(address, timeout)
+        self.threads, self.timeout, self.usage = threads, timeout, Usage(max_requests)
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
         self.headers = {"Content-Type": "application/json"}
         if self.key:
             self.headers["Authorization"] = f"Bearer {self.key}"
-        self.patient = True                                          # a probe is not: it waits --timeout once
+        self.answers = False                                         # has it replied to a prompt?
         self.stopped = threading.Event()                             # set: nothing more is sent
         self.resume_at = 0.0                                         # nor before this time
-        self.connections: dict[int, http.client.HTTPConnection] = {}  # by thread
 
     def map(self, work: Callable[[int], None], count: int) -> None:
         """work(i) for all i below count, `threads` at a time; after an exception nothing more is sent."""
-        self.disconnect()                                            # this thread waits from here on
-        self.stopped.clear()
+        self.stopped = stopped = threading.Event()
         numbers = iter(range(count))                                 # whose next() is atomic
+        errors: list[Exception] = []
 
         def worker() -> None:
             try:
                 for i in numbers:
-                    if self.stopped.is_set():
+                    if stopped.is_set():
                         break
                     work(i)
-            except BaseException:
-                self.stopped.set()
-                raise
+            except Exception as error:
+                errors.append(error)
+                stopped.set()
             finally:
-                self.disconnect()
+                self.connection.http.close()
 
-        with ThreadPoolExecutor(self.threads) as pool:
-            try:
-                futures = [pool.submit(worker) for _ in range(min(self.threads, count))]
-                wait(futures)
-            except KeyboardInterrupt:
-                self.stopped.set()
-                for connection in list(self.connections.values()):   # do not wait for slow answers
-                    with contextlib.suppress(OSError, AttributeError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                raise
-        for future in futures:
-            future.result()
+        # daemons: after Ctrl-C nobody waits for slow answers
+        workers = [threading.Thread(target=worker, daemon=True) for _ in range(min(self.threads, count))]
+        try:
+            for thread in workers:
+                thread.start()
+            for thread in workers:
+                thread.join()
+        except KeyboardInterrupt:
+            stopped.set()
+            raise
+        if errors:
+            raise errors[0]
 
     def call(self, path: str, body: Json | None, read: Callable[[Json], Any]) -> Any:
         """read(reply), tried again while that may help; then CallFailed, or LLMError to stop the run."""
-        for attempt in range(MAX_TRIES):
-            pause = min(FIRST_PAUSE * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
+        for pause in PAUSES:
             try:
                 return read(self.exchange(path, body))
             except LLMError:
@@ -164,45 +163,27 @@ class Server:
             except CallFailed as error:                              # a reader's, which may quote the reply
                 raise CallFailed(self.quoted(str(error))) from error
             except RetryableError as error:
-                reason, seconds = error.args
-                if seconds is not None:                              # all threads wait
-                    if seconds > MAX_RETRY_AFTER:
-                        raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same command again "
-                                       "later") from error
-                    self.resume_at = max(self.resume_at, time.monotonic() + seconds)
-                    pause = 0.0
+                reason = str(error)
             except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, TimeoutError) and not self.patient:
-                    raise LLMError(f"{self.url} does not answer in time (--timeout {self.timeout:g}): is it busy, "
-                                   "or loading its model?") from error
                 reason = f"no answer ({type(error).__name__}: {error})"
+                if isinstance(error, TimeoutError) and not self.answers:
+                    break
             except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
                 reason = f"a malformed reply ({type(error).__name__}: {error})"
-            if attempt + 1 < MAX_TRIES:
-                self.stopped.wait(pause)
-        raise CallFailed(f"{self.quoted(reason)}, {MAX_TRIES} times")
-
-    @contextlib.contextmanager
-    def impatient(self) -> Iterator[None]:
-        """For a probe: say that it waits, and do not wait as long again."""
-        note = threading.Timer(FIRST_WORD, lambda: print(
-            f"waiting for {self.url}: up to {self.timeout:g} s for an answer (--timeout)", file=sys.stderr))
-        note.start()
-        self.patient = False
-        try:
-            yield
-        finally:
-            self.patient = True
-            note.cancel()
+            self.stopped.wait(pause * random.uniform(0.75, 1))
+        if self.answers:
+            raise CallFailed(f"{self.quoted(reason)}, {len(PAUSES)} times")
+        raise LLMError(f"{self.url} does not answer: {self.quoted(reason)}; is it busy, or loading its model? "
+                       f"(--timeout {self.timeout:g})")
 
     def exchange(self, path: str, body: Json | None) -> Json:
         """One request: the decoded reply, or an exception that says what its status means."""
-        while time.monotonic() < self.resume_at and not self.stopped.is_set():
-            self.stopped.wait(self.resume_at - time.monotonic())
-        if self.stopped.is_set():
-            raise CallFailed("the run was stopped")
+        if self.stopped.wait(max(0.0, self.resume_at - time.monotonic())):
+            raise LLMError("the run was stopped")
         self.usage.admit()
         status, headers, data = self.send(path, json.dumps(body).encode() if body else None)
+        if body and status != 503:                                   # 503: it is not ready
+            self.answers = True
         if status == 200:
             answer = json.loads(data)
             error = answer.get("error")
@@ -214,18 +195,21 @@ class Server:
         text = data.decode(errors="replace")
         reason = f"HTTP {status}: {self.quoted(headers.get('location') or text)}"
         # a redirection is not followed: the key is for the host that was named
-        if status in (401, 402, 403, 404) or 300 <= status < 400 or "insufficient_quota" in text:
+        if status in (401, 402, 403) or 300 <= status < 400 or "insufficient_quota" in text:
             raise LLMError(f"{reason}; mend the URL, the model's name, the key or the account")
         if status in (408, 409, 429) or status >= 500 and "validation error" not in text:
-            raise RetryableError(reason, retry_after(headers))
+            seconds = retry_after(headers)
+            if seconds > MAX_RETRY_AFTER:
+                raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same command again later")
+            self.resume_at = max(self.resume_at, time.monotonic() + seconds)  # all threads wait
+            raise RetryableError(reason)
         raise CallFailed(reason)
 
     def send(self, path: str, data: bytes | None) -> tuple[int, Any, bytes]:
         """Status, headers and body; the connection is kept where nothing went wrong."""
         deadline = time.monotonic() + self.timeout
-        keep = False
+        connection = self.connection.http
         try:
-            connection = self.connections.get(threading.get_ident()) or self.connect()
             connection.request("POST" if data else "GET", path, data, self.headers)
             reply = connection.getresponse()
             text = bytearray()
@@ -238,28 +222,10 @@ class Server:
             if reply.length:
                 raise http.client.IncompleteRead(b"", reply.length)
             reply.close()                                            # or the connection takes no other request
-            keep = not reply.will_close
             return reply.status, reply.headers, bytes(text)
-        finally:
-            if not keep:
-                self.disconnect()
-
-    def connect(self) -> http.client.HTTPConnection:
-        """A new connection for this thread."""
-        secure = self.address.scheme == "https"
-        make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = make(self.address.netloc, timeout=min(10.0, self.timeout))
-        connection.connect()
-        connection.sock.settimeout(self.timeout)
-        self.connections[threading.get_ident()] = connection
-        if self.stopped.is_set():                                    # too late for Ctrl-C to close it
-            raise CallFailed("the run was stopped")
-        return connection
-
-    def disconnect(self) -> None:
-        connection = self.connections.pop(threading.get_ident(), None)
-        if connection:
+        except BaseException:
             connection.close()
+            raise
 
     def quoted(self, text: str) -> str:
         """A server's words for the screen; they may hold the key, terminal controls, and have no end."""
@@ -281,11 +247,11 @@ def server_address(url: str) -> SplitResult:
     return parts
 
 
-def retry_after(headers: Any) -> float | None:
+def retry_after(headers: Any) -> float:
     """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after` in seconds or as a date."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         with contextlib.suppress(ValueError, TypeError):             # not sent, or a date
             return max(0.0, float(headers.get(name)) / unit)
     with contextlib.suppress(ValueError, TypeError):
         return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
-    return None
+    return 0.0

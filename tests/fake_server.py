@@ -29,7 +29,7 @@ import llm
 from engine import files, transport
 from engine.endpoint import Endpoint
 
-transport.FIRST_PAUSE = 0.001    # tests do not wait
+transport.PAUSES = (0.001,) * 6     # tests do not wait
 BOS = b"<s>"
 CHATTING = ("openai", "reasoning", "thinking", "stubborn", "llama-server")
 NAMES: list[bytes] = [BOS]  # token id -> bytes, as they are met

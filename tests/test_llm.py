@@ -434,7 +434,8 @@ class Scripted:
 
     def top_tokens(self, prompts):
         self.asked += prompts
-        return list(self.tops)
+        tops = dict(zip(dict.fromkeys(prompts), self.tops, strict=True))     # of each prompt
+        return [tops[prompt] for prompt in prompts]
 
 
 def test_the_three_calls_are_strings_after_the_papers_prompts():
@@ -687,7 +688,7 @@ def test_a_key_in_the_url_is_not_shown(dry, work, tmp_path, monkeypatch, capsys)
 def test_the_key_goes_to_the_server_and_nowhere_else(work, tmp_path, monkeypatch, capsys):
     """Not into a file, not onto the screen, not even where the server quotes it back."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
-    monkeypatch.setattr(transport, "MAX_TRIES", 1)
+    monkeypatch.setattr(transport, "PAUSES", (0,))
     with FakeServer("vllm") as server:
         for argv in commands(work, tmp_path, server.url):
             main(monkeypatch, argv)

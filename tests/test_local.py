@@ -16,7 +16,6 @@ import tiny_llama  # noqa: E402
 
 import gecko  # noqa: E402
 import llm  # noqa: E402
-from engine.cache import Cached  # noqa: E402
 from engine.files import InputError, write_jsonl  # noqa: E402
 from engine.local import Local  # noqa: E402
 
@@ -133,18 +132,20 @@ def test_samples_follow_the_models_own_probabilities(folder):
 def test_answers_are_kept_as_they_come(folder, tmp_path, monkeypatch):
     """Stopped in the middle, a run goes on from the last batch: the cache holds all that was scored."""
     model, path = Local(folder, rows=6), tmp_path / "cache.jsonl"
-    expected, batches, continuations = model.log_likelihood(PAIRS), [], model.continuations
+    expected, batches, sums = model.log_likelihood(PAIRS), [], model.sums
 
     def stopping(ids, cache, pairs):
         batches.append(pairs)
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return continuations(ids, cache, pairs)
+        return sums(ids, cache, pairs)
 
-    monkeypatch.setattr(model, "continuations", stopping)
+    monkeypatch.setattr(model, "sums", stopping)
+    model.keep_in(path)
     with pytest.raises(KeyboardInterrupt):
-        Cached(model, path).log_likelihood(PAIRS)
-    again = Cached(Local(folder, rows=6), path)
+        model.log_likelihood(PAIRS)
+    again = Local(folder, rows=6)
+    again.keep_in(path)
     assert again.log_likelihood(PAIRS) == pytest.approx(expected, abs=1e-4)
     assert again.found == sum(map(len, batches[:2])) == 12
 
