@@ -79,8 +79,8 @@ class Endpoint(Strings):
         max_requests: int = 0,                                       # 0: no limit
     ) -> None:
         self.server = Server(url, threads, timeout, max_requests)
-        self.usage = self.server.usage
-        self.name, self.model, self.trials = self.server.url, model, trials
+        super().__init__(self.server.url)
+        self.usage, self.model, self.trials = self.server.usage, model, trials
         self.capabilities: dict[str, Capability] = {}                # by call
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
@@ -88,21 +88,19 @@ class Endpoint(Strings):
     def sent(self) -> str:
         return self.usage.report()
 
-    def ask_new(self, call: str, items: Items) -> list[Any]:
+    def ask_new(self, call: str, items: Items) -> None:
         mode = self.require(call)
-        answers: list[Any] = [None] * len(items)
 
         def work(i: int) -> None:
             try:
-                answers[i] = self.answer(call, mode, *items[i])
+                answer = self.answer(call, mode, *items[i])
             except CallFailed as error:
                 self.usage.fail(str(error))
                 return
             self.usage.failed_in_a_row = 0
-            self.keep(call, items[i], answers[i])
+            self.keep(call, items[i], answer)
 
         self.server.map(work, len(items))
-        return answers
 
     def answer(self, call: str, mode: ScoringMode, prompt: str, rest: Any) -> Any:
         """The answer to one item."""
@@ -156,35 +154,29 @@ class Endpoint(Strings):
 
     def forced_decoding(self, prefix: str, text: str) -> tuple[float, int]:
         """llama-server: one request a token, which a bias makes it generate; the log-prob is the raw one."""
-        tokens, head = self.tokenize(prefix + text), self.tokenize(prefix)
-        if tokens[:len(head)] != head or len(tokens) == len(head):
+        ids, head = self.tokenize(prefix + text), self.tokenize(prefix)
+        if ids[:len(head)] != head or len(ids) == len(head):
             raise CallFailed(f"a token crosses the prompt's end before {text!r}")
-        ids = [id for id, _ in tokens]
-        values = []
-        for n in range(len(head), len(ids)):
-            forced = ids[n]
-            if not isinstance(tokens[n][1], str):
-                # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced
-                forced = head[-1][0]
-            values.append(self.forced_token(ids[:n], forced, ids[n]))
+        values = [self.forced_token(ids[:n], ids[n], head[-1]) for n in range(len(head), len(ids))]
         return math.fsum(values), len(values)
 
-    def forced_token(self, before: list[int], forced: int, wanted: int) -> float:
-        """log p(wanted | before) where a token is forced: it, or one of the list beside it, long if needed."""
-        body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
-                      "logit_bias": [[forced, 1000]], "cache_prompt": True}
-        for listed in [1] if forced == wanted else [1000, 10 ** 6]:
-            value = self.server.call(self.server.root + "/completion", body | {"n_probs": listed},
-                                     lambda answer: forced_log_prob(answer, forced, wanted))
+    def forced_token(self, before: list[int], wanted: int, other: int) -> float:
+        """log p(wanted | before): of the token that is forced, or in the list beside it, long if needed."""
+        # subtle: half a character is withheld with its log-prob; then any other token is forced
+        for forced, listed in ((wanted, 1), (other, 1000), (other, 10 ** 6)):
+            body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
+                          "logit_bias": [[forced, 1000]], "n_probs": listed, "cache_prompt": True}
+            value = self.server.call(self.server.root + "/completion", body,
+                                     lambda answer: forced_log_prob(answer, wanted))
             if value is not None:
                 return value
         raise CallFailed(f"the server does not list token {wanted}: does it cap n_probs?")
 
-    def tokenize(self, text: str) -> list[tuple[int, Any]]:
-        """(id, piece) of each token: half a character is no string, what a passage says no control token."""
-        body = {"content": text, "add_special": True, "parse_special": False, "with_pieces": True}
+    def tokenize(self, text: str) -> list[int]:
+        """Ids; what a passage says is no control token."""
+        body = {"content": text, "add_special": True, "parse_special": False}
         return self.server.call(self.server.root + "/tokenize", body,
-                                lambda answer: [(int(token["id"]), token["piece"]) for token in answer["tokens"]])
+                                lambda answer: [int(token) for token in answer["tokens"]])
 
     # ----------------------------------------------------------------------------------------------
     # What the server can do, with numbers
@@ -283,4 +275,4 @@ def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
 
 def spelled(mode: ScoringMode) -> str:
     name, fields = mode
-    return " ".join([name, *(f"{field}={value}" for field, value in fields.items())])
+    return f"{name} {fields}" if fields else name

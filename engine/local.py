@@ -53,7 +53,7 @@ class Local(Strings):
             raise InputError(f"{folder}: transformers opens no causal language model there "
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, device)
-        self.name = f"hf:{folder}"
+        super().__init__(f"hf:{folder}")
         self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
         end = self.model.generation_config.eos_token_id
         self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
@@ -71,30 +71,27 @@ class Local(Strings):
         return f"{self.name} answered in this process"
 
     def tokens(self, text: str) -> Tokens:
-        return list(self.tokenizer(text)["input_ids"])
+        return self.tokenizer(text)["input_ids"]
 
     # ----------------------------------------------------------------------------------------------
     # The three calls
 
     @torch.inference_mode()
-    def ask_new(self, call: str, items: Items) -> list[Any]:
+    def ask_new(self, call: str, items: Items) -> None:
         methods: dict[str, Callable[..., list[Any]]] = {
             "complete": self.written, "log_likelihood": self.sums, "top_tokens": self.tops}
         same: dict[str, list[tuple[str, Any]]] = {}                  # items by their prompt
         for item in items:
             same.setdefault(item[0], []).append(item)
-        answers: dict[tuple[str, Any], Any] = {}
         for prompts, ids, cache in self.batches(list(same), self.rows if call == "complete" else PROMPTS):
             batch = [(row, item) for row, prompt in enumerate(prompts) for item in same[prompt]]
             batch.sort(key=lambda row_item: len(str(row_item[1][1])))  # texts of like length: little padding
             for start in range(0, len(batch), self.rows):
                 rows = [row for row, _ in batch[start:start + self.rows]]
                 chunk = [item for _, item in batch[start:start + self.rows]]
-                found = methods[call](ids[rows], of_rows(cache, rows), chunk)
-                for item, answer in zip(chunk, found, strict=True):
-                    answers[item] = answer
+                answers = methods[call](ids[rows], of_rows(cache, rows), chunk)
+                for item, answer in zip(chunk, answers, strict=True):
                     self.keep(call, item, answer)                    # a stopped run goes on from here
-        return [answers[item] for item in items]
 
     # Each takes a batch of items, the ids (B, K) of their prompts, and a cache of all but the last of these.
 

@@ -23,7 +23,7 @@ def answer_text(answer: Json) -> str:
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if not is_text(text):
-        raise CallFailed(f"no text, finish_reason {choice.get('finish_reason')}: does the model think first?")
+        raise CallFailed("it answered 200 but no text: does the model think first?")
     text.encode()                                                    # ValueError: half a surrogate pair
     if choice.get("finish_reason") in ("length", "content_filter"):
         return text.rpartition("\n")[0]
@@ -137,14 +137,12 @@ def continuation_log_prob(answer: Json, prefix: str, text: str,
     # END EXERCISE
 
 
-def forced_log_prob(answer: Json, forced: int, wanted: int) -> float | None:
-    """The raw log-probability of a token where one was forced; None where it is not listed."""
+def forced_log_prob(answer: Json, wanted: int) -> float | None:
+    """The raw log-probability of a token, where it was forced or stands beside; None where it is not listed."""
     if answer.get("truncated"):
         raise CallFailed("the prompt was cut off: is the model's context too short?")
-    token, = answer["completion_probabilities"]
-    if token["id"] != forced:
-        raise CallFailed(f"token {token['id']} came where {forced} was forced")
-    for listed in [token, *token["top_logprobs"]]:
-        if listed["id"] == wanted:
-            return log_prob(listed["logprob"])
+    for token in answer.get("completion_probabilities") or ():
+        for listed in [token, *token["top_logprobs"]]:
+            if listed["id"] == wanted:
+                return log_prob(listed["logprob"])
     return None

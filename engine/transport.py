@@ -11,7 +11,6 @@ import http.client
 import json
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +39,11 @@ class CallFailed(Exception):
 
 class RetryableError(Exception):
     """What the server says may pass."""
+
+
+# the request fails, or the reply is malformed
+MAY_PASS = (RetryableError, OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
+            ArithmeticError, RecursionError)
 
 
 @dataclass
@@ -160,20 +164,14 @@ class Server:
                 return read(self.exchange(path, body))
             except LLMError:
                 raise
-            except CallFailed as error:                              # a reader's, which may quote the reply
-                raise CallFailed(self.quoted(str(error))) from error
-            except RetryableError as error:
-                reason = str(error)
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"no answer ({type(error).__name__}: {error})"
+            except MAY_PASS as error:
+                reason = self.quoted(f"no sound reply ({type(error).__name__}: {error})")
                 if isinstance(error, TimeoutError) and not self.answers:
                     break
-            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-                reason = f"a malformed reply ({type(error).__name__}: {error})"
             self.stopped.wait(pause * random.uniform(0.75, 1))
         if self.answers:
-            raise CallFailed(f"{self.quoted(reason)}, {len(PAUSES)} times")
-        raise LLMError(f"{self.url} does not answer: {self.quoted(reason)}; is it busy, or loading its model? "
+            raise CallFailed(f"{reason}, {len(PAUSES)} times")
+        raise LLMError(f"{self.url} does not answer: {reason}; is it busy, or loading its model? "
                        f"(--timeout {self.timeout:g})")
 
     def exchange(self, path: str, body: Json | None) -> Json:
@@ -186,18 +184,16 @@ class Server:
             self.answers = True
         if status == 200:
             answer = json.loads(data)
-            error = answer.get("error")
-            if not error:
+            if not answer.get("error"):
                 self.usage.charge(answer)
                 return answer
-            code = error.get("code") if isinstance(error, dict) else None
-            status = code if isinstance(code, int) and code >= 400 else 500  # an error inside a 200
+            status = 500                                             # an error inside a 200
         text = data.decode(errors="replace")
         reason = f"HTTP {status}: {self.quoted(headers.get('location') or text)}"
         # a redirection is not followed: the key is for the host that was named
         if status in (401, 402, 403) or 300 <= status < 400 or "insufficient_quota" in text:
             raise LLMError(f"{reason}; mend the URL, the model's name, the key or the account")
-        if status in (408, 409, 429) or status >= 500 and "validation error" not in text:
+        if status in (408, 409, 429) or status >= 500:
             seconds = retry_after(headers)
             if seconds > MAX_RETRY_AFTER:
                 raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same command again later")
@@ -237,8 +233,7 @@ def server_address(url: str) -> SplitResult:
     """The parts of a server's URL; InputError, without the URL, which may hold a key."""
     try:
         parts = urlsplit(url)
-        good = (parts.scheme in ("http", "https") and (parts.hostname or "").encode("idna")
-                and parts.port != 0 and re.fullmatch("[!-~]*", parts.path))
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:                                               # a port or a host that can be none
         good = False
     if not good or parts.query or "@" in url:
@@ -248,10 +243,10 @@ def server_address(url: str) -> SplitResult:
 
 
 def retry_after(headers: Any) -> float:
-    """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after` in seconds or as a date."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        with contextlib.suppress(ValueError, TypeError):             # not sent, or a date
-            return max(0.0, float(headers.get(name)) / unit)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
+    """Seconds that the server asks to wait, which it gives as such or as a date."""
+    value = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return float(value)
+    with contextlib.suppress(ValueError):
+        return parsedate_to_datetime(value).timestamp() - time.time()
     return 0.0

@@ -193,8 +193,7 @@ class FakeServer:
                 return 400, {"error": {"message": "Setting 'echo' and 'logprobs' is not supported"}}
             return 200, self.completions(prompts, body)
         if self.kind == "llama-server" and path == "/tokenize":
-            return 200, {"tokens": [{"id": number(t), "piece": t.decode() if t.isascii() else list(t)}
-                                    for t in [BOS, *tokenize(body["content"])]]}
+            return 200, {"tokens": [number(t) for t in [BOS, *tokenize(body["content"])]]}
         if self.kind == "llama-server" and path == "/completion":
             (forced, _), = body["logit_bias"]
             before, usage = [NAMES[i] for i in body["prompt"]], {"tokens_evaluated": len(body["prompt"])}

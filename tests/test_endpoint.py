@@ -154,9 +154,10 @@ def test_a_prompt_whose_beginning_was_cut_off_is_no_score():
         with pytest.raises(CallFailed, match="beginning was cut off"):
             e.echo(*ql_prompt("tea", passage(1)))
     token = {"id": 7, "logprob": -1.0, "top_logprobs": []}
-    assert forced_log_prob({"completion_probabilities": [token]}, 7, 7) == -1.0
+    assert forced_log_prob({"completion_probabilities": [token]}, 7) == -1.0
+    assert forced_log_prob({"completion_probabilities": [token]}, 8) is None
     with pytest.raises(CallFailed, match="cut off"):
-        forced_log_prob({"completion_probabilities": [token], "truncated": True}, 7, 7)
+        forced_log_prob({"completion_probabilities": [token], "truncated": True}, 7)
 
 
 @pytest.mark.ex6
@@ -315,7 +316,7 @@ def test_nobody_there_is_one_line(monkeypatch):
     monkeypatch.setattr(transport, "PAUSES", (0, 0))
     with FakeServer() as server:
         e = endpoint(server)
-    with pytest.raises(LLMError, match="does not answer: no answer .ConnectionRefused"):
+    with pytest.raises(LLMError, match="does not answer: no sound reply .ConnectionRefused"):
         e.complete(["Task:"], [1])
 
 

@@ -21,7 +21,6 @@ from fake_server import FakeServer, by_hand, echoing, endpoint, pairs
 from test_endpoint import echoed
 
 from engine import files, transport
-from engine.replies import answer_text
 from engine.transport import CallFailed, LLMError, retry_after
 
 # --------------------------------------------------------------------------------------------------
@@ -47,8 +46,8 @@ def test_retry_after_is_a_pause_for_all_threads(monkeypatch):
         e.log_likelihood(pairs(1))
         waited = time.monotonic() - start
     assert 0.4 <= waited < 1.5
-    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0.0
-    assert retry_after({"retry-after-ms": "1500"}) == 1.5
+    assert retry_after({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) < 0 == retry_after({})
+    assert retry_after({"retry-after": "1.5"}) == 1.5
     assert retry_after({"retry-after": "soon"}) == 0.0
 
 
@@ -76,7 +75,7 @@ def test_a_body_that_drips_meets_the_timeout(monkeypatch):
 def test_a_reply_that_no_reader_can_hold_is_malformed(reply, monkeypatch):
     with FakeServer("vllm") as server:
         monkeypatch.setattr(server, "answer", lambda path, body: (200, reply))
-        with pytest.raises(CallFailed, match="a malformed reply"):
+        with pytest.raises(CallFailed, match="no sound reply"):
             endpoint(server).echo("a:", " b")
 
 
@@ -190,8 +189,7 @@ def test_ctrl_c_while_a_stopped_run_waits_for_its_last_answers(monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["ftp://h/v1", "http://", "h:80", "http://user:secret@h/v1", "http://h/v1?key=x",
-                                 "http://h:abc/v1", "http://h:99999/v1", "http://[::1/v1", "http://a..b/v1",
-                                 "http://h/\u00e9/v1"])
+                                 "http://h:abc/v1", "http://h:99999/v1", "http://[::1/v1"])
 def test_bad_urls_are_refused_without_repeating_them(url):
     with pytest.raises(files.InputError, match="OPENAI_API_KEY") as error:
         transport.server_address(url)
@@ -207,12 +205,9 @@ def test_a_servers_words_are_cut_without_the_key_or_terminal_controls(monkeypatc
         for n in range(40, 220):
             words = "x" * n + "\x1b[2Jsk-do-not-show-me"
             quoting = echoed(["<s>", "a", ":", " b", "!"], [None, -1.0, -2.0, words, -0.5], "a: b")
-            cut = {"choices": [{"message": {"content": ""}, "finish_reason": words}]}
-            for reply in ((200, quoting), (400, words.encode()), (200, cut)):
+            for reply in ((200, quoting), (400, words.encode())):
                 monkeypatch.setattr(server, "answer", lambda *_, reply=reply: reply)
                 with pytest.raises(CallFailed) as error:
-                    if reply[1] is cut:
-                        e.post(("completions", {}), "a:", {}, answer_text)
                     e.echo("a:", " b")
                 shown = str(error.value)
                 assert "sk" not in shown and "\x1b" not in shown and len(shown) < 250
@@ -250,7 +245,7 @@ def test_https_is_checked_before_the_key_is_sent(monkeypatch, tmp_path):
         context.load_cert_chain(pem, key)
         server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
         server.url = server.url.replace("http:", "https:")
-        with pytest.raises(LLMError, match="does not answer: no answer .SSLCertVerificationError"):
+        with pytest.raises(LLMError, match="does not answer: no sound reply .SSLCertVerificationError"):
             endpoint(server).log_likelihood(pairs(1))
         assert not server.bodies and not server.keys
         monkeypatch.setenv("SSL_CERT_FILE", pem)
