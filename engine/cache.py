@@ -24,7 +24,7 @@ class Strings:
     found = 0                                                        # answers that cost nothing again
     labels = unlisted = 0                                            # by first tokens; not among the top ones
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "") -> None:
         self.name = name                                             # the server or folder
         self.answers: dict[str, Any] = {}                            # by key
 
@@ -80,10 +80,6 @@ class Strings:
         """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
         return self.name
 
-    def sent(self) -> str:
-        """What was asked of the LLM itself."""
-        raise NotImplementedError
-
     # ----------------------------------------------------------------------------------------------
     # What is said of it
 
@@ -100,7 +96,7 @@ class Strings:
 
     def report(self) -> str:
         """What was asked, and how far the scores can be trusted."""
-        report = f"{self.found:,} answers of {self.name} from {self.path}; {self.sent()}"
+        report = f"{self.found:,} answers of {self.name} from {self.path}"
         if self.unlisted > 0.01 * self.labels:
             report += (f"\nwarning: {self.unlisted:,} of {self.labels:,} labels were outside the top tokens: "
                        "their log-probability is only bounded (an upper bound was taken)")
@@ -114,14 +110,12 @@ class Strings:
         self.path = path
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "ab", buffering=0)                    # one write a line, from any thread
-        line = b"\n"
+        self.file.write(b"\n")                                       # a torn line ends here
         with open(path, "rb") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, LookupError, TypeError):
                     row = json.loads(line)
                     self.answers[row["key"]] = row["value"]
-        if not line.endswith(b"\n"):
-            self.file.write(b"\n")
 
     def key(self, call: str, item: tuple[str, Any]) -> str:
         decides = [self.name, self.describe(call), call, item]
@@ -130,9 +124,8 @@ class Strings:
     def keep(self, call: str, item: tuple[str, Any], value: Any) -> None:
         key = self.key(call, item)
         if self.file:
-            line = (json.dumps({"key": key, "value": value}) + "\n").encode()
-            if self.file.write(line) != len(line):
-                raise OSError("the cache could not be written: is the disk full?")
+            line = json.dumps({"key": key, "value": value}) + "\n"
+            self.file.write(line.encode())
         self.answers[key] = value
 
 
@@ -141,9 +134,6 @@ class DryRun(Strings):
 
     calls = size = shared = longest = 0                              # all but the calls in bytes
     previous = b""
-
-    def __init__(self) -> None:
-        super().__init__("dry run")
 
     def ask_new(self, call: str, items: Items) -> None:
         for prompt, text in items:

@@ -85,8 +85,8 @@ class Endpoint(Strings):
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
-    def sent(self) -> str:
-        return self.usage.report()
+    def report(self) -> str:
+        return f"{super().report()}\n{self.usage.report()}"
 
     def ask_new(self, call: str, items: Items) -> None:
         mode = self.require(call)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -54,21 +53,16 @@ class Local(Strings):
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, device)
         super().__init__(f"hf:{folder}")
-        self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
+        self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
         end = self.model.generation_config.eos_token_id
-        self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+        ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+        self.stop = [*stop, *map(self.tokenizer.decode, ends)]
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
         self.new_cache: Callable[[], Any] = DynamicCache
 
     def describe(self, call: str) -> str:
-        how = f"{self.name} in {str(self.model.dtype).removeprefix('torch.')}"
-        if call == "complete":
-            return f"{how}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
-        return how
-
-    def sent(self) -> str:
-        return f"{self.name} answered in this process"
+        return f"{self.name} in {str(self.model.dtype).removeprefix('torch.')}"
 
     def tokens(self, text: str) -> Tokens:
         return self.tokenizer(text)["input_ids"]
@@ -137,11 +131,10 @@ class Local(Strings):
 
     def until_stop(self, tokens: Tokens) -> tuple[str, bool]:
         """The text before the first end or stop, and whether there is one."""
-        written = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
-        whole = text = self.tokenizer.decode(written, skip_special_tokens=True)
+        whole = text = self.tokenizer.decode(tokens)
         for stop in self.stop:
             text = text.partition(stop)[0]
-        return text, len(written) < len(tokens) or text != whole
+        return text, text != whole
 
     # ----------------------------------------------------------------------------------------------
     # Prompts, and the keys and values of their tokens

@@ -66,10 +66,8 @@ class Recorded:
         return [self.places[row["seed_id"]] for row in self.rows]
 
     def candidates(self, query: dict[str, Any], found: list[str]) -> list[str]:
-        """A recorded query's candidates, nearest first, for those found now; what both hold is counted."""
-        ids = self.ranked.get((query["seed_id"], query["query"]))
-        if ids is None:
-            return found
+        """A recorded query's candidates, nearest first, in place of those found now; what both hold is counted."""
+        ids = self.ranked[query["seed_id"], query["query"]]
         self.asked += len(ids)
         self.common += len(set(ids) & set(found))
         return ids

@@ -47,18 +47,17 @@ def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
     Some servers list null or -Infinity beside tokens: they are left out, but a label must have a number.
     """
     scored = answer["choices"][0].get("logprobs") or {}
+    listed = []
     if scored.get("content"):
         listed = [(top["token"], top["logprob"]) for top in scored["content"][0]["top_logprobs"]]
     elif scored.get("top_logprobs"):
         listed = list(scored["top_logprobs"][0].items())
-    else:
-        raise CallFailed("it answered 200 but sent no top_logprobs")
     top = []
     for token, value in listed:
         if isinstance(token, str) and (is_log_prob(value) or begins(labels, token)):
             top.append((token, log_prob(value)))
     if not top:
-        raise CallFailed("it answered 200 but no top_logprobs is a number")
+        raise CallFailed("it answered 200 but sent no top_logprobs")
     return top
 
 
@@ -94,6 +93,7 @@ def uncut(answer: Json, prompt: str) -> Json:
 def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
     """Tokens of an echoed prompt and what stands for their log-probabilities; CallFailed if it was not scored."""
     usage: Json = answer.get("usage") or {}
+    size: Any = usage.get("prompt_tokens")
     choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
     if answer.get("prompt"):                                         # Together: apart from the answer
         choice, generated = answer["prompt"][0], 0
@@ -102,12 +102,12 @@ def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
     if not tokens or not values or prompt not in choice["text"]:
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
-                         f"{usage.get('prompt_tokens')}-token prompt")
+                         f"{size}-token prompt")
     n = len(tokens) - generated                                      # right also after an EOS
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
-    if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out
-        raise CallFailed(f"{n} log-probs for a {usage['prompt_tokens']}-token prompt")
+    if n not in (size, size - 1):                                    # a BOS may be left out
+        raise CallFailed(f"{n} log-probs for a {size}-token prompt")
     if prompt.split()[0] not in "".join(tokens[:12]):
         raise CallFailed("the prompt's beginning was cut off: is the model's context too short?")
     return tokens[:n], values[:n]

@@ -10,7 +10,6 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -68,11 +67,10 @@ class Usage:
             self.requests += 1
 
     def charge(self, answer: Json) -> None:
-        usage = answer.get("usage") or {"prompt_tokens": answer.get("tokens_evaluated"),
-                                        "completion_tokens": answer.get("tokens_predicted")}
-        with self.lock:
-            self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
-            self.completion_tokens += int(usage.get("completion_tokens") or 0)
+        usage = answer.get("usage") or {}
+        with self.lock:                                              # llama-server's own names stand second
+            self.prompt_tokens += int(usage.get("prompt_tokens") or answer.get("tokens_evaluated") or 0)
+            self.completion_tokens += int(usage.get("completion_tokens") or answer.get("tokens_predicted") or 0)
 
     def fail(self, reason: str) -> None:
         """Count a call that failed; LLMError when too many in a row have."""
@@ -168,7 +166,7 @@ class Server:
                 reason = self.quoted(f"no sound reply ({type(error).__name__}: {error})")
                 if isinstance(error, TimeoutError) and not self.answers:
                     break
-            self.stopped.wait(pause * random.uniform(0.75, 1))
+            self.stopped.wait(pause)
         if self.answers:
             raise CallFailed(f"{reason}, {len(PAUSES)} times")
         raise LLMError(f"{self.url} does not answer: {reason}; is it busy, or loading its model? "

@@ -423,9 +423,6 @@ class Scripted(Strings):
     def can(self, call):
         return self.scores_prompts
 
-    def sent(self):
-        return "nothing"
-
     def complete(self, prompts, seeds):
         self.asked += zip(prompts, seeds, strict=True)
         return ["Task: t\nQuery: q"] * len(prompts)

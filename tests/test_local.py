@@ -123,9 +123,10 @@ def test_an_answer_is_its_seeds_own(model):
     alone = [model.complete([prompt], [seed])[0] for seed, prompt in enumerate(PREFIXES + PREFIXES)]
     assert together == alone and together[:4] != together[4:]
     stop = together[0][2:4]
-    model.stop = (stop,)
+    model.answers.clear()
+    model.stop.append(stop)
     assert model.complete(PREFIXES[:1], [0]) == [together[0].partition(stop)[0]]
-    model.stop = ("\n\n",)
+    model.stop.remove(stop)
 
 
 def test_samples_follow_the_models_own_probabilities(folder):
@@ -177,7 +178,7 @@ def test_mine_with_a_model_in_this_process(folder, tmp_path, monkeypatch, capsys
         prefix = gecko.fill(llm.P_QL, passage=f"{p['id']} {p['id']} is a drink.")
         assert p["ql"] == pytest.approx(log_likelihood_spec(folder, prefix, " what is tea"), abs=1e-3)
     assert row["positive_id"] == max(row["candidates"], key=lambda p: p["ql"])["id"]
-    assert "in this process" in capsys.readouterr().out
+    assert f"0 answers of hf:{folder} from {tmp_path}/f.cache.jsonl" in capsys.readouterr().out
 
 
 def test_what_is_no_model_is_one_line(tmp_path):

@@ -38,7 +38,6 @@ def test_the_three_calls_answer_from_the_file(record):
     row = {"seed_id": "a", "query": "what is a"}
     assert llm.candidates(row, ["a", "d", "c"]) == ["b", "a", "c"]
     assert "67% of their candidates are found here too" in llm.report()
-    assert llm.candidates(row | {"seed_id": "b"}, ["d"]) == ["d"]    # another query
 
 
 @pytest.mark.parametrize("other", ["reads otherwise", "is missing"])
