@@ -90,10 +90,11 @@ class Endpoint(Strings):
 
     def ask_new(self, call: str, items: Items) -> None:
         mode = self.require(call)
+        ask_one = getattr(self, f"one_{call}")
 
         def work(i: int) -> None:
             try:
-                answer = self.answer(call, mode, *items[i])
+                answer = ask_one(mode, *items[i])
             except CallFailed as error:
                 self.usage.fail(str(error))
                 return
@@ -101,14 +102,6 @@ class Endpoint(Strings):
             self.keep(call, items[i], answer)
 
         self.server.map(work, len(items))
-
-    def answer(self, call: str, mode: ScoringMode, prompt: str, rest: Any) -> Any:
-        """The answer to one item."""
-        if call == "complete":
-            return self.completion(mode, prompt, rest)
-        if call == "top_tokens":
-            return self.top(mode, prompt)
-        return self.score(mode, prompt, rest)[0]
 
     # ----------------------------------------------------------------------------------------------
     # Requests
@@ -123,19 +116,22 @@ class Endpoint(Strings):
         body = {field: value for field, value in body.items() if value is not None}
         return self.server.call(self.server.base + route, body, lambda answer: read(uncut(answer, prompt)))
 
-    def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
+    def one_complete(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
         body = {"max_tokens": 256, "temperature": 0.7, "seed": seed, **fields}
         if mode[0] == "completions":
             body["stop"] = ["\n\n"]
         return self.post(mode, prompt, body, answer_text)
 
-    def top(self, mode: ScoringMode, prompt: str) -> list[tuple[str, float]]:
+    def one_top_tokens(self, mode: ScoringMode, prompt: str, _: str = "") -> list[tuple[str, float]]:
         """The likeliest first tokens of the answer."""
         body: Json = {"max_tokens": 1, "temperature": 0}
         if mode[0] == "chat":
             body |= {"logprobs": True, "top_logprobs": 20}
         return self.post(mode, prompt, body, functools.partial(listed_tokens, labels=self.trials.labels))
+
+    def one_log_likelihood(self, mode: ScoringMode, prefix: str, text: str) -> float:
+        return self.score(mode, prefix, text)[0]
 
     def score(self, mode: ScoringMode, prefix: str, text: str) -> tuple[float, int]:
         """The sum of log p of the text's tokens, and how many they are."""
@@ -208,10 +204,10 @@ class Endpoint(Strings):
         """The model's name, where none was given: the first that the server lists."""
         if self.model:
             return
-        # what else is wrong will show when it is to complete a prompt
-        with contextlib.suppress(CallFailed, LLMError):
-            self.model = self.server.call(self.server.base + "/models", None,
-                                          lambda answer: answer["data"][0]["id"])
+        # a server may have no list; what else is wrong will show when it is to complete a prompt
+        with contextlib.suppress(CallFailed, LLMError, LookupError, TypeError):
+            models = self.server.call(self.server.base + "/models", None, lambda answer: answer["data"])
+            self.model = models[0]["id"]
 
     def first_that_works(self, call: str) -> Capability:
         attempt = getattr(self, f"try_{call}")
@@ -229,7 +225,7 @@ class Endpoint(Strings):
 
     def try_complete(self, mode: ScoringMode) -> str:
         """Each trial gives its evidence; CallFailed, with the evidence, where the mode is of no use."""
-        answer = self.completion(mode, self.trials.prompt, 1, temperature=0, max_tokens=96)
+        answer = self.one_complete(mode, self.trials.prompt, 1, temperature=0, max_tokens=96)
         if "<think" not in answer:
             self.answered = mode
         try:
@@ -249,7 +245,7 @@ class Endpoint(Strings):
         """A label must be among the first tokens of two answers, and not with the same probabilities."""
         found = []                                                   # the listed labels, of each answer
         for prompt in self.trials.questions:
-            top = self.top(mode, prompt)
+            top = self.one_top_tokens(mode, prompt)
             labels = [f"{token!r} {value:.3f}" for token, value in top if begins(self.trials.labels, token)]
             if not labels:
                 raise CallFailed(f"no label among the top {len(top)}, {top[:2]}: does the model think first?")

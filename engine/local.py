@@ -72,24 +72,23 @@ class Local(Strings):
 
     @torch.inference_mode()
     def ask_new(self, call: str, items: Items) -> None:
-        methods: dict[str, Callable[..., list[Any]]] = {
-            "complete": self.written, "log_likelihood": self.sums, "top_tokens": self.tops}
+        answered = getattr(self, f"{call}_batch")
         same: dict[str, list[tuple[str, Any]]] = {}                  # items by their prompt
         for item in items:
             same.setdefault(item[0], []).append(item)
         for prompts, ids, cache in self.batches(list(same), self.rows if call == "complete" else PROMPTS):
-            batch = [(row, item) for row, prompt in enumerate(prompts) for item in same[prompt]]
-            batch.sort(key=lambda row_item: len(str(row_item[1][1])))  # texts of like length: little padding
+            batch = [item for prompt in prompts for item in same[prompt]]
+            batch.sort(key=lambda item: len(str(item[1])))           # texts of like length: little padding
             for start in range(0, len(batch), self.rows):
-                rows = [row for row, _ in batch[start:start + self.rows]]
-                chunk = [item for _, item in batch[start:start + self.rows]]
-                answers = methods[call](ids[rows], of_rows(cache, rows), chunk)
+                chunk = batch[start:start + self.rows]
+                rows = [prompts.index(prompt) for prompt, _ in chunk]
+                answers = answered(ids[rows], of_rows(cache, rows), chunk)
                 for item, answer in zip(chunk, answers, strict=True):
                     self.keep(call, item, answer)                    # a stopped run goes on from here
 
     # Each takes a batch of items, the ids (B, K) of their prompts, and a cache of all but the last of these.
 
-    def sums(self, ids: Tensor, cache: Any, pairs: Items) -> list[float]:
+    def log_likelihood_batch(self, ids: Tensor, cache: Any, pairs: Items) -> list[float]:
         """Of each pair the sum of log p of the text's tokens after its prefix."""
         texts = []
         for prefix, text in pairs:
@@ -104,7 +103,7 @@ class Local(Strings):
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
-    def tops(self, ids: Tensor, cache: Any, prompts: Items) -> list[Tops]:
+    def top_tokens_batch(self, ids: Tensor, cache: Any, prompts: Items) -> list[Tops]:
         """The likeliest first tokens of each answer, with their log p."""
         top = self.forward(ids, cache)[:, -1].log_softmax(dim=-1).topk(20)  # (B, 20) twice
         answers = []
@@ -112,7 +111,7 @@ class Local(Strings):
             answers.append(list(zip(map(self.tokenizer.decode, tokens), values, strict=True)))
         return answers
 
-    def written(self, ids: Tensor, cache: Any, items: Items) -> list[str]:
+    def complete_batch(self, ids: Tensor, cache: Any, items: Items) -> list[str]:
         """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""
         K = ids.shape[1]
         noise = [torch.Generator().manual_seed(seed) for _, seed in items]

@@ -30,15 +30,11 @@ def answer_text(answer: Json) -> str:
     return text
 
 
-def is_log_prob(value: Any) -> bool:
-    return type(value) in (int, float) and -math.inf < value < 1e-3
-
-
 def log_prob(value: Any) -> float:
     """A log-probability, or ValueError."""
-    if not is_log_prob(value):
-        raise ValueError(f"{value!r} is no log-probability")
-    return float(value)
+    if type(value) in (int, float) and -math.inf < value < 1e-3:
+        return float(value)
+    raise ValueError(f"{value!r} is no log-probability")
 
 
 def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
@@ -54,8 +50,11 @@ def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
         listed = list(scored["top_logprobs"][0].items())
     top = []
     for token, value in listed:
-        if isinstance(token, str) and (is_log_prob(value) or begins(labels, token)):
+        try:
             top.append((token, log_prob(value)))
+        except ValueError:
+            if begins(labels, token):
+                raise
     if not top:
         raise CallFailed("it answered 200 but sent no top_logprobs")
     return top

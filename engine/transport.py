@@ -120,7 +120,7 @@ class Server:
         self.headers = {"Content-Type": "application/json"}
         if self.key:
             self.headers["Authorization"] = f"Bearer {self.key}"
-        self.answers = False                                         # has it replied to a prompt?
+        self.ready = False                                           # has it replied to a prompt?
         self.stopped = threading.Event()                             # set: nothing more is sent
         self.resume_at = 0.0                                         # nor before this time
 
@@ -164,10 +164,10 @@ class Server:
                 raise
             except MAY_PASS as error:
                 reason = self.quoted(f"no sound reply ({type(error).__name__}: {error})")
-                if isinstance(error, TimeoutError) and not self.answers:
+                if isinstance(error, TimeoutError) and not self.ready:
                     break
             self.stopped.wait(pause)
-        if self.answers:
+        if self.ready:
             raise CallFailed(f"{reason}, {len(PAUSES)} times")
         raise LLMError(f"{self.url} does not answer: {reason}; is it busy, or loading its model? "
                        f"(--timeout {self.timeout:g})")
@@ -179,7 +179,7 @@ class Server:
         self.usage.admit()
         status, headers, data = self.send(path, json.dumps(body).encode() if body else None)
         if body and status != 503:                                   # 503: it is not ready
-            self.answers = True
+            self.ready = True
         if status == 200:
             answer = json.loads(data)
             if not answer.get("error"):

@@ -93,7 +93,7 @@ def test_rc_is_what_the_weights_give(server, tok):
 def test_top_tokens_are_the_models(server, tok, mode):
     """The first token's log-probs that RC falls back to, from chat and from completions."""
     e, prompt = endpoint(server, "tiny"), rc_prompt("what is tea", TEA)
-    top = e.top(mode, prompt)
+    top = e.one_top_tokens(mode, prompt)
     row = tiny_llama.log_probs([1, *tok.encode(prompt).ids], tok.get_vocab_size())[-1]
     assert len(top) == mode[1].get("logprobs", 20)
     assert [v for _, v in top] == pytest.approx(sorted(row, reverse=True)[:len(top)], abs=0.05)

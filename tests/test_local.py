@@ -143,7 +143,7 @@ def test_samples_follow_the_models_own_probabilities(folder):
 def test_answers_are_kept_as_they_come(folder, tmp_path, monkeypatch):
     """Stopped in the middle, a run goes on from the last batch: the cache holds all that was scored."""
     model, path = Local(folder, rows=6), tmp_path / "cache.jsonl"
-    expected, batches, sums = model.log_likelihood(PAIRS), [], model.sums
+    expected, batches, sums = model.log_likelihood(PAIRS), [], model.log_likelihood_batch
     model.answers.clear()
 
     def stopping(ids, cache, pairs):
@@ -152,7 +152,7 @@ def test_answers_are_kept_as_they_come(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sums(ids, cache, pairs)
 
-    monkeypatch.setattr(model, "sums", stopping)
+    monkeypatch.setattr(model, "log_likelihood_batch", stopping)
     model.keep_in(path)
     with pytest.raises(KeyboardInterrupt):
         model.log_likelihood(PAIRS)
