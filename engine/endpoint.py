@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.cache import Items, Pairs, Strings
-from engine.files import say
 from engine.replies import (
     answer_text,
     begins,
@@ -183,9 +182,10 @@ class Endpoint(Strings):
             print(f"waiting for {self.name}: up to {self.server.timeout:g} s for an answer (--timeout)",
                   file=sys.stderr)
             self.find_model()
+            print(f"{self.name} (model {self.model})")
         if call not in self.capabilities:
-            self.capabilities[call] = self.first_that_works(call)
-            say(**{call: self.capabilities[call][1]})
+            mode, evidence = self.capabilities[call] = self.first_that_works(call)
+            print(f"  {call:14} {'yes' if mode else 'NO '}  {evidence}")
         return self.capabilities[call][0] is not None
 
     def require(self, call: str) -> ScoringMode:
@@ -260,9 +260,6 @@ def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
     """Say what a server can do, with the evidence; LLMError where that is not enough."""
     endpoint = Endpoint(url, model, trials, timeout=timeout)
     can = [call for call in MODES if endpoint.can(call)]
-    print(f"{endpoint.name} (model {endpoint.model})")
-    for call, (_, evidence) in endpoint.capabilities.items():
-        print(f"  {call:14} {'yes' if call in can else 'NO '}  {evidence}")
     if "complete" not in can or len(can) == 1:
         raise LLMError("this endpoint cannot make FRet: it needs complete, and log_likelihood or top_tokens")
     rank = "" if "log_likelihood" in can else " --rank rc"

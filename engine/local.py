@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Local(Strings):
         rows: int = 32,                 # texts that are scored together, or answers that are written together
     ) -> None:
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+            from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
             raise InputError("a model in this process needs transformers: pip install transformers") from error
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,17 +52,13 @@ class Local(Strings):
             raise InputError(f"{folder}: transformers opens no causal language model there "
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, device)
-        super().__init__(f"hf:{folder}")
+        super().__init__(f"hf:{folder} in {str(self.model.dtype).removeprefix('torch.')}")
         self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
         end = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
         self.stop = [*stop, *map(self.tokenizer.decode, ends)]
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
-        self.new_cache: Callable[[], Any] = DynamicCache
-
-    def describe(self, call: str) -> str:
-        return f"{self.name} in {str(self.model.dtype).removeprefix('torch.')}"
 
     def tokens(self, text: str) -> Tokens:
         return self.tokenizer(text)["input_ids"]
@@ -140,12 +136,14 @@ class Local(Strings):
 
     def batches(self, prompts: Sequence[str], size: int) -> Iterator[Batch]:
         """The prompts, read in batches of like length, so that there is little padding."""
+        from transformers import DynamicCache
+
         tokens = {prompt: self.tokens(prompt) for prompt in prompts}
         # what all begin with is read once; not a last token, which is to predict the next
         head = list(os.path.commonprefix([row[:-1] for row in tokens.values()]))
         if getattr(self.model.config, "sliding_window", None):
             head = []    # subtle: the padding after the head would count as what the window sees
-        head_cache = self.new_cache()
+        head_cache = DynamicCache()
         if head:
             self.forward(self.tensor([head]), head_cache)
         order = sorted(prompts, key=lambda prompt: len(tokens[prompt]))

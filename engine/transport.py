@@ -166,6 +166,7 @@ class Server:
                 reason = self.quoted(f"no sound reply ({type(error).__name__}: {error})")
                 if isinstance(error, TimeoutError) and not self.ready:
                     break
+            self.connection.http.close()                             # which may be in the midst of a reply
             self.stopped.wait(pause)
         if self.ready:
             raise CallFailed(f"{reason}, {len(PAUSES)} times")
@@ -177,7 +178,7 @@ class Server:
         if self.stopped.wait(max(0.0, self.resume_at - time.monotonic())):
             raise LLMError("the run was stopped")
         self.usage.admit()
-        status, headers, data = self.send(path, json.dumps(body).encode() if body else None)
+        status, headers, data = self.send(path, json.dumps(body) if body else None)
         if body and status != 503:                                   # 503: it is not ready
             self.ready = True
         if status == 200:
@@ -199,27 +200,22 @@ class Server:
             raise RetryableError(reason)
         raise CallFailed(reason)
 
-    def send(self, path: str, data: bytes | None) -> tuple[int, Any, bytes]:
-        """Status, headers and body; the connection is kept where nothing went wrong."""
+    def send(self, path: str, data: str | None) -> tuple[int, Any, bytes]:
+        """Status, headers and body."""
         deadline = time.monotonic() + self.timeout
-        connection = self.connection.http
-        try:
-            connection.request("POST" if data else "GET", path, data, self.headers)
-            reply = connection.getresponse()
-            text = bytearray()
-            for part in iter(lambda: reply.read1(65536), b""):
-                text += part
-                if time.monotonic() > deadline:                      # though no single read was too slow
-                    raise TimeoutError("the reply came too slowly")
-                if len(text) > MAX_REPLY_BYTES:
-                    raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
-            if reply.length:
-                raise http.client.IncompleteRead(b"", reply.length)
-            reply.close()                                            # or the connection takes no other request
-            return reply.status, reply.headers, bytes(text)
-        except BaseException:
-            connection.close()
-            raise
+        self.connection.http.request("POST" if data else "GET", path, data, self.headers)
+        reply = self.connection.http.getresponse()
+        text = bytearray()
+        for part in iter(lambda: reply.read1(65536), b""):
+            text += part
+            if time.monotonic() > deadline:                          # though no single read was too slow
+                raise TimeoutError("the reply came too slowly")
+            if len(text) > MAX_REPLY_BYTES:
+                raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
+        if reply.length:
+            raise http.client.IncompleteRead(b"", reply.length)
+        reply.close()                                                # or the connection takes no other request
+        return reply.status, reply.headers, bytes(text)
 
     def quoted(self, text: str) -> str:
         """A server's words for the screen; they may hold the key, terminal controls, and have no end."""
@@ -229,15 +225,13 @@ class Server:
 
 def server_address(url: str) -> SplitResult:
     """The parts of a server's URL; InputError, without the URL, which may hold a key."""
-    try:
+    with contextlib.suppress(ValueError):                            # a port or a host that can be none
         parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:                                               # a port or a host that can be none
-        good = False
-    if not good or parts.query or "@" in url:
-        raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in "
-                         "OPENAI_API_KEY and nowhere else")
-    return parts
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            if not parts.query and "@" not in url:
+                return parts
+    raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in OPENAI_API_KEY and "
+                     "nowhere else")
 
 
 def retry_after(headers: Any) -> float:

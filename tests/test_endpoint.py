@@ -300,7 +300,7 @@ def test_a_model_that_copies_an_example_in_chat_is_asked_to_complete(monkeypatch
 def test_what_was_found_is_said_before_a_run(capsys):
     with FakeServer("vllm") as server:
         endpoint(server).log_likelihood([("a:", " b")])
-    assert re.search(r"log_likelihood=echo: -\d+\.\d\d over \d+ tokens", capsys.readouterr().err)
+    assert re.search(r"  log_likelihood yes  echo: -\d+\.\d\d over \d+ tokens", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("status, message", [(503, "HTTP 503"), (401, "HTTP 401"), (307, "HTTP 307: http://to")])

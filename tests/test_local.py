@@ -178,7 +178,7 @@ def test_mine_with_a_model_in_this_process(folder, tmp_path, monkeypatch, capsys
         prefix = gecko.fill(llm.P_QL, passage=f"{p['id']} {p['id']} is a drink.")
         assert p["ql"] == pytest.approx(log_likelihood_spec(folder, prefix, " what is tea"), abs=1e-3)
     assert row["positive_id"] == max(row["candidates"], key=lambda p: p["ql"])["id"]
-    assert f"0 answers of hf:{folder} from {tmp_path}/f.cache.jsonl" in capsys.readouterr().out
+    assert f"0 answers of hf:{folder} in float32 from {tmp_path}/f.cache.jsonl" in capsys.readouterr().out
 
 
 def test_what_is_no_model_is_one_line(tmp_path):
