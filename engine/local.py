@@ -56,7 +56,7 @@ class Local(Strings):
         self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
         end = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-        self.stop = [*stop, *map(self.tokenizer.decode, ends)]
+        self.stop: list[Any] = [*stop, *map(self.tokenizer.decode, ends)]
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
 
@@ -119,17 +119,16 @@ class Local(Strings):
                 row += self.temperature * gumbel
             token = logits.argmax(dim=1, keepdim=True)               # (B, 1)
             ids = torch.cat([ids, token.to(ids.device)], dim=1)      # (B, K + tokens written)
-            answers = [self.until_stop(row) for row in ids[:, K:].tolist()]
-            if all(done for _, done in answers):
+            texts = [self.tokenizer.decode(row) for row in ids[:, K:].tolist()]
+            answers = [self.until_stop(text) for text in texts]
+            if not set(texts) & set(answers):                        # no text is without a stop
                 break
-        return [text for text, _ in answers]
+        return answers
 
-    def until_stop(self, tokens: Tokens) -> tuple[str, bool]:
-        """The text before the first end or stop, and whether there is one."""
-        whole = text = self.tokenizer.decode(tokens)
+    def until_stop(self, text: str) -> str:
         for stop in self.stop:
             text = text.partition(stop)[0]
-        return text, text != whole
+        return text
 
     # ----------------------------------------------------------------------------------------------
     # Prompts, and the keys and values of their tokens

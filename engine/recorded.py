@@ -9,6 +9,7 @@ otherwise than it did is left out. tests/lab/record.py makes the file.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,18 @@ class Recorded:
                 same[p["_id"]] = place
         self.places, self.missing = same, len(digests) - len(same)   # passages
         self.rows: list[dict[str, Any]] = []                         # seed_id, task, query, ql
-        self.written: dict[str, list[str]] = {}                      # answers that are still to come, by seed
+        self.written: dict[str, list[str]] = defaultdict(list)       # answers that are still to come, by seed
         self.ranked: dict[tuple[str, str], list[str]] = {}           # candidates by (seed, query)
-        self.lost = 0                                                # rows
         self.scores: dict[tuple[str, str], float] = {}               # QL by (query, passage's id)
         for row in rows:
             row["ql"] = [[key, score] for key, score in row["ql"] if key in same]
             if row["seed_id"] not in same or len(row["ql"]) < 2:
-                self.lost += 1
                 continue
             self.rows.append(row)
-            answer = f"Task: {row['task']}\nQuery: {row['query']}"
-            self.written.setdefault(row["seed_id"], []).append(answer)
+            self.written[row["seed_id"]].append(f"Task: {row['task']}\nQuery: {row['query']}")
             self.ranked[row["seed_id"], row["query"]] = [key for key, _ in row["ql"]]
             self.scores |= {(row["query"], key): score for key, score in row["ql"]}
+        self.lost = len(rows) - len(self.rows)
         self.asked = self.common = 0                                 # candidates; those found here too
 
     def report(self) -> str:
@@ -75,7 +74,7 @@ class Recorded:
     def generate(self, passages: Corpus) -> Answers:
         answers: Answers = []
         for p in passages:
-            written = self.written.get(p["_id"])
+            written = self.written[p["_id"]]
             answers.append(written.pop(0) if written else None)      # drawn again: its next query
         return answers
 
