@@ -38,7 +38,7 @@ CHATS: tuple[ScoringMode, ...] = (
 MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in this order
     # a small model copies a prompt's examples in a chat and not in a completion; OpenAI, whose mode is the last,
     # has no completions
-    "complete": (*CHATS[:-1], ("completions", {}), CHATS[-1]),
+    "complete": (*CHATS[:-1], ("completions", {"stop": ["\n\n"]}), CHATS[-1]),
     "log_likelihood": (("echo", {}), ("forced", {})),
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),
@@ -79,13 +79,13 @@ class Endpoint(Strings):
     ) -> None:
         self.server = Server(url, threads, timeout, max_requests)
         super().__init__(self.server.url)
-        self.usage, self.model, self.trials = self.server.usage, model, trials
+        self.model, self.trials = model, trials
         self.capabilities: dict[str, Capability] = {}                # by call
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
     def report(self) -> str:
-        return f"{super().report()}\n{self.usage.report()}"
+        return f"{super().report()}\n{self.server.report()}"
 
     def ask_new(self, call: str, items: Items) -> None:
         mode = self.require(call)
@@ -95,9 +95,9 @@ class Endpoint(Strings):
             try:
                 answer = ask_one(mode, *items[i])
             except CallFailed as error:
-                self.usage.fail(str(error))
+                self.server.fail(str(error))
                 return
-            self.usage.failed_in_a_row = 0
+            self.server.failed_in_a_row = 0
             self.keep(call, items[i], answer)
 
         self.server.map(work, len(items))
@@ -118,8 +118,6 @@ class Endpoint(Strings):
     def one_complete(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
         body = {"max_tokens": 256, "temperature": 0.7, "seed": seed, **fields}
-        if mode[0] == "completions":
-            body["stop"] = ["\n\n"]
         return self.post(mode, prompt, body, answer_text)
 
     def one_top_tokens(self, mode: ScoringMode, prompt: str, _: str = "") -> list[tuple[str, float]]:

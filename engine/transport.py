@@ -13,7 +13,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -45,50 +44,6 @@ MAY_PASS = (RetryableError, OSError, http.client.HTTPException, ValueError, Look
             ArithmeticError, RecursionError)
 
 
-@dataclass
-class Usage:
-    """What a run has sent and was charged for, shared by its threads, and where it must stop."""
-
-    max_requests: int = 0                                            # 0: no limit
-    requests: int = 0                                                # sent, whatever came of them
-    prompt_tokens: int = 0                                           # as the server's `usage` counts them
-    completion_tokens: int = 0
-    failed: int = 0                                                  # calls, after all their tries
-    failed_in_a_row: int = 0
-    last_failure: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def admit(self) -> None:
-        """Count one request before it is sent."""
-        with self.lock:
-            if self.max_requests and self.requests >= self.max_requests:
-                raise LLMError(f"stopped at --max-requests {self.max_requests}: all answers so far are in the "
-                               "cache; the same command with a larger limit goes on from there")
-            self.requests += 1
-
-    def charge(self, answer: Json) -> None:
-        usage = answer.get("usage") or {}
-        with self.lock:                                              # llama-server's own names stand second
-            self.prompt_tokens += int(usage.get("prompt_tokens") or answer.get("tokens_evaluated") or 0)
-            self.completion_tokens += int(usage.get("completion_tokens") or answer.get("tokens_predicted") or 0)
-
-    def fail(self, reason: str) -> None:
-        """Count a call that failed; LLMError when too many in a row have."""
-        with self.lock:
-            self.failed += 1
-            self.failed_in_a_row += 1
-            self.last_failure = reason
-            if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-                raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {reason}")
-
-    def report(self) -> str:
-        sent = (f"sent {self.requests:,} requests: {self.prompt_tokens:,} prompt and "
-                f"{self.completion_tokens:,} completion tokens")
-        if self.failed:
-            return f"{sent}\n{self.failed:,} calls failed; the last: {self.last_failure}"
-        return sent
-
-
 class Connection(threading.local):
     """To one host: each thread has one of its own, which its first request opens."""
 
@@ -113,7 +68,7 @@ class Server:
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
         self.url = f"{address.scheme}://{address.netloc}{self.base}"
         self.connection = Connection(address, timeout)
-        self.threads, self.timeout, self.usage = threads, timeout, Usage(max_requests)
+        self.threads, self.timeout, self.max_requests = threads, timeout, max_requests
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
@@ -123,6 +78,9 @@ class Server:
         self.ready = False                                           # has it replied to a prompt?
         self.stopped = threading.Event()                             # set: nothing more is sent
         self.resume_at = 0.0                                         # nor before this time
+        self.lock = threading.Lock()                                 # of the counts that follow
+        self.requests = self.prompt_tokens = self.completion_tokens = self.failed_in_a_row = 0
+        self.failures: list[str] = []                                # of calls, after all their tries
 
     def map(self, work: Callable[[int], None], count: int) -> None:
         """work(i) for all i below count, `threads` at a time; after an exception nothing more is sent."""
@@ -177,14 +135,14 @@ class Server:
         """One request: the decoded reply, or an exception that says what its status means."""
         if self.stopped.wait(max(0.0, self.resume_at - time.monotonic())):
             raise LLMError("the run was stopped")
-        self.usage.admit()
+        self.admit()
         status, headers, data = self.send(path, json.dumps(body) if body else None)
         if body and status != 503:                                   # 503: it is not ready
             self.ready = True
         if status == 200:
             answer = json.loads(data)
             if not answer.get("error"):
-                self.usage.charge(answer)
+                self.charge(answer)
                 return answer
             status = 500                                             # an error inside a 200
         text = data.decode(errors="replace")
@@ -216,6 +174,38 @@ class Server:
             raise http.client.IncompleteRead(b"", reply.length)
         reply.close()                                                # or the connection takes no other request
         return reply.status, reply.headers, bytes(text)
+
+    # ----------------------------------------------------------------------------------------------
+    # What was sent and charged, counted by all threads
+
+    def admit(self) -> None:
+        """Count one request before it is sent."""
+        with self.lock:
+            if self.max_requests and self.requests >= self.max_requests:
+                raise LLMError(f"stopped at --max-requests {self.max_requests}: all answers so far are in the "
+                               "cache; the same command with a larger limit goes on from there")
+            self.requests += 1
+
+    def charge(self, answer: Json) -> None:
+        usage = answer.get("usage") or {}
+        with self.lock:                                              # llama-server's own names stand second
+            self.prompt_tokens += int(usage.get("prompt_tokens") or answer.get("tokens_evaluated") or 0)
+            self.completion_tokens += int(usage.get("completion_tokens") or answer.get("tokens_predicted") or 0)
+
+    def fail(self, reason: str) -> None:
+        """Count a call that failed; LLMError when too many in a row have."""
+        with self.lock:
+            self.failures.append(reason)
+            self.failed_in_a_row += 1
+            if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+                raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {reason}")
+
+    def report(self) -> str:
+        report = (f"sent {self.requests:,} requests: {self.prompt_tokens:,} prompt and "
+                  f"{self.completion_tokens:,} completion tokens")
+        if self.failures:
+            report += f"\n{len(self.failures):,} calls failed; the last: {self.failures[-1]}"
+        return report
 
     def quoted(self, text: str) -> str:
         """A server's words for the screen; they may hold the key, terminal controls, and have no end."""

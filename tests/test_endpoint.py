@@ -177,7 +177,7 @@ def test_a_server_that_lists_few_tokens_scores_what_it_can(monkeypatch):
         e = endpoint(server)
         pairs = [ql_prompt(TEXTS[name], passage(1)) for name in ("ascii", "cjk")]
         assert e.log_likelihood(pairs) == [pytest.approx(by_hand(*pairs[0])), None]
-    assert "does it cap n_probs" in e.usage.last_failure
+    assert "does it cap n_probs" in e.server.failures[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_probe_says_what_works_with_numbers(kind, complete, log_likelihood, top_
         e = endpoint(server)
         for call in MODES:
             e.can(call)
-        assert e.usage.requests <= 40                      # seconds, also where an error is a 500
+        assert e.server.requests <= 40                      # seconds, also where an error is a 500
     assert [mode and mode[0] for mode, _ in e.capabilities.values()] == [complete, log_likelihood, top_tokens]
     out = capsys.readouterr().out
     for call in MODES:
@@ -293,7 +293,7 @@ def test_a_model_that_copies_an_example_in_chat_is_asked_to_complete(monkeypatch
 
     monkeypatch.setattr(FakeServer, "chat", chat)
     with FakeServer("llama-server") as server:
-        assert endpoint(server).require("complete") == ("completions", {})
+        assert endpoint(server).require("complete") == MODES["complete"][3]
     assert len(chats) == 3
 
 
@@ -342,9 +342,9 @@ def test_every_score_is_right_or_none_through_faults(kind):
         assert b is None or b == pytest.approx(by_hand(rc_prompt(q, p), llm.LABELS[0]), abs=1e-9)
         assert text is None or llm.parse_generation(text)[1].startswith("what of Tea")
     missing = sum(x is None for x in [*ql, *rc, *answers])
-    usage = model.strings.usage
-    assert missing == usage.failed <= 9
-    assert usage.prompt_tokens > 0 and usage.completion_tokens > 0
+    server = model.strings.server
+    assert missing == len(server.failures) <= 9
+    assert server.prompt_tokens > 0 and server.completion_tokens > 0
 
 
 def test_failed_calls_are_none_and_counted(monkeypatch):
@@ -356,7 +356,7 @@ def test_failed_calls_are_none_and_counted(monkeypatch):
         server.faults = 0.2
         got = e.log_likelihood(fake_server.pairs(300))
     lost = sum(server.spoiled.values()) - server.spoiled.get("slow", 0)
-    assert got.count(None) == e.usage.failed == lost > 20
+    assert got.count(None) == len(e.server.failures) == lost > 20
     for value, pair in zip(got, fake_server.pairs(300), strict=True):
         assert value is None or value == pytest.approx(by_hand(*pair), abs=1e-9)
 
@@ -416,7 +416,7 @@ def test_a_prompt_that_was_cut_in_silence_is_a_failed_call(kind, call, monkeypat
         else:
             got = e.log_likelihood([(prompt, " tea") for prompt in prompts])
     assert got[0] is None and got[1] is not None
-    assert "the server read 20 tokens of a prompt of" in e.usage.last_failure and e.usage.failed == 1
+    assert "the server read 20 tokens of a prompt of" in e.server.failures[-1] and len(e.server.failures) == 1
 
 
 @pytest.mark.parametrize("base, asked", [

@@ -102,7 +102,7 @@ def test_top_tokens_are_the_models(server, tok, mode):
 def test_completions_are_seeded_texts(server):
     """The answers are text, the same for the same seed; another seed gives another."""
     e, prompt = endpoint(server), llm.TRIALS.prompt
-    e.capabilities["complete"] = ("completions", {}), ""
+    e.capabilities["complete"] = MODES["complete"][3], ""
     # one after another, behind one that fills the cache: a prompt read in other parts differs in its last digits
     answers = []
     for seed in (1, 1, 1, 2):

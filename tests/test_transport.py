@@ -95,7 +95,7 @@ def test_each_request_that_is_sent_is_counted():
         e = echoing(server, threads=2)
         server.script = ["", "", "", "closed", "", "closed", "500"]
         assert None not in e.log_likelihood(pairs(20))
-        assert e.usage.requests == len(server.bodies) == 23
+        assert e.server.requests == len(server.bodies) == 23
 
 
 def test_a_limit_that_a_probe_meets_is_not_said_to_be_the_servers_silence():
