@@ -91,16 +91,14 @@ class Endpoint(Strings):
         mode = self.require(call)
         ask_one = getattr(self, f"one_{call}")
 
-        def work(i: int) -> None:
+        def work(item: tuple[str, Any]) -> None:
             try:
-                answer = ask_one(mode, *items[i])
+                self.keep(call, item, ask_one(mode, *item))
+                self.server.failed_in_a_row = 0
             except CallFailed as error:
                 self.server.fail(str(error))
-                return
-            self.server.failed_in_a_row = 0
-            self.keep(call, items[i], answer)
 
-        self.server.map(work, len(items))
+        self.server.map(work, items)
 
     # ----------------------------------------------------------------------------------------------
     # Requests
@@ -179,7 +177,8 @@ class Endpoint(Strings):
         if not self.capabilities:
             print(f"waiting for {self.name}: up to {self.server.timeout:g} s for an answer (--timeout)",
                   file=sys.stderr)
-            self.find_model()
+            if not self.model:
+                self.find_model()
             print(f"{self.name} (model {self.model})")
         if call not in self.capabilities:
             mode, evidence = self.capabilities[call] = self.first_that_works(call)
@@ -199,13 +198,11 @@ class Endpoint(Strings):
         return f"{self.model}: {spelled(mode)}"
 
     def find_model(self) -> None:
-        """The model's name, where none was given: the first that the server lists."""
-        if self.model:
-            return
-        # a server may have no list; what else is wrong will show when it is to complete a prompt
-        with contextlib.suppress(CallFailed, LLMError, LookupError, TypeError):
-            models = self.server.call(self.server.base + "/models", None, lambda answer: answer["data"])
-            self.model = models[0]["id"]
+        """The first model that the server lists."""
+        # it may have no list; what else is wrong will show when it is to complete a prompt
+        with contextlib.suppress(CallFailed, LLMError):
+            self.model = self.server.call(self.server.base + "/models", None,
+                                          lambda answer: answer["data"][0]["id"])
 
     def first_that_works(self, call: str) -> Capability:
         attempt = getattr(self, f"try_{call}")

@@ -21,7 +21,6 @@ from engine.replies import Tops
 from engine.search import has_bfloat16
 
 Tokens = list[int]
-Batch = tuple[list[str], Tensor, Any]  # prompts, their ids (B, K), a cache of all but the last of these
 
 # B rows of a batch, K tokens of a prompt, L of a text, V of the vocabulary. The id -1 is padding.
 PROMPTS = 8  # that are read together; of answers that are written, as many as rows
@@ -133,8 +132,8 @@ class Local(Strings):
     # ----------------------------------------------------------------------------------------------
     # Prompts, and the keys and values of their tokens
 
-    def batches(self, prompts: Sequence[str], size: int) -> Iterator[Batch]:
-        """The prompts, read in batches of like length, so that there is little padding."""
+    def batches(self, prompts: Sequence[str], size: int) -> Iterator[tuple[list[str], Tensor, Any]]:
+        """Prompts of like length, with little padding; their ids (B, K); a cache of all but the last of these."""
         from transformers import DynamicCache
 
         tokens = {prompt: self.tokens(prompt) for prompt in prompts}

@@ -47,7 +47,8 @@ class Recorded:
             self.rows.append(row)
             self.written[row["seed_id"]].append(f"Task: {row['task']}\nQuery: {row['query']}")
             self.ranked[row["seed_id"], row["query"]] = [key for key, _ in row["ql"]]
-            self.scores |= {(row["query"], key): score for key, score in row["ql"]}
+            for key, score in row["ql"]:
+                self.scores[row["query"], key] = score
         self.lost = len(rows) - len(self.rows)
         self.asked = self.common = 0                                 # candidates; those found here too
 

@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -82,18 +82,18 @@ class Server:
         self.requests = self.prompt_tokens = self.completion_tokens = self.failed_in_a_row = 0
         self.failures: list[str] = []                                # of calls, after all their tries
 
-    def map(self, work: Callable[[int], None], count: int) -> None:
-        """work(i) for all i below count, `threads` at a time; after an exception nothing more is sent."""
+    def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        """work(item) for each item, `threads` at a time; after an exception nothing more is sent."""
         self.stopped = stopped = threading.Event()
-        numbers = iter(range(count))                                 # whose next() is atomic
+        left = iter(items)                                           # whose next() is atomic
         errors: list[Exception] = []
 
         def worker() -> None:
             try:
-                for i in numbers:
+                for item in left:
                     if stopped.is_set():
                         break
-                    work(i)
+                    work(item)
             except Exception as error:
                 errors.append(error)
                 stopped.set()
@@ -101,7 +101,7 @@ class Server:
                 self.connection.http.close()
 
         # daemons: after Ctrl-C nobody waits for slow answers
-        workers = [threading.Thread(target=worker, daemon=True) for _ in range(min(self.threads, count))]
+        workers = [threading.Thread(target=worker, daemon=True) for _ in range(min(self.threads, len(items)))]
         try:
             for thread in workers:
                 thread.start()

@@ -117,7 +117,7 @@ def test_the_window_is_bounded(monkeypatch):
         done: list[int] = []
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", lambda self: started.append(1) or start(self))
-            e.server.map(done.append, 1000)
+            e.server.map(done.append, range(1000))
         assert sorted(done) == list(range(1000)) and len(started) == 4
         e.server.stopped.set()
         with pytest.raises(LLMError, match="was stopped"):
