@@ -42,8 +42,8 @@ class Local(Strings):
         except ImportError as error:
             raise InputError("a model in this process needs transformers: pip install transformers") from error
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # the weights' own, but for a CPU to which bfloat16 products take four times as long as float32 ones
-        dtype = "auto" if device.type == "cuda" or has_bfloat16(device) else torch.float32
+        # the weights' own, but where a bfloat16 product takes four times as long as a float32 one
+        dtype = "auto" if has_bfloat16(device) else torch.float32
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -55,7 +55,7 @@ class Local(Strings):
         self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
         end = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
-        self.stop: list[Any] = [*stop, *map(self.tokenizer.decode, ends)]
+        self.stop: list[Any] = [*stop, *filter(None, map(self.tokenizer.decode, ends))]
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
 
