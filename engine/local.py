@@ -7,7 +7,6 @@ each against the keys and values of its prefix.
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -56,8 +55,6 @@ class Local(Strings):
         end = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
         self.stop: list[Any] = [*stop, *filter(None, map(self.tokenizer.decode, ends))]
-        names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
 
     def tokens(self, text: str) -> Tokens:
         return self.tokenizer(text)["input_ids"]
@@ -163,8 +160,11 @@ class Local(Strings):
         valid = ids >= 0                                             # (B, K)
         place = valid.cumsum(dim=1).sub(1).clamp(min=0)              # (B, K)
         seen = cache.get_seq_length()
-        settings = {self.cache_name: cache, "attention_mask": valid, "position_ids": place[:, seen:]}
-        return self.model(ids[:, seen:].clamp(min=0), logits_to_keep=last, **settings).logits.float()
+        # a transformers that calls the cache otherwise fills none: nothing was seen then, which is slow and right
+        new = ids[:, seen:].clamp(min=0)                             # (B, K - seen)
+        answer = self.model(new, attention_mask=valid, position_ids=place[:, seen:], cache=cache,
+                            logits_to_keep=last)
+        return answer.logits.float()
 
     def tensor(self, rows: list[Tokens]) -> Tensor:
         return torch.tensor(rows, device=self.model.device)

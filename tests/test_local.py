@@ -98,6 +98,13 @@ def test_negative_control_padding_that_is_read_changes_scores(model, monkeypatch
     assert model.log_likelihood(PAIRS) != pytest.approx(together, abs=1e-2)
 
 
+def test_a_transformers_that_takes_no_cache_by_that_name_is_slow_and_right(model, monkeypatch):
+    together, forward = model.log_likelihood(PAIRS), model.model.forward
+    model.answers.clear()
+    monkeypatch.setattr(model.model, "forward", lambda *args, cache=None, **rest: forward(*args, **rest))
+    assert model.log_likelihood(PAIRS) == pytest.approx(together, abs=1e-4)
+
+
 def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
     for prompt, top in zip(PREFIXES, model.top_tokens(PREFIXES), strict=True):
         values = [log_p for _, log_p in top]
