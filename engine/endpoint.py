@@ -198,9 +198,8 @@ class Endpoint(Strings):
         return f"{self.model}: {spelled(mode)}"
 
     def find_model(self) -> None:
-        """The first model that the server lists."""
-        # it may have no list; what else is wrong will show when it is to complete a prompt
-        with contextlib.suppress(CallFailed, LLMError):
+        """The first model that the server lists, if it has a list."""
+        with contextlib.suppress(CallFailed):
             self.model = self.server.call(self.server.base + "/models", None,
                                           lambda answer: answer["data"][0]["id"])
 

@@ -308,16 +308,18 @@ def test_a_server_that_is_not_ready_is_not_said_to_be_unable(status, message, mo
     monkeypatch.setattr(transport, "PAUSES", (0, 0))
     monkeypatch.setattr(Server, "send", lambda *_: (status, {"location": "http://to/x"} if status == 307 else {},
                                                     b"{}"))
-    with FakeServer() as server, pytest.raises(LLMError, match=message):
-        endpoint(server).complete(["Task:"], [1])
+    for model in ("", "tiny"):
+        with FakeServer() as server, pytest.raises(LLMError, match=message):
+            endpoint(server, model).complete(["Task:"], [1])
 
 
 def test_nobody_there_is_one_line(monkeypatch):
     monkeypatch.setattr(transport, "PAUSES", (0, 0))
     with FakeServer() as server:
-        e = endpoint(server)
-    with pytest.raises(LLMError, match="does not answer: no sound reply .ConnectionRefused"):
-        e.complete(["Task:"], [1])
+        pass
+    for model in ("", "tiny"):
+        with pytest.raises(LLMError, match="does not answer: no sound reply .ConnectionRefused"):
+            endpoint(server, model).complete(["Task:"], [1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -443,11 +445,10 @@ def test_a_base_url_is_taken_as_openais_client_takes_it(base, asked, monkeypatch
 
 def test_a_probe_of_a_server_that_never_answers_says_that_it_waits_and_waits_once(monkeypatch, capsys):
     """One line while it waits, one at the end, and no second try of what took the whole --timeout."""
-    for silent in (["do_POST"], ["do_GET", "do_POST"]):
+    for silent in ("do_GET", "do_POST"):
         with FakeServer("openai") as server:
             released = fake_server.threading.Event()
-            for name in silent:
-                monkeypatch.setattr(server.server.RequestHandlerClass, name, lambda self: released.wait(30))
+            monkeypatch.setattr(server.server.RequestHandlerClass, silent, lambda self: released.wait(30))
             monkeypatch.setattr(sys, "argv", ["llm.py", "probe", "--llm", server.url, "--timeout", "0.5"])
             start = fake_server.time.monotonic()
             with pytest.raises(LLMError, match=rf"^{server.url} does not answer: .*timed out.*--timeout 0.5"):
