@@ -87,7 +87,8 @@ class Local(Strings):
             # subtle: tokenised in its place, since a tokenizer may mark the beginning of a text
             texts.append(self.tokens(prefix + text)[len(self.tokens(prefix)):])
         L = max(map(len, texts))
-        target = self.tensor([text + [-1] * (L - len(text)) for text in texts])  # (B, L)
+        padded = [text + [-1] * (L - len(text)) for text in texts]
+        target = torch.tensor(padded, device=ids.device)             # (B, L)
         ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first
         log_p = self.forward(ids, cache, L).log_softmax(dim=-1)      # (B, L, V)
@@ -138,9 +139,9 @@ class Local(Strings):
         head = list(os.path.commonprefix([row[:-1] for row in tokens.values()]))
         if getattr(self.model.config, "sliding_window", None):
             head = []    # subtle: the padding after the head would count as what the window sees
-        head_cache = DynamicCache()
+        head_cache, device = DynamicCache(), self.model.device
         if head:
-            self.forward(self.tensor([head]), head_cache)
+            self.forward(torch.tensor([head], device=device), head_cache)
         order = sorted(prompts, key=lambda prompt: len(tokens[prompt]))
         for start in range(0, len(order), size):
             batch = order[start:start + size]
@@ -149,7 +150,7 @@ class Local(Strings):
             for prompt in batch:                                     # padded so that all end together
                 row = tokens[prompt]
                 rows.append(head + [-1] * (longest - len(row)) + row[len(head):])
-            ids = self.tensor(rows)
+            ids = torch.tensor(rows, device=device)                  # (B, K)
             cache = of_rows(head_cache, [0] * len(rows))
             if longest > len(head) + 1:
                 self.forward(ids[:, :-1], cache)
@@ -165,9 +166,6 @@ class Local(Strings):
         answer = self.model(new, attention_mask=valid, position_ids=place[:, seen:], cache=cache,
                             logits_to_keep=last)
         return answer.logits.float()
-
-    def tensor(self, rows: list[Tokens]) -> Tensor:
-        return torch.tensor(rows, device=self.model.device)
 
 
 def of_rows(cache: Any, rows: Sequence[int]) -> Any:

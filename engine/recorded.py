@@ -35,7 +35,8 @@ class Recorded:
         for place, p in enumerate(corpus):
             if digests.get(p["_id"]) == digest(shown(p, self.header["characters"])):
                 same[p["_id"]] = place
-        self.places, self.missing = same, len(digests) - len(same)   # passages
+        self.places = same
+        self.missing = len(digests) - len(same)                      # passages
         self.rows: list[dict[str, Any]] = []                         # seed_id, task, query, ql
         self.written: dict[str, list[str]] = defaultdict(list)       # answers that are still to come, by seed
         self.ranked: dict[tuple[str, str], list[str]] = {}           # candidates by (seed, query)
@@ -55,7 +56,9 @@ class Recorded:
     def report(self) -> str:
         """Whose answers these are, and what of them is of no use here."""
         about = self.header
-        overlap = f"; {self.common / self.asked:.0%} of their candidates are found here too" if self.asked else ""
+        overlap = ""
+        if self.asked:
+            overlap = f"; {self.common / self.asked:.0%} of their candidates are found here too"
         return (f"{len(self.rows):,} queries written and ranked by {about['model']} ({about['licence']}), recorded "
                 f"{about['date']} with Python {about['python']} and prompts of its own (in the file's header); "
                 f"{self.missing:,} of its passages are not in this corpus or read otherwise, and are left out with "
