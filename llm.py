@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data import Record, Records, record, side
-from engine.cache import Cached, DryRun, Labels, Strings
+from engine.cache import DryRun, Strings
 from engine.commandline import Arguments, Options, llm_arguments, rankings
 from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
@@ -181,8 +181,7 @@ class LanguageModel:
     chars: int = 4000       # of a passage that a prompt shows
 
     def __post_init__(self) -> None:
-        self.labels = Labels(self.strings)                           # scores labels on any server
-        self.report = self.labels.report                             # what was asked
+        self.report = self.strings.report                            # what was asked
         self.drawn: Counter[str] = Counter()                         # how often each passage was a seed
 
     def generate(self, passages: Corpus) -> list[str | None]:
@@ -200,9 +199,8 @@ class LanguageModel:
     def relevance(self, pairs: Sequence[Pair]) -> Scores:
         labels = LABELS if self.score == "expected" else LABELS[:1]
         prompts = [self.prompt(P_RC, p, q) for q, p in pairs]
-        # of the labels after the first prompt, then after the second, ...; where a server scores no prompt
-        # `Labels` takes their first tokens
-        log_p = self.labels.log_likelihood([(prompt, label) for prompt in prompts for label in labels])
+        # of the labels after the first prompt, then after the second, ...
+        log_p = self.strings.label_log_likelihood([(prompt, label) for prompt in prompts for label in labels])
         starts = range(0, len(log_p), len(labels))
         return [expected_relevance(log_p[start:start + len(labels)]) for start in starts]
 
@@ -550,8 +548,8 @@ def open_llm(
         strings = Endpoint(o.llm, o.model, TRIALS, o.threads, o.timeout, o.max_requests)
     # answers have been paid for: they stay where the next run of the same command finds them
     name = Path(output.removesuffix(".gz"))
-    cached = Cached(strings, o.cache or name.with_name(f"{name.stem}.cache.jsonl"))
-    return LanguageModel(cached, score, o.seed, o.chars)
+    strings.keep_in(o.cache or name.with_name(f"{name.stem}.cache.jsonl"))
+    return LanguageModel(strings, score, o.seed, o.chars)
 
 
 def generate_command(args: Arguments) -> None:
@@ -582,7 +580,7 @@ def mine_command(args: Arguments) -> None:
     # asked now, before the corpus is encoded: a server may not be able to score
     source = {}
     if isinstance(llm, LanguageModel):
-        source = {"scored_by": llm.labels.scored_by(rank, llm.score)}
+        source = {"scored_by": llm.strings.scored_by(rank, llm.score)}
     rows = mine(llm, retriever, corpus, queries, args.N, args.negative, rank, o.seed)
     if o.dry_run:
         return count_calls(rows, "mine", llm)

@@ -1,8 +1,4 @@
-"""What an LLM is below the page, strings; and what stands above or in place of one.
-
-`Cached` keeps answers in an append-only file: a run that was stopped pays nothing twice. `Labels` scores labels
-also where a server scores no prompt. `DryRun` counts what would be asked.
-"""
+"""What an LLM is below the page: calls on strings, whose answers are kept. `DryRun` counts what would be asked."""
 
 from __future__ import annotations
 
@@ -17,14 +13,23 @@ from typing import Any
 from engine.replies import Answers, LogProbs, Tops, first_token_log_prob
 
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
+Items = Sequence[tuple[str, Any]]  # what a call is asked for: (prompt, its seed or text)
 
 
 class Strings:
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
-    name: str                                                        # the server or folder
-    # told (call, item, answer) as each answer comes; a cache above puts its own here
-    keep: Any = staticmethod(lambda *_: None)
+    path: str | Path = "no file"                                     # of the answers
+    file: Any = None
+    found = 0                                                        # answers that cost nothing again
+    labels = unlisted = 0                                            # by first tokens; not among the top ones
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name                                             # the server or folder
+        self.answers: dict[str, Any] = {}                            # by key
+
+    # ----------------------------------------------------------------------------------------------
+    # The calls
 
     def complete(self, prompts: Sequence[str], seeds: Sequence[int]) -> Answers:
         """A text that continues, or answers, each prompt."""
@@ -36,10 +41,35 @@ class Strings:
 
     def top_tokens(self, prompts: Sequence[str]) -> list[Tops | None]:
         """Where no prompt is scored: the likeliest first tokens of each answer, with their log p."""
-        return self.ask("top_tokens", prompts)
+        return self.ask("top_tokens", [(prompt, "") for prompt in prompts])
 
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        """One of these calls, by its name: the answer to each item."""
+    def label_log_likelihood(self, pairs: Pairs) -> LogProbs:
+        """Of each (prompt, label) its log p: by the label's first token where no prompt is scored."""
+        if self.can("log_likelihood"):
+            return self.log_likelihood(pairs)
+        log_p: LogProbs = []
+        for (_, label), top in zip(pairs, self.top_tokens([prompt for prompt, _ in pairs]), strict=True):
+            value, listed = first_token_log_prob(top, label) if top else (None, True)
+            log_p.append(value)
+            self.labels += 1
+            self.unlisted += not listed
+        return log_p
+
+    def ask(self, call: str, items: Items) -> list[Any]:
+        """The answers to items: each item is asked for once, and only if its answer is not known."""
+        different = set(items)
+        # sorted: prompts that share their beginning follow each other, which a prefix cache makes cheap
+        new = sorted(item for item in different if self.key(call, item) not in self.answers)
+        self.found += len(different) - len(new)
+        if new:
+            self.ask_new(call, new)
+        return [self.answers.get(self.key(call, item)) for item in items]
+
+    # ----------------------------------------------------------------------------------------------
+    # What an LLM is
+
+    def ask_new(self, call: str, items: Items) -> None:
+        """Ask for each item, and `keep` each answer as it comes."""
         raise NotImplementedError
 
     def can(self, call: str) -> bool:
@@ -50,131 +80,72 @@ class Strings:
         """Model and scoring mode: with the name all that decides an answer. An error where it cannot."""
         return self.name
 
+    # ----------------------------------------------------------------------------------------------
+    # What is said of it
+
+    def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
+        """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
+        source: dict[str, str | None] = {"ql": None, "rc": None}
+        rankings = rank.split(",")
+        if "ql" in rankings:
+            source["ql"] = self.describe("log_likelihood")
+        if "rc" in rankings:
+            call = "log_likelihood" if self.can("log_likelihood") else "top_tokens"
+            source["rc"] = f"{self.describe(call)} ({score})"
+        return source
+
     def report(self) -> str:
-        """What was asked of it so far."""
-        raise NotImplementedError
+        """What was asked, and how far the scores can be trusted."""
+        report = f"{self.found:,} answers of {self.name} from {self.path}"
+        if self.unlisted > 0.01 * self.labels:
+            report += (f"\nwarning: {self.unlisted:,} of {self.labels:,} labels were outside the top tokens: "
+                       "their log-probability is only bounded (an upper bound was taken)")
+        return report
 
+    # ----------------------------------------------------------------------------------------------
+    # The file: a JSONL of {"key", "value"}, so that a run that was stopped pays nothing twice
 
-class Cached(Strings):
-    """The same strings, with the answers kept in a JSONL of {"key", "value"}.
-
-    A torn line (kill -9) is passed over.
-    """
-
-    def __init__(self, strings: Strings, path: str | Path) -> None:
-        self.strings = strings
-        self.name = strings.name
-        self.path = Path(path)
-        strings.keep = self.put                                      # written as each answer comes
-        self.found = 0                                               # answers that cost nothing again
-        self.answers: dict[str, Any] = {}                            # by key
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def keep_in(self, path: str | Path) -> None:
+        """Take the answers that the file holds, and append all that come. A torn line (kill -9) is passed over."""
+        self.path = path
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.file = open(path, "ab", buffering=0)                    # one write a line, from any thread
-        line = b"\n"
+        self.file.write(b"\n")                                       # a torn line ends here
         with open(path, "rb") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, LookupError, TypeError):
                     row = json.loads(line)
                     self.answers[row["key"]] = row["value"]
-        if not line.endswith(b"\n"):
-            self.file.write(b"\n")
 
-    def can(self, call: str) -> bool:
-        return self.strings.can(call)
-
-    def describe(self, call: str) -> str:
-        return self.strings.describe(call)
-
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        """The answers to items: each item is asked for once, and only if the file does not hold it."""
-        answers = {item: self.answers.get(self.key(call, item)) for item in items}
-        # sorted: prompts that share their beginning follow each other, which a prefix cache makes cheap
-        new = sorted(item for item, answer in answers.items() if answer is None)
-        self.found += len(answers) - len(new)
-        if new:
-            answers |= zip(new, self.strings.ask(call, new), strict=True)
-        return [answers[item] for item in items]
-
-    def key(self, call: str, item: Any) -> str:
+    def key(self, call: str, item: tuple[str, Any]) -> str:
         decides = [self.name, self.describe(call), call, item]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
-    def put(self, call: str, item: Any, value: Any) -> None:
-        """Append one answer."""
+    def keep(self, call: str, item: tuple[str, Any], value: Any) -> None:
         key = self.key(call, item)
-        line = (json.dumps({"key": key, "value": value}) + "\n").encode()
-        if self.file.write(line) != len(line):
-            raise OSError("the cache could not be written: is the disk full?")
+        if self.file:
+            line = json.dumps({"key": key, "value": value}) + "\n"
+            self.file.write(line.encode())
         self.answers[key] = value
-
-    def report(self) -> str:
-        return f"{self.found:,} answers of {self.name} from {self.path}; {self.strings.report()}"
-
-
-class Labels:
-    """Strings that score labels after prompts: by their first tokens where no prompt can be scored."""
-
-    asked = unlisted = 0                                             # labels; those not among the top first tokens
-
-    def __init__(self, strings: Strings) -> None:
-        self.strings = strings
-
-    def log_likelihood(self, pairs: Pairs) -> LogProbs:
-        if self.strings.can("log_likelihood"):
-            return self.strings.log_likelihood(pairs)
-        prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
-        tops = dict(zip(prompts, self.strings.top_tokens(prompts), strict=True))
-        log_p: LogProbs = []
-        for prompt, label in pairs:
-            self.asked += 1
-            top = tops[prompt]
-            if top is None:
-                log_p.append(None)
-                continue
-            value, listed = first_token_log_prob(top, label)
-            log_p.append(value)
-            self.unlisted += not listed
-        return log_p
-
-    def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
-        """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
-        source: dict[str, str | None] = {"ql": None, "rc": None}
-        for name in rank.split(","):
-            if name == "ql":
-                source[name] = self.strings.describe("log_likelihood")
-            elif name == "rc":
-                call = "log_likelihood" if self.strings.can("log_likelihood") else "top_tokens"
-                source[name] = f"{self.strings.describe(call)} ({score})"
-        return source
-
-    def report(self) -> str:
-        """What was asked, and how far the scores can be trusted."""
-        if self.unlisted <= 0.01 * self.asked:
-            return self.strings.report()
-        return (f"{self.strings.report()}\nwarning: {self.unlisted:,} of {self.asked:,} labels were outside the "
-                "top tokens: their log-probability is only bounded (an upper bound was taken)")
 
 
 class DryRun(Strings):
     """Strings that ask nobody and count: calls, prompt tokens (four bytes each), and what a prefix cache saves."""
 
-    name = "dry run"
     calls = size = shared = longest = 0                              # all but the calls in bytes
     previous = b""
 
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        for first, second in sorted(set(items)):                     # in the order of `Cached`
-            data = first.encode()
+    def ask_new(self, call: str, items: Items) -> None:
+        for prompt, text in items:
+            data = prompt.encode()
             if call == "log_likelihood":
-                data += second.encode()
+                data += text.encode()
             self.calls += 1
             self.size += len(data)
             self.longest = max(self.longest, len(data))
             self.shared += len(os.path.commonprefix([self.previous, data]))
             self.previous = data
-        return [None] * len(items)
 
     def report(self) -> str:
         return (f"{self.calls:,} calls, about {self.size // 4:,} prompt tokens (4 bytes each); a prefix cache "
                 f"saves {self.shared // 4:,} of them; the longest prompt has {self.longest // 4:,}")
-

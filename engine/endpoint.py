@@ -6,24 +6,23 @@ each kind tries one scoring mode after another, with the caller's trial prompts,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-import re
-import time
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cache import Pairs, Strings
-from engine.files import say
+from engine.cache import Items, Pairs, Strings
 from engine.replies import (
     answer_text,
-    check_not_cut,
+    begins,
     continuation_log_prob,
-    first_token_log_prob,
     forced_log_prob,
     listed_tokens,
     scored_tokens,
+    uncut,
 )
 from engine.transport import CallFailed, Json, LLMError, Server
 
@@ -39,7 +38,7 @@ CHATS: tuple[ScoringMode, ...] = (
 MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in this order
     # a small model copies a prompt's examples in a chat and not in a completion; OpenAI, whose mode is the last,
     # has no completions
-    "complete": (*CHATS[:-1], ("completions", {}), CHATS[-1]),
+    "complete": (*CHATS[:-1], ("completions", {"stop": ["\n\n"]}), CHATS[-1]),
     "log_likelihood": (("echo", {}), ("forced", {})),
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),
@@ -47,7 +46,7 @@ MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in 
 # subtle: max_tokens 0 is unlimited on one server and an error on others; at logprobs 0 one drops the prompt's part
 ECHO: ScoringMode = ("completions", {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0})
 NEEDS = {
-    "complete": "Is there a model behind it, and does it answer without thinking first?",
+    "complete": "Are the URL and the model's name right, and does it answer without thinking first?",
     "log_likelihood": "Query likelihood needs echo with logprobs (vLLM, SGLang, llama-cpp-python) or llama-server. "
                       "Use --rank rc to rank by relevance alone",
     "top_tokens": "Relevance needs scored prompts or top_logprobs, and a model that does not think first: turn "
@@ -79,39 +78,27 @@ class Endpoint(Strings):
         max_requests: int = 0,                                       # 0: no limit
     ) -> None:
         self.server = Server(url, threads, timeout, max_requests)
-        self.usage = self.server.usage
-        self.name, self.model, self.trials = self.server.url, model, trials
+        super().__init__(self.server.url)
+        self.model, self.trials = model, trials
         self.capabilities: dict[str, Capability] = {}                # by call
         self.answered: ScoringMode | None = None                     # the last that gave any answer to a trial
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
     def report(self) -> str:
-        return self.usage.report()
+        return f"{super().report()}\n{self.server.report()}"
 
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
+    def ask_new(self, call: str, items: Items) -> None:
         mode = self.require(call)
-        answers: list[Any] = [None] * len(items)
+        ask_one = getattr(self, f"one_{call}")
 
-        def work(i: int) -> None:
+        def work(item: tuple[str, Any]) -> None:
             try:
-                answers[i] = self.answer(call, mode, items[i])
+                self.keep(call, item, ask_one(mode, *item))
+                self.server.failed_in_a_row = 0
             except CallFailed as error:
-                if not self.server.stopped.is_set():
-                    self.usage.settle(str(error))
-                return
-            self.keep(call, items[i], answers[i])
-            self.usage.settle()
+                self.server.fail(str(error))
 
-        self.server.map(work, len(items))
-        return answers
-
-    def answer(self, call: str, mode: ScoringMode, item: Any) -> Any:
-        """The answer to one item."""
-        if call == "complete":
-            return self.completion(mode, *item)
-        if call == "top_tokens":
-            return self.top(mode, item)
-        return self.score(mode, *item)[0]
+        self.server.map(work, items)
 
     # ----------------------------------------------------------------------------------------------
     # Requests
@@ -124,26 +111,22 @@ class Endpoint(Strings):
             route = "/chat/completions"
             body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
         body = {field: value for field, value in body.items() if value is not None}
+        return self.server.call(self.server.base + route, body, lambda answer: read(uncut(answer, prompt)))
 
-        def checked(answer: Json) -> Any:
-            check_not_cut(answer, prompt)
-            return read(answer)
-
-        return self.server.call(self.server.base + route, body, checked)
-
-    def completion(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
+    def one_complete(self, mode: ScoringMode, prompt: str, seed: int, **fields: Any) -> str:
         """The text of one answer."""
         body = {"max_tokens": 256, "temperature": 0.7, "seed": seed, **fields}
-        if mode[0] == "completions":
-            body["stop"] = ["\n\n"]
         return self.post(mode, prompt, body, answer_text)
 
-    def top(self, mode: ScoringMode, prompt: str) -> list[tuple[str, float]]:
+    def one_top_tokens(self, mode: ScoringMode, prompt: str, _: str = "") -> list[tuple[str, float]]:
         """The likeliest first tokens of the answer."""
         body: Json = {"max_tokens": 1, "temperature": 0}
         if mode[0] == "chat":
             body |= {"logprobs": True, "top_logprobs": 20}
         return self.post(mode, prompt, body, functools.partial(listed_tokens, labels=self.trials.labels))
+
+    def one_log_likelihood(self, mode: ScoringMode, prefix: str, text: str) -> float:
+        return self.score(mode, prefix, text)[0]
 
     def score(self, mode: ScoringMode, prefix: str, text: str) -> tuple[float, int]:
         """The sum of log p of the text's tokens, and how many they are."""
@@ -162,135 +145,115 @@ class Endpoint(Strings):
 
     def forced_decoding(self, prefix: str, text: str) -> tuple[float, int]:
         """llama-server: one request a token, which a bias makes it generate; the log-prob is the raw one."""
-        tokens, head = self.tokenize(prefix + text), self.tokenize(prefix)
-        if tokens[:len(head)] != head or len(tokens) == len(head):
+        ids, head = self.tokenize(prefix + text), self.tokenize(prefix)
+        if ids[:len(head)] != head or len(ids) == len(head):
             raise CallFailed(f"a token crosses the prompt's end before {text!r}")
-        ids = [id for id, _ in tokens]
-        values = []
-        for n in range(len(head), len(ids)):
-            forced = ids[n]
-            if not isinstance(tokens[n][1], str):
-                # subtle: it withholds half a character and its log-prob; then the prefix's last token is forced
-                forced = head[-1][0]
-            values.append(self.forced_token(ids[:n], forced, ids[n]))
+        values = [self.forced_token(ids[:n], ids[n], head[-1]) for n in range(len(head), len(ids))]
         return math.fsum(values), len(values)
 
-    def forced_token(self, before: list[int], forced: int, wanted: int) -> float:
-        """log p(wanted | before) where a token is forced: it, or one of the list beside it, long if needed."""
-        body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
-                      "logit_bias": [[forced, 1000]], "cache_prompt": True}
-        for listed in [1] if forced == wanted else [1000, 10 ** 6]:
-            value = self.server.call(self.server.root + "/completion", body | {"n_probs": listed},
-                                     lambda answer: forced_log_prob(answer, forced, wanted))
+    def forced_token(self, before: list[int], wanted: int, other: int) -> float:
+        """log p(wanted | before): of the token that is forced, or in the list beside it, long if needed."""
+        # subtle: half a character is withheld with its log-prob; then any other token is forced
+        for forced, listed in ((wanted, 1), (other, 1000), (other, 10 ** 6)):
+            body: Json = {"model": self.model, "prompt": before, "n_predict": 1, "temperature": 0,
+                          "logit_bias": [[forced, 1000]], "n_probs": listed, "cache_prompt": True}
+            value = self.server.call(self.server.root + "/completion", body,
+                                     lambda answer: forced_log_prob(answer, wanted))
             if value is not None:
                 return value
         raise CallFailed(f"the server does not list token {wanted}: does it cap n_probs?")
 
-    def tokenize(self, text: str) -> list[tuple[int, Any]]:
-        """(id, piece) of each token: half a character is no string, what a passage says no control token."""
-        body = {"content": text, "add_special": True, "parse_special": False, "with_pieces": True}
+    def tokenize(self, text: str) -> list[int]:
+        """Ids; what a passage says is no control token."""
+        body = {"content": text, "add_special": True, "parse_special": False}
         return self.server.call(self.server.root + "/tokenize", body,
-                                lambda answer: [(int(token["id"]), token["piece"]) for token in answer["tokens"]])
+                                lambda answer: [int(token) for token in answer["tokens"]])
 
     # ----------------------------------------------------------------------------------------------
     # What the server can do, with numbers
 
     def can(self, call: str) -> bool:
-        return self.capability(call)[0] is not None
+        """Does a mode of the call work? The first one is looked for once, and said with the evidence."""
+        if not self.capabilities:
+            print(f"waiting for {self.name}: up to {self.server.timeout:g} s for an answer (--timeout)",
+                  file=sys.stderr)
+            if not self.model:
+                self.find_model()
+            print(f"{self.name} (model {self.model})")
+        if call not in self.capabilities:
+            mode, evidence = self.capabilities[call] = self.first_that_works(call)
+            print(f"  {call:14} {'yes' if mode else 'NO '}  {evidence}")
+        return self.capabilities[call][0] is not None
 
     def require(self, call: str) -> ScoringMode:
         """The mode of a call; LLMError, with the evidence, where the server cannot do it."""
-        known = call in self.capabilities
-        mode, evidence = self.capability(call)
+        self.can(call)
+        mode, evidence = self.capabilities[call]
         if mode is None:
             raise LLMError(f"{self.name} (model {self.model}) cannot do {call}: {evidence}. {NEEDS[call]}")
-        if not known:
-            say(**{call: evidence})
         return mode
 
     def describe(self, call: str) -> str:
         mode = self.require(call)                                    # which finds the model's name too
         return f"{self.model}: {spelled(mode)}"
 
-    def capability(self, call: str) -> Capability:
-        """The first mode of a call that works, found once, and the evidence: what came back."""
-        if call not in self.capabilities:
-            with self.server.impatient():
-                if not self.capabilities:
-                    self.find_model()
-                self.capabilities[call] = self.first_that_works(call)
-        return self.capabilities[call]
+    def find_model(self) -> None:
+        """The first model that the server lists, if it has a list."""
+        with contextlib.suppress(CallFailed):
+            self.model = self.server.call(self.server.base + "/models", None,
+                                          lambda answer: answer["data"][0]["id"])
 
     def first_that_works(self, call: str) -> Capability:
         attempt = getattr(self, f"try_{call}")
         failures: dict[str, str] = {}                                # evidence -> the first mode that gave it
         for mode in MODES[call]:
             try:
-                works, evidence = attempt(mode)
-                if works:
-                    return mode, f"{spelled(mode)}: {evidence}"
-            except (CallFailed, LLMError) as error:
-                if isinstance(error, LLMError) and not str(error).startswith("HTTP 404"):
-                    raise                                            # a key, a limit: no mode will do
-                evidence = str(error)
-            failures.setdefault(evidence, spelled(mode))
+                return mode, f"{spelled(mode)}: {attempt(mode)}"
+            except CallFailed as error:
+                failures.setdefault(str(error), spelled(mode))
         reasons = "; ".join(f"{mode}: {evidence}" for evidence, mode in failures.items())
         if call == "complete" and self.answered:
             # a model too small to follow the form still answers; what cannot be used is counted
             return self.answered, f"it answers, but no answer could be used ({reasons})"
         return None, reasons
 
-    def find_model(self) -> None:
-        """The model's name, where none was given: the first that the server lists."""
-        try:
-            models = self.server.call(self.server.base + "/models", None,
-                                      lambda answer: [model["id"] for model in answer["data"]])
-            self.model = self.model or next(iter(models), "")
-        except (CallFailed, LLMError) as error:
-            # a server may have no such list; one that is not there, or refuses the key, is left
-            if str(error).startswith(self.name):
-                raise
-            if not re.match("HTTP 40[045]|a malformed|stopped at", str(error)):
-                raise LLMError(f"{self.name} does not answer: {error}") from error
-
-    def try_complete(self, mode: ScoringMode) -> tuple[bool, str]:
-        answer = self.completion(mode, self.trials.prompt, 1, temperature=0, max_tokens=96)
+    def try_complete(self, mode: ScoringMode) -> str:
+        """Each trial gives its evidence; CallFailed, with the evidence, where the mode is of no use."""
+        answer = self.one_complete(mode, self.trials.prompt, 1, temperature=0, max_tokens=96)
         if "<think" not in answer:
             self.answered = mode
         try:
-            return True, f"{self.trials.check(answer)}"
+            return str(self.trials.check(answer))
         except ValueError as error:
-            return False, f"{error}: {answer[:60]!r}"
+            raise CallFailed(f"{error}: {answer[:60]!r}") from error
 
-    def try_log_likelihood(self, mode: ScoringMode) -> tuple[bool, str]:
+    def try_log_likelihood(self, mode: ScoringMode) -> str:
         """Two texts must be scored, and not the same for every token."""
         (a, n), (b, m) = [self.score(mode, *pair) for pair in self.trials.pairs]
-        return not math.isclose(a / n, b / m), f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
+        evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
+        if math.isclose(a / n, b / m):
+            raise CallFailed(evidence)
+        return evidence
 
-    def try_top_tokens(self, mode: ScoringMode) -> tuple[bool, str]:
+    def try_top_tokens(self, mode: ScoringMode) -> str:
         """A label must be among the first tokens of two answers, and not with the same probabilities."""
-        found: list[list[float]] = []                                # log p of the listed labels, of each answer
-        first = []
+        found = []                                                   # the listed labels, of each answer
         for prompt in self.trials.questions:
-            top = self.top(mode, prompt)
-            labels = [first_token_log_prob(top, label) for label in self.trials.labels]
-            found.append([value for value, listed in labels if listed])
-            first.append(max(top, key=lambda item: item[1])[0])
-        if [] in found:
-            return False, f"no label among the top {len(top)}, first {first}: does the model think first?"
-        numbers = ", ".join(f"{value:.3f}" for value in found[0] + found[1])
-        return found[0] != found[1], f"log p of labels {numbers}; first {first}, of {len(top)} listed"
+            top = self.one_top_tokens(mode, prompt)
+            labels = [f"{token!r} {value:.3f}" for token, value in top if begins(self.trials.labels, token)]
+            if not labels:
+                raise CallFailed(f"no label among the top {len(top)}, {top[:2]}: does the model think first?")
+            found.append(", ".join(labels))
+        evidence = f"log p of labels {'; '.join(found)}; {len(top)} tokens listed"
+        if found[0] == found[1]:
+            raise CallFailed(evidence)
+        return evidence
 
 
 def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
     """Say what a server can do, with the evidence; LLMError where that is not enough."""
-    start = time.monotonic()
     endpoint = Endpoint(url, model, trials, timeout=timeout)
     can = [call for call in MODES if endpoint.can(call)]
-    print(f"{endpoint.name} (model {endpoint.model})")
-    for call, (_, evidence) in endpoint.capabilities.items():
-        print(f"  {call:14} {'yes' if call in can else 'NO '}  {evidence}")
-    print(f"  {endpoint.usage.requests} requests, {time.monotonic() - start:.1f} s")
     if "complete" not in can or len(can) == 1:
         raise LLMError("this endpoint cannot make FRet: it needs complete, and log_likelihood or top_tokens")
     rank = "" if "log_likelihood" in can else " --rank rc"
@@ -299,4 +262,4 @@ def probe(url: str, model: str, trials: Trials, timeout: float) -> None:
 
 def spelled(mode: ScoringMode) -> str:
     name, fields = mode
-    return " ".join([name, *(f"{field}={value}" for field, value in fields.items())])
+    return f"{name} {fields}" if fields else name

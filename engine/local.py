@@ -7,24 +7,22 @@ each against the keys and values of its prefix.
 from __future__ import annotations
 
 import copy
-import inspect
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.cache import Pairs, Strings, Tops
+from engine.cache import Items, Strings
 from engine.files import InputError, first_line
+from engine.replies import Tops
 from engine.search import has_bfloat16
 
 Tokens = list[int]
-Batch = tuple[list[int], Tensor, Any]  # numbers of prompts, their ids (B, K), a cache of all but the last of these
 
 # B rows of a batch, K tokens of a prompt, L of a text, V of the vocabulary. The id -1 is padding.
-PREFIXES = 8  # that are read together
+PROMPTS = 8  # that are read together; of answers that are written, as many as rows
 
 
 class Local(Strings):
@@ -39,12 +37,12 @@ class Local(Strings):
         rows: int = 32,                 # texts that are scored together, or answers that are written together
     ) -> None:
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+            from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError as error:
             raise InputError("a model in this process needs transformers: pip install transformers") from error
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        # the weights' own, but for a CPU to which bfloat16 products take four times as long as float32 ones
-        dtype = "auto" if device.type == "cuda" or has_bfloat16(device) else torch.float32
+        # the weights' own, but where a bfloat16 product takes four times as long as a float32 one
+        dtype = "auto" if has_bfloat16(device) else torch.float32
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -52,63 +50,45 @@ class Local(Strings):
             raise InputError(f"{folder}: transformers opens no causal language model there "
                              f"({first_line(error)})") from error
         torch.nn.Module.to(self.model, device)
-        self.name = f"hf:{folder}"
-        self.temperature, self.max_tokens, self.stop, self.rows = temperature, max_tokens, tuple(stop), rows
+        super().__init__(f"hf:{folder} in {str(self.model.dtype).removeprefix('torch.')}")
+        self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
         end = self.model.generation_config.eos_token_id
-        self.ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-        names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # as transformers' versions have it
-        self.new_cache: Callable[[], Any] = DynamicCache
-
-    def describe(self, call: str) -> str:
-        how = f"{self.name} in {str(self.model.dtype).removeprefix('torch.')}"
-        if call == "complete":
-            return f"{how}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
-        return how
-
-    def report(self) -> str:
-        return f"{self.name} answered in this process"
+        ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+        self.stop: list[Any] = [*stop, *filter(None, map(self.tokenizer.decode, ends))]
 
     def tokens(self, text: str) -> Tokens:
-        return list(self.tokenizer(text)["input_ids"])
+        return self.tokenizer(text)["input_ids"]
 
     # ----------------------------------------------------------------------------------------------
     # The three calls
 
     @torch.inference_mode()
-    def ask(self, call: str, items: Sequence[Any]) -> list[Any]:
-        if call == "complete":
-            return self.completions(items)
-        return self.sums(items) if call == "log_likelihood" else self.tops(items)
-
-    def sums(self, pairs: Pairs) -> list[float]:
-        """Of each pair the sum of log p of the text's tokens after its prefix."""
-        texts: dict[str, list[str]] = {}
-        for prefix, text in dict.fromkeys(pairs):
-            texts.setdefault(prefix, []).append(text)
-        prefixes = list(texts)
-        scores: dict[tuple[str, str], float] = {}
-        for numbers, ids, cache in self.batches(prefixes, PREFIXES):
-            row_of = {prefixes[n]: row for row, n in enumerate(numbers)}
-            batch = [(prefix, text) for prefix in row_of for text in texts[prefix]]
-            batch.sort(key=lambda pair: len(pair[1]))                # of like length: little padding
+    def ask_new(self, call: str, items: Items) -> None:
+        answered = getattr(self, f"{call}_batch")
+        same: dict[str, list[tuple[str, Any]]] = {}                  # items by their prompt
+        for item in items:
+            same.setdefault(item[0], []).append(item)
+        for prompts, ids, cache in self.batches(list(same), self.rows if call == "complete" else PROMPTS):
+            batch = [item for prompt in prompts for item in same[prompt]]
+            batch.sort(key=lambda item: len(str(item[1])))           # texts of like length: little padding
             for start in range(0, len(batch), self.rows):
                 chunk = batch[start:start + self.rows]
-                rows = [row_of[prefix] for prefix, _ in chunk]
-                values = self.continuations(ids[rows], of_rows(cache, rows), chunk)
-                for pair, value in zip(chunk, values, strict=True):
-                    scores[pair] = value
-                    self.keep("log_likelihood", pair, value)         # a stopped run goes on from here
-        return [scores[pair] for pair in pairs]
+                rows = [prompts.index(prompt) for prompt, _ in chunk]
+                answers = answered(ids[rows], of_rows(cache, rows), chunk)
+                for item, answer in zip(chunk, answers, strict=True):
+                    self.keep(call, item, answer)                    # a stopped run goes on from here
 
-    def continuations(self, ids: Tensor, cache: Any, pairs: Pairs) -> list[float]:
-        """log p of each text after its prefix, of which ids (B, K) are the tokens."""
+    # Each takes a batch of items, the ids (B, K) of their prompts, and a cache of all but the last of these.
+
+    def log_likelihood_batch(self, ids: Tensor, cache: Any, pairs: Items) -> list[float]:
+        """Of each pair the sum of log p of the text's tokens after its prefix."""
         texts = []
         for prefix, text in pairs:
             # subtle: tokenised in its place, since a tokenizer may mark the beginning of a text
             texts.append(self.tokens(prefix + text)[len(self.tokens(prefix)):])
         L = max(map(len, texts))
-        target = self.tensor([text + [-1] * (L - len(text)) for text in texts])  # (B, L)
+        padded = [text + [-1] * (L - len(text)) for text in texts]
+        target = torch.tensor(padded, device=ids.device)             # (B, L)
         ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first
         log_p = self.forward(ids, cache, L).log_softmax(dim=-1)      # (B, L, V)
@@ -116,34 +96,18 @@ class Local(Strings):
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
-    def tops(self, prompts: Sequence[str]) -> list[Tops]:
+    def top_tokens_batch(self, ids: Tensor, cache: Any, prompts: Items) -> list[Tops]:
         """The likeliest first tokens of each answer, with their log p."""
-        answers: list[Tops] = [[]] * len(prompts)
-        for numbers, ids, cache in self.batches(prompts, PREFIXES):
-            log_p = self.forward(ids, cache)[:, -1].log_softmax(dim=-1)  # (B, V)
-            values, tokens = log_p.topk(20)                          # (B, 20) twice
-            for row, n in enumerate(numbers):
-                words = [self.tokenizer.decode(token) for token in tokens[row].tolist()]
-                answers[n] = list(zip(words, values[row].tolist(), strict=True))
-                self.keep("top_tokens", prompts[n], answers[n])
+        top = self.forward(ids, cache)[:, -1].log_softmax(dim=-1).topk(20)  # (B, 20) twice
+        answers = []
+        for values, tokens in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            answers.append(list(zip(map(self.tokenizer.decode, tokens), values, strict=True)))
         return answers
 
-    def completions(self, items: Sequence[tuple[str, int]]) -> list[str]:
-        """What the model writes after each prompt, up to a stop; equal prompts differ by their seed."""
-        answers = [""] * len(items)
-        prompts, seeds = zip(*items, strict=True)
-        for numbers, ids, cache in self.batches(prompts, self.rows):
-            written = self.write(ids, cache, [seeds[n] for n in numbers])
-            for n, text in zip(numbers, written, strict=True):
-                answers[n] = text
-                self.keep("complete", items[n], text)
-        return answers
-
-    def write(self, ids: Tensor, cache: Any, seeds: Sequence[int]) -> list[str]:
+    def complete_batch(self, ids: Tensor, cache: Any, items: Items) -> list[str]:
         """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""
         K = ids.shape[1]
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        answers = [("", False)] * len(seeds)
+        noise = [torch.Generator().manual_seed(seed) for _, seed in items]
         for _ in range(self.max_tokens):
             logits = self.forward(ids, cache)[:, -1].cpu()           # (B, V)
             # the largest of logits / temperature + Gumbel noise is a sample of their softmax
@@ -152,56 +116,56 @@ class Local(Strings):
                 row += self.temperature * gumbel
             token = logits.argmax(dim=1, keepdim=True)               # (B, 1)
             ids = torch.cat([ids, token.to(ids.device)], dim=1)      # (B, K + tokens written)
-            answers = [self.until_stop(row) for row in ids[:, K:].tolist()]
-            if all(done for _, done in answers):
+            texts = [self.tokenizer.decode(row) for row in ids[:, K:].tolist()]
+            answers = [self.until_stop(text) for text in texts]
+            if not set(texts) & set(answers):                        # no text is without a stop
                 break
-        return [text for text, _ in answers]
+        return answers
 
-    def until_stop(self, tokens: Tokens) -> tuple[str, bool]:
-        """The text before the first end or stop, and whether there is one."""
-        written = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
-        whole = text = self.tokenizer.decode(written, skip_special_tokens=True)
+    def until_stop(self, text: str) -> str:
         for stop in self.stop:
             text = text.partition(stop)[0]
-        return text, len(written) < len(tokens) or text != whole
+        return text
 
     # ----------------------------------------------------------------------------------------------
     # Prompts, and the keys and values of their tokens
 
-    def batches(self, prompts: Sequence[str], size: int) -> Iterator[Batch]:
-        """The prompts, read in batches of like length, so that there is little padding."""
-        tokens = [self.tokens(prompt) for prompt in prompts]
+    def batches(self, prompts: Sequence[str], size: int) -> Iterator[tuple[list[str], Tensor, Any]]:
+        """Prompts of like length, with little padding; their ids (B, K); a cache of all but the last of these."""
+        from transformers import DynamicCache
+
+        tokens = {prompt: self.tokens(prompt) for prompt in prompts}
         # what all begin with is read once; not a last token, which is to predict the next
-        head = list(os.path.commonprefix([row[:-1] for row in tokens]))
+        head = list(os.path.commonprefix([row[:-1] for row in tokens.values()]))
         if getattr(self.model.config, "sliding_window", None):
             head = []    # subtle: the padding after the head would count as what the window sees
-        head_cache = self.new_cache()
+        head_cache, device = DynamicCache(), self.model.device
         if head:
-            self.forward(self.tensor([head]), head_cache)
-        order = sorted(range(len(tokens)), key=lambda n: len(tokens[n]))
+            self.forward(torch.tensor([head], device=device), head_cache)
+        order = sorted(prompts, key=lambda prompt: len(tokens[prompt]))
         for start in range(0, len(order), size):
-            numbers = order[start:start + size]
-            longest = len(tokens[numbers[-1]])
+            batch = order[start:start + size]
+            longest = len(tokens[batch[-1]])
             rows = []
-            for n in numbers:                                        # padded so that all end together
-                padding = [-1] * (longest - len(tokens[n]))
-                rows.append(head + padding + tokens[n][len(head):])
-            ids = self.tensor(rows)
+            for prompt in batch:                                     # padded so that all end together
+                row = tokens[prompt]
+                rows.append(head + [-1] * (longest - len(row)) + row[len(head):])
+            ids = torch.tensor(rows, device=device)                  # (B, K)
             cache = of_rows(head_cache, [0] * len(rows))
             if longest > len(head) + 1:
                 self.forward(ids[:, :-1], cache)
-            yield numbers, ids, cache
+            yield batch, ids, cache
 
     def forward(self, ids: Tensor, cache: Any, last: int = 1) -> Tensor:
         """Logits (B, last, V) after the last tokens of ids (B, K), of which the cache holds those before."""
         valid = ids >= 0                                             # (B, K)
         place = valid.cumsum(dim=1).sub(1).clamp(min=0)              # (B, K)
         seen = cache.get_seq_length()
-        settings = {self.cache_name: cache, "attention_mask": valid, "position_ids": place[:, seen:]}
-        return self.model(ids[:, seen:].clamp(min=0), logits_to_keep=last, **settings).logits.float()
-
-    def tensor(self, rows: list[Tokens]) -> Tensor:
-        return torch.tensor(rows, device=self.model.device)
+        # a transformers that calls the cache otherwise fills none: nothing was seen then, which is slow and right
+        new = ids[:, seen:].clamp(min=0)                             # (B, K - seen)
+        answer = self.model(new, attention_mask=valid, position_ids=place[:, seen:], cache=cache,
+                            logits_to_keep=last)
+        return answer.logits.float()
 
 
 def of_rows(cache: Any, rows: Sequence[int]) -> Any:

@@ -9,11 +9,12 @@ otherwise than it did is left out. tests/lab/record.py makes the file.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from engine.corpus import Corpus, shown
-from engine.files import InputError, read_jsonl
+from engine.files import read_jsonl
 from engine.offline import Pairs
 from engine.replies import Answers, LogProbs
 
@@ -28,38 +29,36 @@ class Recorded:
     """The three calls of llm.py's LLM; None where the record holds no answer."""
 
     def __init__(self, corpus: Corpus, path: str | Path = RECORD) -> None:
-        lines = read_jsonl(path)
-        _, self.header = next(lines)
-        _, named = next(lines, ("", {}))
-        digests = named.get("digests")
-        if not isinstance(digests, dict) or "characters" not in self.header:
-            raise InputError(f"{path}: no record of a language model; tests/lab/record.py writes one")
+        self.header, named, *rows = [row for _, row in read_jsonl(path)]
+        digests = named["digests"]
         same = {}                                                    # places in the corpus, by id
         for place, p in enumerate(corpus):
             if digests.get(p["_id"]) == digest(shown(p, self.header["characters"])):
                 same[p["_id"]] = place
-        self.places, self.missing = same, len(digests) - len(same)   # passages
+        self.places = same
+        self.missing = len(digests) - len(same)                      # passages
         self.rows: list[dict[str, Any]] = []                         # seed_id, task, query, ql
-        self.written: dict[str, list[str]] = {}                      # answers that are still to come, by seed
+        self.written: dict[str, list[str]] = defaultdict(list)       # answers that are still to come, by seed
         self.ranked: dict[tuple[str, str], list[str]] = {}           # candidates by (seed, query)
-        self.lost = 0                                                # rows
         self.scores: dict[tuple[str, str], float] = {}               # QL by (query, passage's id)
-        for _, row in lines:
+        for row in rows:
             row["ql"] = [[key, score] for key, score in row["ql"] if key in same]
             if row["seed_id"] not in same or len(row["ql"]) < 2:
-                self.lost += 1
                 continue
             self.rows.append(row)
-            answer = f"Task: {row['task']}\nQuery: {row['query']}"
-            self.written.setdefault(row["seed_id"], []).append(answer)
+            self.written[row["seed_id"]].append(f"Task: {row['task']}\nQuery: {row['query']}")
             self.ranked[row["seed_id"], row["query"]] = [key for key, _ in row["ql"]]
-            self.scores |= {(row["query"], key): score for key, score in row["ql"]}
+            for key, score in row["ql"]:
+                self.scores[row["query"], key] = score
+        self.lost = len(rows) - len(self.rows)
         self.asked = self.common = 0                                 # candidates; those found here too
 
     def report(self) -> str:
         """Whose answers these are, and what of them is of no use here."""
         about = self.header
-        overlap = f"; {self.common / self.asked:.0%} of their candidates are found here too" if self.asked else ""
+        overlap = ""
+        if self.asked:
+            overlap = f"; {self.common / self.asked:.0%} of their candidates are found here too"
         return (f"{len(self.rows):,} queries written and ranked by {about['model']} ({about['licence']}), recorded "
                 f"{about['date']} with Python {about['python']} and prompts of its own (in the file's header); "
                 f"{self.missing:,} of its passages are not in this corpus or read otherwise, and are left out with "
@@ -70,10 +69,8 @@ class Recorded:
         return [self.places[row["seed_id"]] for row in self.rows]
 
     def candidates(self, query: dict[str, Any], found: list[str]) -> list[str]:
-        """A recorded query's candidates, nearest first, for those found now; what both hold is counted."""
-        ids = self.ranked.get((query["seed_id"], query["query"]))
-        if ids is None:
-            return found
+        """A recorded query's candidates, nearest first, in place of those found now; what both hold is counted."""
+        ids = self.ranked[query["seed_id"], query["query"]]
         self.asked += len(ids)
         self.common += len(set(ids) & set(found))
         return ids
@@ -81,7 +78,7 @@ class Recorded:
     def generate(self, passages: Corpus) -> Answers:
         answers: Answers = []
         for p in passages:
-            written = self.written.get(p["_id"])
+            written = self.written[p["_id"]]
             answers.append(written.pop(0) if written else None)      # drawn again: its next query
         return answers
 

@@ -23,22 +23,18 @@ def answer_text(answer: Json) -> str:
     choice = answer["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if not is_text(text):
-        raise CallFailed(f"no text, finish_reason {choice.get('finish_reason')}: does the model think first?")
+        raise CallFailed("it answered 200 but no text: does the model think first?")
     text.encode()                                                    # ValueError: half a surrogate pair
     if choice.get("finish_reason") in ("length", "content_filter"):
         return text.rpartition("\n")[0]
     return text
 
 
-def is_log_prob(value: Any) -> bool:
-    return type(value) in (int, float) and -math.inf < value < 1e-3
-
-
 def log_prob(value: Any) -> float:
     """A log-probability, or ValueError."""
-    if not is_log_prob(value):
-        raise ValueError(f"{value!r} is no log-probability")
-    return float(value)
+    if type(value) in (int, float) and -math.inf < value < 1e-3:
+        return float(value)
+    raise ValueError(f"{value!r} is no log-probability")
 
 
 def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
@@ -47,25 +43,27 @@ def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
     Some servers list null or -Infinity beside tokens: they are left out, but a label must have a number.
     """
     scored = answer["choices"][0].get("logprobs") or {}
+    listed = []
     if scored.get("content"):
         listed = [(top["token"], top["logprob"]) for top in scored["content"][0]["top_logprobs"]]
     elif scored.get("top_logprobs"):
         listed = list(scored["top_logprobs"][0].items())
-    else:
-        raise CallFailed("it answered 200 but sent no top_logprobs")
     top = []
     for token, value in listed:
-        if isinstance(token, str) and (is_log_prob(value) or any(begins(label, token) for label in labels)):
+        try:
             top.append((token, log_prob(value)))
+        except ValueError:
+            if begins(labels, token):
+                raise
     if not top:
-        raise CallFailed("it answered 200 but no top_logprobs is a number")
+        raise CallFailed("it answered 200 but sent no top_logprobs")
     return top
 
 
-def begins(label: str, token: str) -> bool:
-    """Is the token the beginning of a label, in any spelling?"""
+def begins(labels: Sequence[str], token: str) -> bool:
+    """Is the token the beginning of one of the labels, in any spelling?"""
     letters = token.strip(" ▁Ġ\n").lower()
-    return letters != "" and label.strip().lower().startswith(letters)
+    return letters != "" and any(label.strip().lower().startswith(letters) for label in labels)
 
 
 def first_token_log_prob(top: Tops, label: str) -> tuple[float, bool]:
@@ -74,25 +72,27 @@ def first_token_log_prob(top: Tops, label: str) -> tuple[float, bool]:
     >>> first_token_log_prob([(" Not", -0.1), (" the", -3.0)], " Highly Relevant")
     (-3.0, False)
     """
-    values = [value for token, value in top if begins(label, token)]
+    values = [value for token, value in top if begins([label], token)]
     if not values:
         return min(value for _, value in top), False
     largest = max(values)
     return largest + math.log(math.fsum(math.exp(value - largest) for value in values)), True
 
 
-def check_not_cut(answer: Json, prompt: str) -> None:
-    """CallFailed where `usage` counts so few tokens that the server cannot have read the whole prompt."""
+def uncut(answer: Json, prompt: str) -> Json:
+    """The answer; CallFailed where `usage` counts too few tokens for the server to have read the whole prompt."""
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
     if tokens and tokens < len(prompt) / 8 / 2:
         raise CallFailed(f"the server read {tokens} tokens of a prompt of {len(prompt):,} characters: "
                          "it cuts prompts in silence; give the model a longer context there")
+    return answer
 
 
 def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
     """Tokens of an echoed prompt and what stands for their log-probabilities; CallFailed if it was not scored."""
     usage: Json = answer.get("usage") or {}
+    size: Any = usage.get("prompt_tokens")
     choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
     if answer.get("prompt"):                                         # Together: apart from the answer
         choice, generated = answer["prompt"][0], 0
@@ -101,12 +101,12 @@ def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
     if not tokens or not values or prompt not in choice["text"]:
         seen = len(tokens or scored.get("content") or ())
         raise CallFailed(f"it answered 200 but did not score the prompt: {seen} log-probs for a "
-                         f"{usage.get('prompt_tokens')}-token prompt")
+                         f"{size}-token prompt")
     n = len(tokens) - generated                                      # right also after an EOS
     if len(values) != len(tokens):
         raise ValueError(f"{len(values)} log-probs for {len(tokens)} tokens")
-    if n not in (usage["prompt_tokens"], usage["prompt_tokens"] - 1):  # a BOS may be left out
-        raise CallFailed(f"{n} log-probs for a {usage['prompt_tokens']}-token prompt")
+    if n not in (size, size - 1):                                    # a BOS may be left out
+        raise CallFailed(f"{n} log-probs for a {size}-token prompt")
     if prompt.split()[0] not in "".join(tokens[:12]):
         raise CallFailed("the prompt's beginning was cut off: is the model's context too short?")
     return tokens[:n], values[:n]
@@ -136,14 +136,12 @@ def continuation_log_prob(answer: Json, prefix: str, text: str,
     # END EXERCISE
 
 
-def forced_log_prob(answer: Json, forced: int, wanted: int) -> float | None:
-    """The raw log-probability of a token where one was forced; None where it is not listed."""
+def forced_log_prob(answer: Json, wanted: int) -> float | None:
+    """The raw log-probability of a token, where it was forced or stands beside; None where it is not listed."""
     if answer.get("truncated"):
         raise CallFailed("the prompt was cut off: is the model's context too short?")
-    token, = answer["completion_probabilities"]
-    if token["id"] != forced:
-        raise CallFailed(f"token {token['id']} came where {forced} was forced")
-    for listed in [token, *token["top_logprobs"]]:
-        if listed["id"] == wanted:
-            return log_prob(listed["logprob"])
+    for token in answer.get("completion_probabilities") or ():
+        for listed in [token, *token["top_logprobs"]]:
+            if listed["id"] == wanted:
+                return log_prob(listed["logprob"])
     return None

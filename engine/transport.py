@@ -10,15 +10,9 @@ import contextlib
 import http.client
 import json
 import os
-import random
-import re
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -27,11 +21,9 @@ from engine.files import InputError, one_line
 
 Json = dict[str, Any]         # a request's body, or a reply
 
-MAX_TRIES = 6                 # of one request
-FIRST_PAUSE = 0.5             # seconds before a second try; then twice as long each time
+PAUSES = (0.5, 1, 2, 4, 8, 0)  # seconds after each try of one request
 MAX_FAILED_IN_A_ROW = 20      # calls; then the run stops
 MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
-FIRST_WORD = 5.0              # seconds of silence before a probe says that it waits
 MAX_REPLY_BYTES = 1 << 26     # the log-probs of a whole vocabulary take a third of it
 
 
@@ -44,55 +36,21 @@ class CallFailed(Exception):
 
 
 class RetryableError(Exception):
-    """(reason, how many seconds the server asks to wait, or None): a failure that may pass."""
+    """What the server says may pass."""
 
 
-@dataclass
-class Usage:
-    """What a run has sent and was charged for, shared by its threads, and where it must stop."""
+# the request fails, or the reply is malformed
+MAY_PASS = (RetryableError, OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
+            ArithmeticError, RecursionError)
 
-    max_requests: int = 0                                            # 0: no limit
-    requests: int = 0                                                # sent, whatever came of them
-    prompt_tokens: int = 0                                           # as the server's `usage` counts them
-    completion_tokens: int = 0
-    failed: int = 0                                                  # calls, after all their tries
-    failed_in_a_row: int = 0
-    last_failure: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def admit(self) -> None:
-        """Count one request before it is sent."""
-        with self.lock:
-            if self.max_requests and self.requests >= self.max_requests:
-                raise LLMError(f"stopped at --max-requests {self.max_requests}: all answers so far are in the "
-                               "cache; the same command with a larger limit goes on from there")
-            self.requests += 1
+class Connection(threading.local):
+    """To one host: each thread has one of its own, which its first request opens."""
 
-    def charge(self, answer: Json) -> None:
-        usage = answer.get("usage") or {"prompt_tokens": answer.get("tokens_evaluated"),
-                                        "completion_tokens": answer.get("tokens_predicted")}
-        with self.lock:
-            self.prompt_tokens += int(usage.get("prompt_tokens") or 0)
-            self.completion_tokens += int(usage.get("completion_tokens") or 0)
-
-    def settle(self, failure: str = "") -> None:
-        """One call has ended; LLMError when too many in a row have failed."""
-        with self.lock:
-            if not failure:
-                self.failed_in_a_row = 0
-                return
-            self.failed += 1
-            self.failed_in_a_row += 1
-            self.last_failure = failure
-            if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
-                raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {failure}")
-
-    def report(self) -> str:
-        sent = (f"sent {self.requests:,} requests: {self.prompt_tokens:,} prompt and "
-                f"{self.completion_tokens:,} completion tokens")
-        if self.failed:
-            return f"{sent}\n{self.failed:,} calls failed; the last: {self.last_failure}"
-        return sent
+    def __init__(self, address: SplitResult, timeout: float) -> None:
+        secure = address.scheme == "https"
+        make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        self.http = make(address.netloc, timeout=timeout)
 
 
 class Server:
@@ -105,161 +63,149 @@ class Server:
         timeout: float,                                              # seconds
         max_requests: int,                                           # 0: no limit
     ) -> None:
-        self.address = server_address(url)
-        self.base = self.address.path.rstrip("/") or "/v1"           # of a bare host, as most servers have it
+        address = server_address(url)
+        self.base = address.path.rstrip("/") or "/v1"                # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
-        self.url = f"{self.address.scheme}://{self.address.netloc}{self.base}"
-        self.threads, self.usage = threads, Usage(max_requests)
-        self.timeout = min(timeout, 1e6)                             # no socket takes inf
+        self.url = f"{address.scheme}://{address.netloc}{self.base}"
+        self.connection = Connection(address, timeout)
+        self.threads, self.timeout, self.max_requests = threads, timeout, max_requests
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
         self.headers = {"Content-Type": "application/json"}
         if self.key:
             self.headers["Authorization"] = f"Bearer {self.key}"
-        self.patient = True                                          # a probe is not: it waits --timeout once
+        self.ready = False                                           # has it replied to a prompt?
         self.stopped = threading.Event()                             # set: nothing more is sent
         self.resume_at = 0.0                                         # nor before this time
-        self.connections: dict[int, http.client.HTTPConnection] = {}  # by thread
+        self.lock = threading.Lock()                                 # of the counts that follow
+        self.requests = self.prompt_tokens = self.completion_tokens = self.failed_in_a_row = 0
+        self.failures: list[str] = []                                # of calls, after all their tries
 
-    def map(self, work: Callable[[int], None], count: int) -> None:
-        """work(i) for all i below count, `threads` at a time; after an exception nothing more is sent."""
-        self.disconnect()                                            # this thread waits from here on
-        self.stopped.clear()
-        numbers = iter(range(count))                                 # whose next() is atomic
+    def map(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        """work(item) for each item, `threads` at a time; after an exception nothing more is sent."""
+        self.stopped = stopped = threading.Event()
+        left = iter(items)                                           # whose next() is atomic
+        errors: list[Exception] = []
 
         def worker() -> None:
             try:
-                for i in numbers:
-                    if self.stopped.is_set():
+                for item in left:
+                    if stopped.is_set():
                         break
-                    work(i)
-            except BaseException:
-                self.stopped.set()
-                raise
+                    work(item)
+            except Exception as error:
+                errors.append(error)
+                stopped.set()
             finally:
-                self.disconnect()
+                self.connection.http.close()
 
-        with ThreadPoolExecutor(self.threads) as pool:
-            try:
-                futures = [pool.submit(worker) for _ in range(min(self.threads, count))]
-                wait(futures)
-            except KeyboardInterrupt:
-                self.stopped.set()
-                for connection in list(self.connections.values()):   # do not wait for slow answers
-                    with contextlib.suppress(OSError, AttributeError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
-                raise
-        for future in futures:
-            future.result()
+        # daemons: after Ctrl-C nobody waits for slow answers
+        workers = [threading.Thread(target=worker, daemon=True) for _ in range(min(self.threads, len(items)))]
+        try:
+            for thread in workers:
+                thread.start()
+            for thread in workers:
+                thread.join()
+        except KeyboardInterrupt:
+            stopped.set()
+            raise
+        if errors:
+            raise errors[0]
 
     def call(self, path: str, body: Json | None, read: Callable[[Json], Any]) -> Any:
         """read(reply), tried again while that may help; then CallFailed, or LLMError to stop the run."""
-        for attempt in range(MAX_TRIES):
-            pause = min(FIRST_PAUSE * 2 ** attempt, 8.0) * random.uniform(0.75, 1)
+        for pause in PAUSES:
             try:
                 return read(self.exchange(path, body))
             except LLMError:
                 raise
-            except CallFailed as error:                              # a reader's, which may quote the reply
-                raise CallFailed(self.quoted(str(error))) from error
-            except RetryableError as error:
-                reason, seconds = error.args
-                if seconds is not None:                              # all threads wait
-                    if seconds > MAX_RETRY_AFTER:
-                        raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same command again "
-                                       "later") from error
-                    self.resume_at = max(self.resume_at, time.monotonic() + seconds)
-                    pause = 0.0
-            except (OSError, http.client.HTTPException) as error:
-                if isinstance(error, TimeoutError) and not self.patient:
-                    raise LLMError(f"{self.url} does not answer in time (--timeout {self.timeout:g}): is it busy, "
-                                   "or loading its model?") from error
-                reason = f"no answer ({type(error).__name__}: {error})"
-            except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-                reason = f"a malformed reply ({type(error).__name__}: {error})"
-            if attempt + 1 < MAX_TRIES:
-                self.stopped.wait(pause)
-        raise CallFailed(f"{self.quoted(reason)}, {MAX_TRIES} times")
-
-    @contextlib.contextmanager
-    def impatient(self) -> Iterator[None]:
-        """For a probe: say that it waits, and do not wait as long again."""
-        note = threading.Timer(FIRST_WORD, lambda: print(
-            f"waiting for {self.url}: up to {self.timeout:g} s for an answer (--timeout)", file=sys.stderr))
-        note.start()
-        self.patient = False
-        try:
-            yield
-        finally:
-            self.patient = True
-            note.cancel()
+            except MAY_PASS as error:
+                reason = self.quoted(f"no sound reply ({type(error).__name__}: {error})")
+                if isinstance(error, TimeoutError) and not self.ready:
+                    break
+            self.connection.http.close()                             # which may be in the midst of a reply
+            self.stopped.wait(pause)
+        if self.ready:
+            raise CallFailed(f"{reason}, {len(PAUSES)} times")
+        raise LLMError(f"{self.url} does not answer: {reason}; is it busy, or loading its model? "
+                       f"(--timeout {self.timeout:g})")
 
     def exchange(self, path: str, body: Json | None) -> Json:
         """One request: the decoded reply, or an exception that says what its status means."""
-        while time.monotonic() < self.resume_at and not self.stopped.is_set():
-            self.stopped.wait(self.resume_at - time.monotonic())
-        if self.stopped.is_set():
-            raise CallFailed("the run was stopped")
-        self.usage.admit()
-        status, headers, data = self.send(path, json.dumps(body).encode() if body else None)
+        if self.stopped.wait(max(0.0, self.resume_at - time.monotonic())):
+            raise LLMError("the run was stopped")
+        self.admit()
+        status, headers, data = self.send(path, json.dumps(body) if body else None)
+        if body and status != 503:                                   # 503: it is not ready
+            self.ready = True
         if status == 200:
             answer = json.loads(data)
-            error = answer.get("error")
-            if not error:
-                self.usage.charge(answer)
+            if not answer.get("error"):
+                self.charge(answer)
                 return answer
-            code = error.get("code") if isinstance(error, dict) else None
-            status = code if isinstance(code, int) and code >= 400 else 500  # an error inside a 200
+            status = 500                                             # an error inside a 200
         text = data.decode(errors="replace")
         reason = f"HTTP {status}: {self.quoted(headers.get('location') or text)}"
         # a redirection is not followed: the key is for the host that was named
-        if status in (401, 402, 403, 404) or 300 <= status < 400 or "insufficient_quota" in text:
+        if status in (401, 402, 403) or 300 <= status < 400 or "insufficient_quota" in text:
             raise LLMError(f"{reason}; mend the URL, the model's name, the key or the account")
-        if status in (408, 409, 429) or status >= 500 and "validation error" not in text:
-            raise RetryableError(reason, retry_after(headers))
+        if status in (408, 409, 429) or status >= 500:
+            seconds = retry_after(headers)
+            if seconds > MAX_RETRY_AFTER:
+                raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same command again later")
+            self.resume_at = max(self.resume_at, time.monotonic() + seconds)  # all threads wait
+            raise RetryableError(reason)
         raise CallFailed(reason)
 
-    def send(self, path: str, data: bytes | None) -> tuple[int, Any, bytes]:
-        """Status, headers and body; the connection is kept where nothing went wrong."""
+    def send(self, path: str, data: str | None) -> tuple[int, Any, bytes]:
+        """Status, headers and body."""
         deadline = time.monotonic() + self.timeout
-        keep = False
-        try:
-            connection = self.connections.get(threading.get_ident()) or self.connect()
-            connection.request("POST" if data else "GET", path, data, self.headers)
-            reply = connection.getresponse()
-            text = bytearray()
-            for part in iter(lambda: reply.read1(65536), b""):
-                text += part
-                if time.monotonic() > deadline:                      # though no single read was too slow
-                    raise TimeoutError("the reply came too slowly")
-                if len(text) > MAX_REPLY_BYTES:
-                    raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
-            if reply.length:
-                raise http.client.IncompleteRead(b"", reply.length)
-            reply.close()                                            # or the connection takes no other request
-            keep = not reply.will_close
-            return reply.status, reply.headers, bytes(text)
-        finally:
-            if not keep:
-                self.disconnect()
+        self.connection.http.request("POST" if data else "GET", path, data, self.headers)
+        reply = self.connection.http.getresponse()
+        text = bytearray()
+        for part in iter(lambda: reply.read1(65536), b""):
+            text += part
+            if time.monotonic() > deadline:                          # though no single read was too slow
+                raise TimeoutError("the reply came too slowly")
+            if len(text) > MAX_REPLY_BYTES:
+                raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
+        if reply.length:
+            raise http.client.IncompleteRead(b"", reply.length)
+        reply.close()                                                # or the connection takes no other request
+        return reply.status, reply.headers, bytes(text)
 
-    def connect(self) -> http.client.HTTPConnection:
-        """A new connection for this thread."""
-        secure = self.address.scheme == "https"
-        make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        connection = make(self.address.netloc, timeout=min(10.0, self.timeout))
-        connection.connect()
-        connection.sock.settimeout(self.timeout)
-        self.connections[threading.get_ident()] = connection
-        if self.stopped.is_set():                                    # too late for Ctrl-C to close it
-            raise CallFailed("the run was stopped")
-        return connection
+    # ----------------------------------------------------------------------------------------------
+    # What was sent and charged, counted by all threads
 
-    def disconnect(self) -> None:
-        connection = self.connections.pop(threading.get_ident(), None)
-        if connection:
-            connection.close()
+    def admit(self) -> None:
+        """Count one request before it is sent."""
+        with self.lock:
+            if self.max_requests and self.requests >= self.max_requests:
+                raise LLMError(f"stopped at --max-requests {self.max_requests}: all answers so far are in the "
+                               "cache; the same command with a larger limit goes on from there")
+            self.requests += 1
+
+    def charge(self, answer: Json) -> None:
+        usage = answer.get("usage") or {}
+        with self.lock:                                              # llama-server's own names stand second
+            self.prompt_tokens += int(usage.get("prompt_tokens") or answer.get("tokens_evaluated") or 0)
+            self.completion_tokens += int(usage.get("completion_tokens") or answer.get("tokens_predicted") or 0)
+
+    def fail(self, reason: str) -> None:
+        """Count a call that failed; LLMError when too many in a row have."""
+        with self.lock:
+            self.failures.append(reason)
+            self.failed_in_a_row += 1
+            if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+                raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {reason}")
+
+    def report(self) -> str:
+        report = (f"sent {self.requests:,} requests: {self.prompt_tokens:,} prompt and "
+                  f"{self.completion_tokens:,} completion tokens")
+        if self.failures:
+            report += f"\n{len(self.failures):,} calls failed; the last: {self.failures[-1]}"
+        return report
 
     def quoted(self, text: str) -> str:
         """A server's words for the screen; they may hold the key, terminal controls, and have no end."""
@@ -269,23 +215,20 @@ class Server:
 
 def server_address(url: str) -> SplitResult:
     """The parts of a server's URL; InputError, without the URL, which may hold a key."""
-    try:
+    with contextlib.suppress(ValueError):                            # a port or a host that can be none
         parts = urlsplit(url)
-        good = (parts.scheme in ("http", "https") and (parts.hostname or "").encode("idna")
-                and parts.port != 0 and re.fullmatch("[!-~]*", parts.path))
-    except ValueError:                                               # a port or a host that can be none
-        good = False
-    if not good or parts.query or "@" in url:
-        raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in "
-                         "OPENAI_API_KEY and nowhere else")
-    return parts
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            if not parts.query and "@" not in url:
+                return parts
+    raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in OPENAI_API_KEY and "
+                     "nowhere else")
 
 
-def retry_after(headers: Any) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, else `retry-after` in seconds or as a date."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        with contextlib.suppress(ValueError, TypeError):             # not sent, or a date
-            return max(0.0, float(headers.get(name)) / unit)
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(headers.get("retry-after")).timestamp() - time.time())
-    return None
+def retry_after(headers: Any) -> float:
+    """Seconds that the server asks to wait, which it gives as such or as a date."""
+    value = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return float(value)
+    with contextlib.suppress(ValueError):
+        return parsedate_to_datetime(value).timestamp() - time.time()
+    return 0.0

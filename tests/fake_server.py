@@ -29,7 +29,7 @@ import llm
 from engine import files, transport
 from engine.endpoint import Endpoint
 
-transport.FIRST_PAUSE = 0.001    # tests do not wait
+transport.PAUSES = (0.001,) * 6     # tests do not wait
 BOS = b"<s>"
 CHATTING = ("openai", "reasoning", "thinking", "stubborn", "llama-server")
 NAMES: list[bytes] = [BOS]  # token id -> bytes, as they are met
@@ -193,8 +193,7 @@ class FakeServer:
                 return 400, {"error": {"message": "Setting 'echo' and 'logprobs' is not supported"}}
             return 200, self.completions(prompts, body)
         if self.kind == "llama-server" and path == "/tokenize":
-            return 200, {"tokens": [{"id": number(t), "piece": t.decode() if t.isascii() else list(t)}
-                                    for t in [BOS, *tokenize(body["content"])]]}
+            return 200, {"tokens": [number(t) for t in [BOS, *tokenize(body["content"])]]}
         if self.kind == "llama-server" and path == "/completion":
             (forced, _), = body["logit_bias"]
             before, usage = [NAMES[i] for i in body["prompt"]], {"tokens_evaluated": len(body["prompt"])}

@@ -8,83 +8,71 @@ from __future__ import annotations
 
 import pytest
 
-from engine.cache import Cached, DryRun
+from engine.cache import DryRun, Strings
 
 
-class Fake:
+class Fake(Strings):
     """Strings by rule. `failing` items fail."""
 
-    def __init__(self, name="fake", failing=()):
-        self.name, self.failing, self.asked = name, failing, []
-
-    def keep(self, call, item, answer):
-        raise AssertionError("`Cached` puts its own here")
+    def __init__(self, path, name="fake", failing=()):
+        super().__init__(name)
+        self.failing, self.asked = failing, []
+        self.keep_in(path)
 
     def describe(self, call):
         return "a mode"
 
-    def can(self, call):
-        return True
-
-    def report(self):
-        return "sent nothing"
-
-    def ask(self, call, items):
+    def ask_new(self, call, items):
         rules = {"complete": lambda item: f"{item[0]} {item[1]} é\n",
-                 "log_likelihood": lambda pair: -float(len(pair[1])), "top_tokens": lambda prompt: [(prompt, -0.5)]}
-        answers = []
+                 "log_likelihood": lambda pair: -float(len(pair[1])), "top_tokens": lambda pair: [(pair[0], -0.5)]}
         for item in items:
             self.asked.append((call, item))
-            answers.append(None if item in self.failing else rules[call](item))
-            if answers[-1] is not None:
-                self.keep(call, item, answers[-1])
-        return answers
+            if item not in self.failing:
+                self.keep(call, item, rules[call](item))
 
 
 PAIRS = [("b", " x"), ("a", " long"), ("b", " x"), ("a", " y")]
 
 
 def test_each_item_is_asked_for_once_and_prompts_that_begin_alike_together(tmp_path):
-    fake = Fake()
-    cached = Cached(fake, tmp_path / "c.jsonl")
-    assert cached.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, -2.0]
+    fake = Fake(tmp_path / "c.jsonl")
+    assert fake.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, -2.0]
     assert [item for _, item in fake.asked] == [("a", " long"), ("a", " y"), ("b", " x")]
-    assert cached.complete(["p", "p"], [1, 2]) == ["p 1 é\n", "p 2 é\n"]     # another seed, another answer
-    assert [list(map(tuple, top)) for top in cached.top_tokens(["p"])] == [[("p", -0.5)]]
-    again = Fake()
-    same = Cached(again, tmp_path / "c.jsonl")
+    assert fake.complete(["p", "p"], [1, 2]) == ["p 1 é\n", "p 2 é\n"]     # another seed, another answer
+    assert [list(map(tuple, top)) for top in fake.top_tokens(["p"])] == [[("p", -0.5)]]
+    same = Fake(tmp_path / "c.jsonl")
     assert same.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, -2.0] and same.complete(["p"], [2]) == ["p 2 é\n"]
-    assert not again.asked and same.report() == f"4 answers of fake from {tmp_path}/c.jsonl; sent nothing"
+    assert not same.asked and same.report() == f"4 answers of fake from {tmp_path}/c.jsonl"
 
 
 @pytest.mark.parametrize("other", ["another model", "fake"])
 def test_an_answer_of_another_model_is_no_answer(other, tmp_path):
     """The positive control is the same model."""
-    Cached(Fake(), tmp_path / "c.jsonl").log_likelihood(PAIRS)
-    fake = Fake(other)
-    Cached(fake, tmp_path / "c.jsonl").log_likelihood(PAIRS)
+    Fake(tmp_path / "c.jsonl").log_likelihood(PAIRS)
+    fake = Fake(tmp_path / "c.jsonl", other)
+    fake.log_likelihood(PAIRS)
     assert bool(fake.asked) == (other != "fake")
 
 
 def test_a_failed_call_is_asked_again(tmp_path):
-    first = Cached(Fake(failing=[("a", " y")]), tmp_path / "c.jsonl")
+    first = Fake(tmp_path / "c.jsonl", failing=[("a", " y")])
     assert first.log_likelihood(PAIRS) == [-2.0, -5.0, -2.0, None]
-    fake = Fake()
-    assert Cached(fake, tmp_path / "c.jsonl").log_likelihood(PAIRS)[3] == -2.0
+    fake = Fake(tmp_path / "c.jsonl")
+    assert fake.log_likelihood(PAIRS)[3] == -2.0
     assert fake.asked == [("log_likelihood", ("a", " y"))]
 
 
 def test_torn_and_foreign_lines_are_passed_over(tmp_path):
     path = tmp_path / "c.jsonl"
-    Cached(Fake(), path).complete(["p", "p"], [1, 2])
+    Fake(path).complete(["p", "p"], [1, 2])
     whole = path.read_bytes()
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
-        fake = Fake()
-        assert Cached(fake, path).complete(["p", "p"], [1, 2]) == ["p 1 é\n", "p 2 é\n"]
-        assert len(fake.asked) == 2 - whole[:cut + 1].count(b"\n")
-        last = Fake()
-        Cached(last, path).complete(["p", "p"], [1, 2])
+        fake = Fake(path)
+        assert fake.complete(["p", "p"], [1, 2]) == ["p 1 é\n", "p 2 é\n"]
+        assert len(fake.asked) == 2 - whole[1:cut + 1].count(b"\n")
+        last = Fake(path)
+        last.complete(["p", "p"], [1, 2])
         assert not last.asked
 
 

@@ -17,7 +17,6 @@ from teach import check
 
 import llm
 from engine import transport
-from engine.cache import Cached
 from engine.endpoint import CHATS, MODES
 from engine.replies import (
     answer_text,
@@ -155,9 +154,10 @@ def test_a_prompt_whose_beginning_was_cut_off_is_no_score():
         with pytest.raises(CallFailed, match="beginning was cut off"):
             e.echo(*ql_prompt("tea", passage(1)))
     token = {"id": 7, "logprob": -1.0, "top_logprobs": []}
-    assert forced_log_prob({"completion_probabilities": [token]}, 7, 7) == -1.0
+    assert forced_log_prob({"completion_probabilities": [token]}, 7) == -1.0
+    assert forced_log_prob({"completion_probabilities": [token]}, 8) is None
     with pytest.raises(CallFailed, match="cut off"):
-        forced_log_prob({"completion_probabilities": [token], "truncated": True}, 7, 7)
+        forced_log_prob({"completion_probabilities": [token], "truncated": True}, 7)
 
 
 @pytest.mark.ex6
@@ -177,7 +177,7 @@ def test_a_server_that_lists_few_tokens_scores_what_it_can(monkeypatch):
         e = endpoint(server)
         pairs = [ql_prompt(TEXTS[name], passage(1)) for name in ("ascii", "cjk")]
         assert e.log_likelihood(pairs) == [pytest.approx(by_hand(*pairs[0])), None]
-    assert "does it cap n_probs" in e.usage.last_failure
+    assert "does it cap n_probs" in e.server.failures[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_probe_says_what_works_with_numbers(kind, complete, log_likelihood, top_
         e = endpoint(server)
         for call in MODES:
             e.can(call)
-        assert e.usage.requests <= 40                      # seconds, also where an error is a 500
+        assert e.server.requests <= 40                      # seconds, also where an error is a 500
     assert [mode and mode[0] for mode, _ in e.capabilities.values()] == [complete, log_likelihood, top_tokens]
     out = capsys.readouterr().out
     for call in MODES:
@@ -293,31 +293,33 @@ def test_a_model_that_copies_an_example_in_chat_is_asked_to_complete(monkeypatch
 
     monkeypatch.setattr(FakeServer, "chat", chat)
     with FakeServer("llama-server") as server:
-        assert endpoint(server).require("complete") == ("completions", {})
+        assert endpoint(server).require("complete") == MODES["complete"][3]
     assert len(chats) == 3
 
 
 def test_what_was_found_is_said_before_a_run(capsys):
     with FakeServer("vllm") as server:
         endpoint(server).log_likelihood([("a:", " b")])
-    assert re.search(r"log_likelihood=echo: -\d+\.\d\d over \d+ tokens", capsys.readouterr().err)
+    assert re.search(r"  log_likelihood yes  echo: -\d+\.\d\d over \d+ tokens", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("status, message", [(503, "HTTP 503"), (401, "HTTP 401"), (307, "HTTP 307: http://to")])
 def test_a_server_that_is_not_ready_is_not_said_to_be_unable(status, message, monkeypatch):
-    monkeypatch.setattr(transport, "MAX_TRIES", 2)
+    monkeypatch.setattr(transport, "PAUSES", (0, 0))
     monkeypatch.setattr(Server, "send", lambda *_: (status, {"location": "http://to/x"} if status == 307 else {},
                                                     b"{}"))
-    with FakeServer() as server, pytest.raises(LLMError, match=f"does not answer: {message}"):
-        endpoint(server).complete(["Task:"], [1])
+    for model in ("", "tiny"):
+        with FakeServer() as server, pytest.raises(LLMError, match=message):
+            endpoint(server, model).complete(["Task:"], [1])
 
 
 def test_nobody_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(transport, "MAX_TRIES", 2)
+    monkeypatch.setattr(transport, "PAUSES", (0, 0))
     with FakeServer() as server:
-        e = endpoint(server)
-    with pytest.raises(LLMError, match="does not answer: no answer .ConnectionRefused"):
-        e.complete(["Task:"], [1])
+        pass
+    for model in ("", "tiny"):
+        with pytest.raises(LLMError, match="does not answer: no sound reply .ConnectionRefused"):
+            endpoint(server, model).complete(["Task:"], [1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -342,20 +344,21 @@ def test_every_score_is_right_or_none_through_faults(kind):
         assert b is None or b == pytest.approx(by_hand(rc_prompt(q, p), llm.LABELS[0]), abs=1e-9)
         assert text is None or llm.parse_generation(text)[1].startswith("what of Tea")
     missing = sum(x is None for x in [*ql, *rc, *answers])
-    usage = model.strings.usage
-    assert missing == usage.failed <= 9
-    assert usage.prompt_tokens > 0 and usage.completion_tokens > 0
+    server = model.strings.server
+    assert missing == len(server.failures) <= 9
+    assert server.prompt_tokens > 0 and server.completion_tokens > 0
 
 
 def test_failed_calls_are_none_and_counted(monkeypatch):
     """With one try a call, the spoiled fifth is missing, counted, and nothing else is."""
-    monkeypatch.setattr(transport, "MAX_TRIES", 1)
+    monkeypatch.setattr(transport, "PAUSES", (0,))
     with FakeServer("vllm") as server:
         e = echoing(server, threads=4)
+        e.log_likelihood(fake_server.pairs(1))             # it is known to answer
         server.faults = 0.2
         got = e.log_likelihood(fake_server.pairs(300))
     lost = sum(server.spoiled.values()) - server.spoiled.get("slow", 0)
-    assert got.count(None) == e.usage.failed == lost > 20
+    assert got.count(None) == len(e.server.failures) == lost > 20
     for value, pair in zip(got, fake_server.pairs(300), strict=True):
         assert value is None or value == pytest.approx(by_hand(*pair), abs=1e-9)
 
@@ -377,7 +380,7 @@ def test_what_is_not_a_number_beside_a_token_that_is_no_label_is_no_matter(value
             e.capabilities = {"top_tokens": (CHATS[0], "")}
             got, = e.top_tokens([prompt])
         assert got == (None if failed else [(token, log_p) for token, log_p in top if token != spoiled])
-        assert len(server.bodies) == (transport.MAX_TRIES if failed else 1)
+        assert len(server.bodies) == (len(transport.PAUSES) if failed else 1)
 
 
 def test_what_is_not_a_number_beside_a_token_of_the_prefix_is_no_matter():
@@ -415,7 +418,7 @@ def test_a_prompt_that_was_cut_in_silence_is_a_failed_call(kind, call, monkeypat
         else:
             got = e.log_likelihood([(prompt, " tea") for prompt in prompts])
     assert got[0] is None and got[1] is not None
-    assert "the server read 20 tokens of a prompt of" in e.usage.last_failure and e.usage.failed == 1
+    assert "the server read 20 tokens of a prompt of" in e.server.failures[-1] and len(e.server.failures) == 1
 
 
 @pytest.mark.parametrize("base, asked", [
@@ -442,14 +445,13 @@ def test_a_base_url_is_taken_as_openais_client_takes_it(base, asked, monkeypatch
 
 def test_a_probe_of_a_server_that_never_answers_says_that_it_waits_and_waits_once(monkeypatch, capsys):
     """One line while it waits, one at the end, and no second try of what took the whole --timeout."""
-    monkeypatch.setattr(transport, "FIRST_WORD", 0.1)
     for silent in ("do_GET", "do_POST"):
         with FakeServer("openai") as server:
             released = fake_server.threading.Event()
             monkeypatch.setattr(server.server.RequestHandlerClass, silent, lambda self: released.wait(30))
             monkeypatch.setattr(sys, "argv", ["llm.py", "probe", "--llm", server.url, "--timeout", "0.5"])
             start = fake_server.time.monotonic()
-            with pytest.raises(LLMError, match=rf"^{server.url} does not answer in time .--timeout 0.5."):
+            with pytest.raises(LLMError, match=rf"^{server.url} does not answer: .*timed out.*--timeout 0.5"):
                 llm.main()
             assert fake_server.time.monotonic() - start < 3
             released.set()
@@ -462,7 +464,8 @@ def test_a_cache_that_two_servers_share_gives_each_its_own_answers(tmp_path):
     for n in range(2):
         with FakeServer("openai") as server:
             server.chat = lambda body, n=n: (200, {"choices": [{"message": {"content": f"Task: t\nQuery: q{n}"}}]})
-            cached = Cached(endpoint(server, model=""), tmp_path / "c.jsonl")
+            cached = endpoint(server, model="")
+            cached.keep_in(tmp_path / "c.jsonl")
             got += cached.complete(["Task:"], [1]) + cached.complete(["Task:"], [1])
             assert cached.found == 1 and f"1 answers of {server.url} from" in cached.report()
     assert got == ["Task: t\nQuery: q0"] * 2 + ["Task: t\nQuery: q1"] * 2

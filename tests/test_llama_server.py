@@ -93,7 +93,7 @@ def test_rc_is_what_the_weights_give(server, tok):
 def test_top_tokens_are_the_models(server, tok, mode):
     """The first token's log-probs that RC falls back to, from chat and from completions."""
     e, prompt = endpoint(server, "tiny"), rc_prompt("what is tea", TEA)
-    top = e.top(mode, prompt)
+    top = e.one_top_tokens(mode, prompt)
     row = tiny_llama.log_probs([1, *tok.encode(prompt).ids], tok.get_vocab_size())[-1]
     assert len(top) == mode[1].get("logprobs", 20)
     assert [v for _, v in top] == pytest.approx(sorted(row, reverse=True)[:len(top)], abs=0.05)
@@ -102,8 +102,12 @@ def test_top_tokens_are_the_models(server, tok, mode):
 def test_completions_are_seeded_texts(server):
     """The answers are text, the same for the same seed; another seed gives another."""
     e, prompt = endpoint(server), llm.TRIALS.prompt
-    e.capabilities["complete"] = ("completions", {}), ""
+    e.capabilities["complete"] = MODES["complete"][3], ""
     # one after another, behind one that fills the cache: a prompt read in other parts differs in its last digits
-    _, one, two, other = [e.complete([prompt], [seed])[0] for seed in (1, 1, 1, 2)]
+    answers = []
+    for seed in (1, 1, 1, 2):
+        e.answers.clear()
+        answers += e.complete([prompt], [seed])
+    _, one, two, other = answers
     assert one == two != other and isinstance(one, str)
     assert len(llm.LanguageModel(endpoint(server)).generate([TEA, BOOK])) == 2

@@ -25,6 +25,7 @@ from teach import check, close, graded_seed
 import gecko
 import llm
 from engine import files, transport
+from engine.cache import Strings
 from engine.endpoint import Endpoint
 from engine.transport import LLMError
 
@@ -412,17 +413,15 @@ def test_queries_must_belong_to_the_corpus(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # The three calls, out of prompts and strings
 
-class Scripted:
+class Scripted(Strings):
     """Strings that keep what they are asked for; `tops` answers top_tokens."""
 
     def __init__(self, scores_prompts=True, tops=()):
+        super().__init__("scripted")
         self.scores_prompts, self.tops, self.asked = scores_prompts, tops, []
 
     def can(self, call):
         return self.scores_prompts
-
-    def report(self):
-        return "sent"
 
     def complete(self, prompts, seeds):
         self.asked += zip(prompts, seeds, strict=True)
@@ -434,7 +433,8 @@ class Scripted:
 
     def top_tokens(self, prompts):
         self.asked += prompts
-        return list(self.tops)
+        tops = dict(zip(dict.fromkeys(prompts), self.tops, strict=True))     # of each prompt
+        return [tops[prompt] for prompt in prompts]
 
 
 def test_the_three_calls_are_strings_after_the_papers_prompts():
@@ -463,13 +463,14 @@ def test_relevance_by_first_tokens_where_prompts_are_not_scored(score):
     """Spellings of a label are added up; a label that is not listed is bounded, counted and warned of."""
     tops = [[(" High", -1.0), ("Highly", -2.0), (" Some", -1.5), (" Not", -3.0)], None,
             [(" Not", -0.1), (" the", -4.0)]]
-    model = llm.LanguageModel(Scripted(False, tops), score)
+    strings = Scripted(False, tops)
+    model = llm.LanguageModel(strings, score)
     got = model.relevance([("q", passage(i)) for i in range(3)])
     high, some, no = math.exp(-1) + math.exp(-2), math.exp(-1.5), math.exp(-3)
     assert got[0] == pytest.approx(math.log(high) if score == "label" else (2 * high + some) / (high + some + no))
     assert got[1] is None and (score == "expected" or got[2] == -4.0)
-    assert model.labels.unlisted == (1 if score == "label" else 2) and "warning: " in model.report()
-    model.labels.asked *= 100                                     # less than one in a hundred
+    assert strings.unlisted == (1 if score == "label" else 2) and "warning: " in model.report()
+    strings.labels *= 100                                         # less than one in a hundred
     assert "warning" not in model.report()
 
 
@@ -687,7 +688,7 @@ def test_a_key_in_the_url_is_not_shown(dry, work, tmp_path, monkeypatch, capsys)
 def test_the_key_goes_to_the_server_and_nowhere_else(work, tmp_path, monkeypatch, capsys):
     """Not into a file, not onto the screen, not even where the server quotes it back."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-do-not-show-me")
-    monkeypatch.setattr(transport, "MAX_TRIES", 1)
+    monkeypatch.setattr(transport, "PAUSES", (0,))
     with FakeServer("vllm") as server:
         for argv in commands(work, tmp_path, server.url):
             main(monkeypatch, argv)

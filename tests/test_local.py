@@ -16,7 +16,6 @@ import tiny_llama  # noqa: E402
 
 import gecko  # noqa: E402
 import llm  # noqa: E402
-from engine.cache import Cached  # noqa: E402
 from engine.files import InputError, write_jsonl  # noqa: E402
 from engine.local import Local  # noqa: E402
 
@@ -46,8 +45,15 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(folder):
+def opened_once(folder):
     return Local(folder, rows=5, max_tokens=12)
+
+
+@pytest.fixture
+def model(opened_once):
+    """One that knows no answer yet."""
+    opened_once.answers.clear()
+    return opened_once
 
 
 @functools.cache
@@ -72,22 +78,31 @@ def test_query_likelihood_is_the_plain_sum(model, folder):
 
 
 def test_what_stands_beside_a_text_in_a_batch_changes_no_score(model):
-    """Alone, in another order, in one batch."""
+    """Alone, and in one batch."""
     together = model.log_likelihood(PAIRS)
+    model.answers.clear()
     alone = [model.log_likelihood([pair])[0] for pair in PAIRS]
-    backwards = model.log_likelihood(PAIRS[::-1])[::-1]
+    model.answers.clear()
     model.rows = 1000
-    one_batch = model.log_likelihood(PAIRS)
+    one_batch = model.log_likelihood(PAIRS[::-1])[::-1]
     model.rows = 5
-    for other in (alone, backwards, one_batch):
+    for other in (alone, one_batch):
         assert other == pytest.approx(together, abs=1e-4)
 
 
 def test_negative_control_padding_that_is_read_changes_scores(model, monkeypatch):
     together = model.log_likelihood(PAIRS)
     forward = model.forward
+    model.answers.clear()
     monkeypatch.setattr(model, "forward", lambda ids, *rest: forward(ids.clamp(min=0), *rest))
     assert model.log_likelihood(PAIRS) != pytest.approx(together, abs=1e-2)
+
+
+def test_a_transformers_that_takes_no_cache_by_that_name_is_slow_and_right(model, monkeypatch):
+    together, forward = model.log_likelihood(PAIRS), model.model.forward
+    model.answers.clear()
+    monkeypatch.setattr(model.model, "forward", lambda *args, cache=None, **rest: forward(*args, **rest))
+    assert model.log_likelihood(PAIRS) == pytest.approx(together, abs=1e-4)
 
 
 def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
@@ -111,12 +126,14 @@ def test_greedy_answers_are_those_of_generate(folder):
 def test_an_answer_is_its_seeds_own(model):
     """Whatever rows are written beside it; another seed gives another answer; a stop ends it."""
     together = model.complete(PREFIXES + PREFIXES, [0, 1, 2, 3, 4, 5, 6, 7])
+    model.answers.clear()
     alone = [model.complete([prompt], [seed])[0] for seed, prompt in enumerate(PREFIXES + PREFIXES)]
     assert together == alone and together[:4] != together[4:]
     stop = together[0][2:4]
-    model.stop = (stop,)
+    model.answers.clear()
+    model.stop.append(stop)
     assert model.complete(PREFIXES[:1], [0]) == [together[0].partition(stop)[0]]
-    model.stop = ("\n\n",)
+    model.stop.remove(stop)
 
 
 def test_samples_follow_the_models_own_probabilities(folder):
@@ -133,18 +150,21 @@ def test_samples_follow_the_models_own_probabilities(folder):
 def test_answers_are_kept_as_they_come(folder, tmp_path, monkeypatch):
     """Stopped in the middle, a run goes on from the last batch: the cache holds all that was scored."""
     model, path = Local(folder, rows=6), tmp_path / "cache.jsonl"
-    expected, batches, continuations = model.log_likelihood(PAIRS), [], model.continuations
+    expected, batches, sums = model.log_likelihood(PAIRS), [], model.log_likelihood_batch
+    model.answers.clear()
 
     def stopping(ids, cache, pairs):
         batches.append(pairs)
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return continuations(ids, cache, pairs)
+        return sums(ids, cache, pairs)
 
-    monkeypatch.setattr(model, "continuations", stopping)
+    monkeypatch.setattr(model, "log_likelihood_batch", stopping)
+    model.keep_in(path)
     with pytest.raises(KeyboardInterrupt):
-        Cached(model, path).log_likelihood(PAIRS)
-    again = Cached(Local(folder, rows=6), path)
+        model.log_likelihood(PAIRS)
+    again = Local(folder, rows=6)
+    again.keep_in(path)
     assert again.log_likelihood(PAIRS) == pytest.approx(expected, abs=1e-4)
     assert again.found == sum(map(len, batches[:2])) == 12
 
@@ -165,7 +185,7 @@ def test_mine_with_a_model_in_this_process(folder, tmp_path, monkeypatch, capsys
         prefix = gecko.fill(llm.P_QL, passage=f"{p['id']} {p['id']} is a drink.")
         assert p["ql"] == pytest.approx(log_likelihood_spec(folder, prefix, " what is tea"), abs=1e-3)
     assert row["positive_id"] == max(row["candidates"], key=lambda p: p["ql"])["id"]
-    assert "in this process" in capsys.readouterr().out
+    assert f"0 answers of hf:{folder} in float32 from {tmp_path}/f.cache.jsonl" in capsys.readouterr().out
 
 
 def test_what_is_no_model_is_one_line(tmp_path):

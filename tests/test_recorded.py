@@ -10,7 +10,7 @@ import json
 import pytest
 
 from engine.corpus import builtin_corpus, shown
-from engine.files import InputError, write_jsonl
+from engine.files import write_jsonl
 from engine.recorded import RECORD, Recorded, digest
 
 CORPUS = [{"_id": name, "title": name, "text": f"This is about {name}.\nIt is long."} for name in "abcd"]
@@ -38,7 +38,6 @@ def test_the_three_calls_answer_from_the_file(record):
     row = {"seed_id": "a", "query": "what is a"}
     assert llm.candidates(row, ["a", "d", "c"]) == ["b", "a", "c"]
     assert "67% of their candidates are found here too" in llm.report()
-    assert llm.candidates(row | {"seed_id": "b"}, ["d"]) == ["d"]    # another query
 
 
 @pytest.mark.parametrize("other", ["reads otherwise", "is missing"])
@@ -57,12 +56,6 @@ def test_a_passage_of_another_python_is_left_out_and_counted(record, other):
 def test_only_the_characters_that_the_model_was_shown_count(record):
     llm = Recorded([{**p, "text": p["text"] + " Newly said."} for p in CORPUS], record)
     assert len(llm.rows) == 3 and llm.missing == llm.lost == 0
-
-
-def test_another_file_is_refused(tmp_path):
-    write_jsonl(tmp_path / "x.jsonl", [{"_id": "q"}])
-    with pytest.raises(InputError, match="no record of a language model"):
-        Recorded(CORPUS, tmp_path / "x.jsonl")
 
 
 @pytest.mark.skipif(not RECORD.exists(), reason="no record yet: tests/lab/record.py makes it")

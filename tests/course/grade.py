@@ -47,7 +47,7 @@ from running import Grader  # noqa: E402
 LIBRARIES = {"torch", "numpy", "math", "random", "itertools", "functools", "collections", "heapq", "bisect",
              "statistics", "operator", "copy", "fractions", "torch.nn", "torch.nn.functional"}
 MODULES = {"torch", "F", "np", "math", "random", "itertools", "functools", "Tensor", "Sequence", "Callable", "Any"}
-HELPERS = {"ranks", "duplicate_mask", "truncate_dim", "text_only", "record", "drawn", "log_prob", "is_log_prob",
+HELPERS = {"ranks", "duplicate_mask", "truncate_dim", "text_only", "record", "drawn", "log_prob",
            "block", "as_tensor", "norms", "derive_seed", "processes", "all_reduce_sum", "ALL", "ROWS", "InputError",
            "CallFailed"}
 NO_BUILTINS = {"eval", "exec", "compile", "open", "input", "globals", "locals", "vars", "dir", "getattr", "setattr",

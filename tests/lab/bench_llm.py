@@ -17,7 +17,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import llm  # noqa: E402
-from engine.cache import Cached  # noqa: E402
 from engine.endpoint import Endpoint  # noqa: E402
 
 
@@ -58,7 +57,9 @@ def rss() -> float:
 def language_model(url: str, threads: int, cache: Path | None = None) -> llm.LanguageModel:
     e = Endpoint(url, "tiny", llm.TRIALS, threads)
     e.capabilities = {"log_likelihood": (("echo", {}), "")}
-    return llm.LanguageModel(Cached(e, cache) if cache else e)
+    if cache:
+        e.keep_in(cache)
+    return llm.LanguageModel(e)
 
 
 def calls(model: llm.LanguageModel, first: int, count: int) -> None:
