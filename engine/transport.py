@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -150,7 +151,8 @@ class Server:
         # a redirection is not followed: the key is for the host that was named
         if status in (401, 402, 403) or 300 <= status < 400 or "insufficient_quota" in text:
             raise LLMError(f"{reason}; mend the URL, the model's name, the key or the account")
-        if status in (408, 409, 429) or status >= 500:
+        # a server that calls a wrong request its own error will do so again
+        if status in (408, 409, 429) or status >= 500 and "validation error" not in text:
             seconds = retry_after(headers)
             if seconds > MAX_RETRY_AFTER:
                 raise LLMError(f"{reason}; it asks to wait {seconds:.0f} s: run the same command again later")
@@ -217,9 +219,9 @@ def server_address(url: str) -> SplitResult:
     """The parts of a server's URL; InputError, without the URL, which may hold a key."""
     with contextlib.suppress(ValueError):                            # a port or a host that can be none
         parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            if not parts.query and "@" not in url:
-                return parts
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if good and re.fullmatch("[!-~]*", url) and not parts.query and "@" not in url:
+            return parts
     raise InputError("--llm: give http://HOST:PORT/v1, https://... or offline; a key goes in OPENAI_API_KEY and "
                      "nowhere else")
 
