@@ -7,8 +7,7 @@ A model is whatever has encode_queries, encode_passages, and `lost` to say which
 from __future__ import annotations
 
 import math
-from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,20 +103,17 @@ def encode_beir(
     dim: int | None = None,     # None: all
     symmetric: bool = False,    # passages are formatted as inputs
     precision: str = "float32",
-    progress: str = "",         # the name of a bar; with one, what the tokens lack is said too
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
-    """Unit vectors of a set."""
+    """Unit vectors of a set; what the tokens lack is said."""
     settings = {"dim": dim, "precision": precision}
     if symmetric:
         inputs = [f"{p['title']} {p['text']}".strip() for p in beir.corpus]
-        P = model.encode_queries(inputs, task, progress=progress, **settings)
+        P = model.encode_queries(inputs, task, progress="passages", **settings)
     else:
-        P = model.encode_passages(*texts_and_titles(beir.corpus), progress=progress, **settings)
-    if progress:
-        say_lost(model, "passages")
+        P = model.encode_passages(*texts_and_titles(beir.corpus), progress="passages", **settings)
+    say_lost(model, "passages")
     q = model.encode_queries(list(beir.queries.values()), task, **settings)
-    if progress:
-        say_lost(model, "queries")
+    say_lost(model, "queries")
     return q, P
 
 
@@ -168,23 +164,23 @@ def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
     """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text: query -> scores, (P)."""
     P = len(corpus)
     counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
-    length = np.array([count.total() for count in counts])           # (P)
-    norm = K1 * (1 - B + B * length / length.mean())                 # (P)
-    postings: dict[str, tuple[array[int], array[float]]] = {}        # of a term: passages, and its weight in each
-    for passage, count in enumerate(counts):
+    mean = sum(count.total() for count in counts) / P                # length of a passage
+    postings = defaultdict[str, list[tuple[int, float]]](list)       # of a term: passages, its weight in each
+    for i, count in enumerate(counts):
+        norm = K1 * (1 - B + B * count.total() / mean)
         for term, tf in count.items():
-            passages, weights = postings.setdefault(term, (array("q"), array("d")))
-            passages.append(passage)
-            weights.append(tf * (K1 + 1) / (tf + norm[passage]))
+            weight = tf * (K1 + 1) / (tf + norm)
+            postings[term].append((i, weight))
 
     def scores_of(query: str) -> np.ndarray:
-        scores = np.zeros(P)
-        for term in filter(postings.__contains__, terms(query)):
-            passages, weights = postings[term]
-            n = len(passages)
+        scores = [0.0] * P
+        for term in terms(query):
+            found = postings.get(term, [])
+            n = len(found)
             idf = math.log(1 + (P - n + 0.5) / (n + 0.5))
-            scores[passages] += np.multiply(weights, idf)
-        return scores
+            for i, weight in found:
+                scores[i] += idf * weight
+        return np.array(scores)
 
     return scores_of
 
@@ -206,8 +202,7 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     """JSONL rows sentence1, sentence2, score: pairs of sentences, each with its human score."""
     pairs = []
     for where, row in read_jsonl(path):
-        first, second = row.get("sentence1"), row.get("sentence2")
-        score: Any = row.get("score")
+        first, second, score = map(row.get, ("sentence1", "sentence2", "score"))
         if not (is_text(first) and is_text(second)):
             raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
         if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not
@@ -226,10 +221,9 @@ def sts_terms(
 ) -> np.ndarray:
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
     first, second, scores = zip(*read_sts(path), strict=True)
-    x = model.encode_queries(first, task, dim=dim)                   # (pairs, dim)
-    say_lost(model, "sentence1")
-    y = model.encode_queries(second, task, dim=dim)                  # (pairs, dim)
-    say_lost(model, "sentence2")
+    vectors = model.encode_queries(first + second, task, dim=dim)    # (2 * pairs, dim)
+    say_lost(model, "sentences")
+    x, y = np.split(vectors, 2)                                      # (pairs, dim) twice
     return spearman_terms((x * y).sum(1), scores)
 
 
