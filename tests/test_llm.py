@@ -318,8 +318,11 @@ def test_mine_says_how_often_the_seed_comes_first_beside_chance(tmp_path, capsys
     for n in range(12):
         candidates = [{"id": key, "ql": -float(abs(n - 4 * place)), "rc": None, "R": 1.0}
                       for place, key in enumerate("abcd")]
-        rows.append({"_id": str(n), "seed_id": "a" if n < 9 else "b", "candidates": candidates})
-    llm.write_kept(tmp_path / "f.jsonl", iter(rows), 12, "mine")
+        seed = "a" if n < 9 else "b"
+        rows.append({"_id": str(n), "seed_id": seed, "positive_id": "a", "negative_id": None if n else "b",
+                     "candidates": candidates})
+    counts = llm.write_kept(tmp_path / "f.jsonl", iter(rows), 12, "mine")
+    assert (counts["kept"], counts["relabelled"], counts["no negative"]) == (12, 3, 11)
     out = capsys.readouterr().out
     # by ql: the nearest multiple of 4 to n; 0, 1 and 2 have the seed a, 9 and 10 are c's: 3 of 12
     assert "p_seed comes first by ql 25.0% [8.9%, 53.2%], no better than chance; by retriever 75.0% [" in out
@@ -375,10 +378,12 @@ def test_write_kept_says_how_many_and_refuses_equal_scores(tmp_path, capsys, emb
     rows = list(llm.generate(Fake(), CORPUS, llm.seed_draws(CORPUS, 6, 0)))
     llm.write_kept(tmp_path / "q.jsonl", iter(rows), 6, "generate")
     assert "kept 5 of 6; a failure" in capsys.readouterr().out
-    flat = [{**r, "candidates": [{**c, "ql": -1.0} for c in r["candidates"]]}
-            for r in llm.mine(Fake(), embedder, CORPUS, queries(), N=3)]
-    with pytest.raises(LLMError, match="all ql scores equal"):
-        llm.write_kept(tmp_path / "f.jsonl", iter(flat), 6, "mine")
+    mined = list(llm.mine(Fake(), embedder, CORPUS, queries(), N=3))
+    for of_query in (0.0, -1.0):                                     # one score for all, or one a query
+        flat = [{**row, "candidates": [{**c, "ql": -1.0 + n * of_query} for c in row["candidates"]]}
+                for n, row in enumerate(mined)]
+        with pytest.raises(LLMError, match="all ql scores equal"):
+            llm.write_kept(tmp_path / "f.jsonl", iter(flat), 6, "mine")
     assert not (tmp_path / "f.jsonl").exists()
 
 
