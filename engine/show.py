@@ -17,10 +17,8 @@ from engine.files import InputError, check_outputs, file_beside, one_line, read_
 from engine.table import check_record
 
 Row = dict[str, Any]
-Passages = dict[str, dict[str, str]]  # {"title", "text"} by id
+Texts = dict[str, tuple[str, str]]  # title and text, cut, by id
 Ranks = Callable[[Sequence[float]], list[int]]
-UNKNOWN = {"title": "", "text": ""}  # a passage whose text is not here
-ON_PAGE = ("_id", "kind", "task", "query", "seed_id", "positive_id", "negative_id")  # of a row
 
 
 def show(args: Any, ranks: Ranks) -> None:
@@ -28,39 +26,36 @@ def show(args: Any, ranks: Ranks) -> None:
     source = Path(args.corpus or Path(args.fret).parent / "corpus.jsonl")
     check_outputs([args.html], args.fret, source)
     rows, about = first_rows(args.fret, args.changed, args.limit or (10_000 if args.html else 5))
+    for row in rows:
+        row["candidates"] = in_order(row["candidates"], ranks)
     corpus = read_passages(source) if args.corpus or source.is_file() else []
-    passages = known_passages(rows, corpus)
+    shown = {candidate[0] for row in rows for candidate in row["candidates"]}
+    texts = known_texts(shown, rows, corpus)
     if args.html:
         with file_beside(args.html) as new:
-            new.write_text(as_page(rows, passages, about, ranks), encoding="utf-8")
+            new.write_text(as_page(rows, texts, about), encoding="utf-8")
         about = f"wrote {args.html}: {about}\nnext: open it in a browser"
     else:
         for row in rows:
-            print(*as_lines(row, passages, ranks), sep="\n", end="\n\n")
-    candidates = {candidate["id"] for row in rows for candidate in row["candidates"]}
-    unknown = len(candidates - passages.keys())
-    if unknown:
-        print(f"no text here for {unknown:,} of the candidates; --corpus FILE gives it")
+            print(*as_lines(row, texts), sep="\n", end="\n\n")
+    if len(texts) < len(shown):
+        print(f"no text here for {len(shown) - len(texts):,} of the candidates; --corpus FILE gives it")
     print(about)
 
 
 def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
     """The first rows, or of those where p+ is not p_seed; how many there are, and how many are left out."""
     rows: list[Row] = []
-    total = matching = 0
-    for total, row in enumerate(read_fret(path), 1):
-        if changed and row["positive_id"] == row["seed_id"]:
-            continue
-        matching += 1
-        if matching <= limit:
+    total = moved = 0
+    for row in read_fret(path):
+        relabelled = row["positive_id"] != row["seed_id"]
+        total += 1
+        moved += relabelled
+        if len(rows) < limit and (relabelled or not changed):
             rows.append(row)
-    about = f"{Path(path).name}: {total:,} records"
-    if changed:
-        about += f", p+ is not p_seed in {matching:,}"
-    about += f"; {len(rows):,} shown"
-    if matching > len(rows):
-        about += f", {matching - len(rows):,} left out (--limit)"
-    return rows, about
+    matching = moved if changed else total
+    return rows, (f"{Path(path).name}: {total:,} records, p+ is not p_seed in {moved:,}; "
+                  f"{len(rows):,} of {matching:,} shown (--limit)")
 
 
 def read_fret(path: str) -> Iterator[Row]:
@@ -77,58 +72,51 @@ def read_fret(path: str) -> Iterator[Row]:
         yield row
 
 
-def in_order(row: Row, ranks: Ranks) -> list[tuple[int | None, int | None, Row]]:
-    """(rank by QL, rank by RC, candidate) of p_1 ... p_N; no rank where there is no score."""
-    candidates = row["candidates"]
-    columns = []
-    for name in ("ql", "rc"):
-        scores = [candidate[name] for candidate in candidates]
-        columns.append([None] * len(scores) if None in scores else ranks(scores))
-    return sorted(zip(*columns, candidates, strict=True), key=lambda item: -item[2]["R"])
+def in_order(candidates: Sequence[Row], ranks: Ranks) -> list[tuple[Any, ...]]:
+    """(id, QL, rank by it, RC, rank by it, R) of p_1 ... p_N; no rank where there is no score."""
+    columns: list[Sequence[Any]] = []
+    for name in ("id", "ql", "rc", "R"):
+        values = [candidate[name] for candidate in candidates]
+        columns.append(values)
+        if name in ("ql", "rc"):
+            columns.append([None] * len(values) if None in values else ranks(values))
+    return sorted(zip(*columns, strict=True), key=lambda candidate: -candidate[-1])
 
 
-def known_passages(rows: Sequence[Row], corpus: Corpus) -> Passages:
-    """The corpus's passages, and those whose texts stand in the rows themselves."""
-    passages = {p["_id"]: p for p in corpus}
+def known_texts(shown: set[str], rows: Sequence[Row], corpus: Corpus) -> Texts:
+    """Of these passages, those that are in the corpus or in the rows themselves."""
+    passages: Row = {p["_id"]: p for p in corpus}
     for row in rows:
         for name in ("positive", "negative"):
             if row[name]:
-                passages[row[f"{name}_id"]] = {"title": "", **row[name]}
-    return passages
+                passages[row[f"{name}_id"]] = row[name]
+    texts = {}
+    for key, p in passages.items():
+        if key in shown:
+            texts[key] = p.get("title") or "", one_line(p["text"], 1000)
+    return texts
 
 
-def as_lines(row: Row, passages: Passages, ranks: Ranks) -> Iterator[str]:
+def as_lines(row: Row, texts: Texts) -> Iterator[str]:
     """Task, query, and the candidates in the order of R."""
     yield one_line(f"{row['_id']}  {row['query']}", 100)
     yield f"  task: {one_line(row['task'], 90)}"
     yield "   n        QL rank       RC rank      R"
-    for n, (r_ql, r_rc, candidate) in enumerate(in_order(row, ranks), 1):
+    names = (("p+", "positive_id"), ("p-", "negative_id"), ("seed", "seed_id"))
+    for n, (key, ql, r_ql, rc, r_rc, R) in enumerate(row["candidates"], 1):
         line = f"  {n:2}"
-        for score, rank in ((candidate["ql"], r_ql), (candidate["rc"], r_rc)):
+        for score, rank in ((ql, r_ql), (rc, r_rc)):
             number = "none" if score is None else f"{score:.3f}"
             line += f"{number:>10} {rank or '':>4}"
-        names = (("p+", "positive_id"), ("p-", "negative_id"), ("seed", "seed_id"))
-        marks = [mark for mark, key in names if row[key] == candidate["id"]]
-        p = passages.get(candidate["id"], UNKNOWN)
-        text = one_line(f"{p['title'] or candidate['id']}  {p['text']}", 60)
-        yield f"{line}  {candidate['R']:.3f}  {' '.join(marks):7}  {text}".rstrip()
+        marks = [mark for mark, name in names if row[name] == key]
+        title, text = texts.get(key, ("", ""))
+        text = one_line(f"{title or key}  {text}", 60)
+        yield f"{line}  {R:.3f}  {' '.join(marks):7}  {text}".rstrip()
 
 
-def as_page(rows: Sequence[Row], passages: Passages, about: str, ranks: Ranks) -> str:
+def as_page(rows: Sequence[Row], texts: Texts, about: str) -> str:
     """viewer.html with the rows as JSON, which its script draws on demand."""
-    texts: dict[str, list[str]] = {}                                 # title and text by id
-    records = []
-    for row in rows:
-        candidates = []
-        for r_ql, r_rc, c in in_order(row, ranks):
-            candidates.append([c["id"], c["ql"], r_ql, c["rc"], r_rc, c["R"]])
-            if c["id"] in passages:
-                p = passages[c["id"]]
-                text = p["text"]
-                if len(text) > 1000:
-                    text = text[:1000] + "..."
-                texts[c["id"]] = [p["title"], text]
-        records.append({name: row[name] for name in ON_PAGE} | {"candidates": candidates})
+    records = [row | {"positive": None, "negative": None} for row in rows]   # their texts are among the others
     # subtle: a "<" in the data could end the script element that holds it
     data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
     return Path(__file__).with_name("viewer.html").read_text(encoding="utf-8").replace("@data@", data, 1)
