@@ -62,20 +62,17 @@ def mrr(ranked: Ids, relevant: Relevant, k: int = 10) -> float:
 # Rank correlation, and confidence
 
 
-def spearman_terms(x: Any, y: Any) -> np.ndarray:
-    """One term a pair of values, whose mean is the rank correlation; equal values share their mean rank.
+def standard_ranks(values: Any, what: str) -> np.ndarray:
+    """Ranks with mean 0 and variance 1; equal values share their mean rank.
 
-    >>> spearman_terms([1, 2, 3], [10, 20, 15]).round(2).tolist()
-    [1.5, 0.0, 0.0]
+    Spearman's correlation is the mean of the products of two.
+
+    >>> standard_ranks([10, 30, 20, 20], "grades").round(2).tolist()
+    [-1.41, 1.41, 0.0, 0.0]
     """
-    return standard_ranks(x) * standard_ranks(y)                     # (n)
-
-
-def standard_ranks(values: Any) -> np.ndarray:
-    """Ranks with mean 0 and variance 1."""
     values = np.asarray(values, float)                               # (n)
     if not np.ptp(values) > 0:                                       # nan is not
-        raise InputError(f"{len(values)} values that are all equal, or no numbers: no rank correlation")
+        raise InputError(f"{what} are all equal, or no numbers; a rank correlation needs two that differ")
     _, group, size = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(size) - (size - 1) / 2)[group]                # (n)
     return (ranks - ranks.mean()) / ranks.std()
@@ -208,8 +205,6 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
         if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not
             raise InputError(f"{where}: score is {score!r}; want a finite number")
         pairs.append((first, second, score))
-    if len({score for _, _, score in pairs}) == 1:
-        raise InputError(f"{path}: all scores are equal; a rank correlation needs two that differ")
     return pairs
 
 
@@ -221,18 +216,20 @@ def sts_terms(
 ) -> np.ndarray:
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
     first, second, scores = zip(*read_sts(path), strict=True)
+    human = standard_ranks(scores, f"{path}: the scores")            # (pairs)
     vectors = model.encode_queries(first + second, task, dim=dim)    # (2 * pairs, dim)
     say_lost(model, "sentences")
     x, y = np.split(vectors, 2)                                      # (pairs, dim) twice
-    return spearman_terms((x * y).sum(1), scores)
+    return human * standard_ranks((x * y).sum(1), f"{path}: the cosines")
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """The paths' last parts; the whole path where two would be the same.
+    """The paths' last parts; the whole paths where two would be the same.
 
-    >>> short_names(["a/test", "b/test", "b/dev"])
-    ['a/test', 'b/test', 'dev']
+    >>> short_names(["a/test", "b/dev"]), short_names(["a/test", "b/test"])
+    (['test', 'dev'], ['a/test', 'b/test'])
     """
     names = [Path(path).resolve().name for path in paths]
-    pairs = zip(names, paths, strict=True)
-    return [name if names.count(name) == 1 else str(path) for name, path in pairs]
+    if len(set(names)) < len(names):
+        return list(map(str, paths))
+    return names

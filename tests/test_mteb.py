@@ -133,7 +133,7 @@ def test_command_line_and_its_mistakes(model, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.glob("out/results/gecko__m/*/STS12.json"))
     monkeypatch.undo()
     monkeypatch.setattr(mteb, "evaluate", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no hub\nmore")))
-    for name, message in (("STS12", "a set is not here.*no hub"), ("Nonsense", "Nonsense.*not found")):
+    for name, message in (("STS12", "no hub$"), ("Nonsense", "Nonsense.*not found")):
         monkeypatch.setattr(sys, "argv", [name if a == "STS12" else a for a in argv])
         with pytest.raises(SystemExit) as stop:
             files.run(train.main)
