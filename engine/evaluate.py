@@ -100,17 +100,20 @@ def encode_beir(
     dim: int | None = None,     # None: all
     symmetric: bool = False,    # passages are formatted as inputs
     precision: str = "float32",
+    progress: str = "",         # the name of a bar; with one, what the tokens lack is said too
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
-    """Unit vectors of a set; what the tokens lack is said."""
+    """Unit vectors of a set."""
     settings = {"dim": dim, "precision": precision}
     if symmetric:
         inputs = [f"{p['title']} {p['text']}".strip() for p in beir.corpus]
-        P = model.encode_queries(inputs, task, progress="passages", **settings)
+        P = model.encode_queries(inputs, task, progress=progress, **settings)
     else:
-        P = model.encode_passages(*texts_and_titles(beir.corpus), progress="passages", **settings)
-    say_lost(model, "passages")
+        P = model.encode_passages(*texts_and_titles(beir.corpus), progress=progress, **settings)
+    if progress:
+        say_lost(model, "passages")
     q = model.encode_queries(list(beir.queries.values()), task, **settings)
-    say_lost(model, "queries")
+    if progress:
+        say_lost(model, "queries")
     return q, P
 
 
@@ -199,7 +202,8 @@ def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
     """JSONL rows sentence1, sentence2, score: pairs of sentences, each with its human score."""
     pairs = []
     for where, row in read_jsonl(path):
-        first, second, score = map(row.get, ("sentence1", "sentence2", "score"))
+        first, second = row.get("sentence1"), row.get("sentence2")
+        score: Any = row.get("score")
         if not (is_text(first) and is_text(second)):
             raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
         if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not

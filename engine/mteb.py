@@ -123,7 +123,7 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
     known = {benchmark.name: benchmark.tasks for benchmark in mteb.get_benchmarks()}
     for task in known["MTEB(eng, v1)"]:
         known[task.metadata.name] = [task]
-    tasks = []
+    tasks: list[Any] = []
     for name in names:
         try:
             tasks.extend(known.get(name) or [mteb.get_task(name)])
@@ -155,28 +155,27 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
     """`train.py evaluate`: the figures of a model on all sets that are named."""
     if not (args.beir or args.sts or args.mteb):
         raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
-    if args.out and not args.mteb:
-        check_outputs([args.out], *args.sts)
+    out = f"{args.out}/scores.json" if args.out and args.mteb else args.out
+    check_outputs([out], *args.sts)
     tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
+    say(model=args.model, dim=args.dim or "all", split=args.split, task=args.task or "by Table 9")
     model = load(args.model)
-    say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
-        task=args.task or "by Table 9")
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     for name, folder in zip(short_names(args.beir), args.beir, strict=True):
-        by_name, symmetric = table_9(Path(name).name)
-        known = read_beir(folder, args.split)
-        q, P = encode_beir(model, known, args.task or by_name, args.dim, symmetric)
-        scores = retrieval_scores(rankings(known, q, P), known.qrels)
+        task, symmetric = table_9(Path(name).name)
+        beir = read_beir(folder, args.split)
+        q, P = encode_beir(model, beir, args.task or task, args.dim, symmetric, progress="passages")
+        scores = retrieval_scores(rankings(beir, q, P), beir.qrels)
         results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
     for name, path in zip(short_names(args.sts), args.sts, strict=True):
-        by_name, _ = table_9(Path(name).stem, "STS")
-        results[name] = {"spearman": float(sts_terms(model, path, args.dim, args.task or by_name).mean())}
+        task, _ = table_9(Path(name).stem, "STS")
+        terms = sts_terms(model, path, args.dim, args.task or task)
+        results[name] = {"spearman": float(terms.mean())}
     if tasks:
         adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)
         results |= mteb_scores(adapter, tasks, args.out)
     for name, values in results.items():
         print(name, "  ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
-    if args.out:
-        out = Path(args.out, "scores.json") if tasks else Path(args.out)
-        write_json(out, results)
+    if out:
+        write_json(Path(out), results)
         print(f"wrote {out}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,12 +29,15 @@ def show(args: Any, ranks: Ranks) -> None:
     rows, about = first_rows(args.fret, args.changed, args.limit or (10_000 if args.html else 5))
     for row in rows:
         row["candidates"] = in_order(row["candidates"], ranks)
+    shown = {candidate["id"] for row in rows for candidate in row["candidates"]}
     corpus = read_passages(source) if args.corpus or source.is_file() else []
-    shown = {candidate[0] for row in rows for candidate in row["candidates"]}
     texts = known_texts(shown, rows, corpus)
     if args.html:
+        # subtle: a "<" in the data could end the script element that holds it
+        data = json.dumps({"about": about, "passages": texts, "records": rows}).replace("<", "\\u003c")
+        page = Path(__file__).with_name("viewer.html").read_text(encoding="utf-8")
         with file_beside(args.html) as new:
-            new.write_text(as_page(rows, texts, about), encoding="utf-8")
+            new.write_text(page.replace("@data@", data, 1), encoding="utf-8")
         about = f"wrote {args.html}: {about}\nnext: open it in a browser"
     else:
         for row in rows:
@@ -72,24 +76,22 @@ def read_fret(path: str) -> Iterator[Row]:
         yield row
 
 
-def in_order(candidates: Sequence[Row], ranks: Ranks) -> list[tuple[Any, ...]]:
-    """(id, QL, rank by it, RC, rank by it, R) of p_1 ... p_N; no rank where there is no score."""
-    columns: list[Sequence[Any]] = []
-    for name in ("id", "ql", "rc", "R"):
-        values = [candidate[name] for candidate in candidates]
-        columns.append(values)
-        if name in ("ql", "rc"):
-            columns.append([None] * len(values) if None in values else ranks(values))
-    return sorted(zip(*columns, strict=True), key=lambda candidate: -candidate[-1])
+def in_order(candidates: list[Row], ranks: Ranks) -> list[Row]:
+    """p_1 ... p_N with their ranks, "r_ql" and "r_rc"; None where there is no score."""
+    for name in ("ql", "rc"):
+        scores = [candidate[name] for candidate in candidates]
+        places = [None] * len(scores) if None in scores else ranks(scores)
+        for candidate, place in zip(candidates, places, strict=True):
+            candidate[f"r_{name}"] = place
+    return sorted(candidates, key=operator.itemgetter("R"), reverse=True)
 
 
 def known_texts(shown: set[str], rows: Sequence[Row], corpus: Corpus) -> Texts:
-    """Of these passages, those that are in the corpus or in the rows themselves."""
+    """Of the passages that are shown, those of the corpus, and those in the rows, which lose them."""
     passages: Row = {p["_id"]: p for p in corpus}
     for row in rows:
         for name in ("positive", "negative"):
-            if row[name]:
-                passages[row[f"{name}_id"]] = row[name]
+            passages[row[f"{name}_id"]] = row.pop(name)
     texts = {}
     for key, p in passages.items():
         if key in shown:
@@ -103,23 +105,15 @@ def as_lines(row: Row, texts: Texts) -> Iterator[str]:
     yield f"  task: {one_line(row['task'], 90)}"
     yield "   n        QL rank       RC rank      R"
     names = (("p+", "positive_id"), ("p-", "negative_id"), ("seed", "seed_id"))
-    for n, (key, ql, r_ql, rc, r_rc, R) in enumerate(row["candidates"], 1):
+    for n, c in enumerate(row["candidates"], 1):
         line = f"  {n:2}"
-        for score, rank in ((ql, r_ql), (rc, r_rc)):
-            number = "none" if score is None else f"{score:.3f}"
-            line += f"{number:>10} {rank or '':>4}"
-        marks = [mark for mark, name in names if row[name] == key]
-        title, text = texts.get(key, ("", ""))
-        text = one_line(f"{title or key}  {text}", 60)
-        yield f"{line}  {R:.3f}  {' '.join(marks):7}  {text}".rstrip()
-
-
-def as_page(rows: Sequence[Row], texts: Texts, about: str) -> str:
-    """viewer.html with the rows as JSON, which its script draws on demand."""
-    records = [row | {"positive": None, "negative": None} for row in rows]   # their texts are among the others
-    # subtle: a "<" in the data could end the script element that holds it
-    data = json.dumps({"about": about, "passages": texts, "records": records}).replace("<", "\\u003c")
-    return Path(__file__).with_name("viewer.html").read_text(encoding="utf-8").replace("@data@", data, 1)
+        for name in ("ql", "rc"):
+            number = "none" if c[name] is None else f"{c[name]:.3f}"
+            line += f"{number:>10} {c[f'r_{name}'] or '':>4}"
+        marks = [mark for mark, name in names if row[name] == c["id"]]
+        title, text = texts.get(c["id"], ("", ""))
+        text = one_line(f"{title or c['id']}  {text}", 60)
+        yield f"{line}  {c['R']:.3f}  {' '.join(marks):7}  {text}".rstrip()
 
 
 # --------------------------------------------------------------------------------------------------
