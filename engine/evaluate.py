@@ -7,7 +7,7 @@ A model is whatever has encode_queries, encode_passages, and `lost` to say which
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -164,23 +164,17 @@ def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
     """The lexical baseline (Robertson's BM25, Lucene's idf) on title and text: query -> scores, (P)."""
     P = len(corpus)
     counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
-    mean = sum(count.total() for count in counts) / P                # length of a passage
-    postings = defaultdict[str, list[tuple[int, float]]](list)       # of a term: passages, its weight in each
-    for i, count in enumerate(counts):
-        norm = K1 * (1 - B + B * count.total() / mean)
-        for term, tf in count.items():
-            weight = tf * (K1 + 1) / (tf + norm)
-            postings[term].append((i, weight))
+    length = np.array([count.total() for count in counts])           # (P)
+    norm = K1 * (1 - B + B * length / length.mean())                 # (P)
 
     def scores_of(query: str) -> np.ndarray:
-        scores = [0.0] * P
+        scores = np.zeros(P)
         for term in terms(query):
-            found = postings.get(term, [])
-            n = len(found)
+            tf = np.array([count.get(term, 0) for count in counts])  # (P)
+            n = np.count_nonzero(tf)
             idf = math.log(1 + (P - n + 0.5) / (n + 0.5))
-            for i, weight in found:
-                scores[i] += idf * weight
-        return np.array(scores)
+            scores += idf * (tf * (K1 + 1) / (tf + norm))
+        return scores
 
     return scores_of
 

@@ -128,7 +128,7 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
         try:
             tasks.extend(known.get(name) or [mteb.get_task(name)])
         except KeyError as error:
-            raise InputError("--mteb: " + str(error.args[0]).removeprefix("KeyError: ")) from error
+            raise InputError(f"--mteb: {error.args[0]}") from error
     return tasks
 
 
