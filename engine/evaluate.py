@@ -135,7 +135,7 @@ def first_100(beir: Beir, orders: Iterable[np.ndarray]) -> Rankings:
     """
     ranked = {}
     for query, order in zip(beir.queries, orders, strict=True):
-        ids = [beir.corpus[i]["_id"] for i in order[:101]]
+        ids = [beir.corpus[i]["_id"] for i in order]
         ranked[query] = [i for i in ids if i != query or i in beir.qrels[query]][:100]
     return ranked
 
@@ -192,18 +192,19 @@ def bm25_rankings(beir: Beir) -> Rankings:
 # Similarity of sentences
 
 
-def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
-    """JSONL rows sentence1, sentence2, score: pairs of sentences, each with its human score."""
-    pairs = []
+def read_sts(path: str | Path) -> tuple[list[str], np.ndarray]:
+    """JSONL rows sentence1, sentence2, score: the sentences, pair after pair, and the scores' standard ranks."""
+    sentences, scores = list[str](), []
     for where, row in read_jsonl(path):
-        first, second = row.get("sentence1"), row.get("sentence2")
+        pair: list[Any] = [row.get("sentence1"), row.get("sentence2")]
         score: Any = row.get("score")
-        if not (is_text(first) and is_text(second)):
+        if not all(map(is_text, pair)):
             raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
         if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not
             raise InputError(f"{where}: score is {score!r}; want a finite number")
-        pairs.append((first, second, score))
-    return pairs
+        sentences += pair
+        scores.append(score)
+    return sentences, standard_ranks(scores, f"{path}: the scores")
 
 
 def sts_terms(
@@ -213,12 +214,11 @@ def sts_terms(
     task: str = "semantic similarity",
 ) -> np.ndarray:
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
-    first, second, scores = zip(*read_sts(path), strict=True)
-    human = standard_ranks(scores, f"{path}: the scores")            # (pairs)
-    vectors = model.encode_queries(first + second, task, dim=dim)    # (2 * pairs, dim)
+    sentences, ranks = read_sts(path)
+    x = model.encode_queries(sentences, task, dim=dim)               # (2 * pairs, dim)
     say_lost(model, "sentences")
-    x, y = np.split(vectors, 2)                                      # (pairs, dim) twice
-    return human * standard_ranks((x * y).sum(1), f"{path}: the cosines")
+    cosines = (x[::2] * x[1::2]).sum(1)                              # (pairs)
+    return ranks * standard_ranks(cosines, f"{path}: the cosines")
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:

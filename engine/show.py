@@ -109,7 +109,8 @@ def as_lines(row: Row, texts: Texts) -> Iterator[str]:
         line = f"  {n:2}"
         for name in ("ql", "rc"):
             number = "none" if c[name] is None else f"{c[name]:.3f}"
-            line += f"{number:>10} {c[f'r_{name}'] or '':>4}"
+            rank = c[f"r_{name}"] or ""
+            line += f"{number:>10} {rank:>4}"
         marks = [mark for mark, name in names if row[name] == c["id"]]
         title, text = texts.get(c["id"], ("", ""))
         text = one_line(f"{title or c['id']}  {text}", 60)
@@ -129,11 +130,10 @@ def counted(rows: Sequence[Row]) -> str:
 def overview(rows: Sequence[Row], texts: Sequence[Sequence[str | None]], tasks: Sequence[str]) -> Iterator[str]:
     """What training will see: the most frequent tasks, doubtful rows, the first row's texts as formatted."""
     for task, count in Counter(tasks).most_common(10):
-        yield f"{count:7d}  {task[:80]}"
-    inputs, positives, _ = map(set, zip(*texts, strict=True))
-    for name, distinct in (("input", inputs), ("positive", positives)):
-        yield f"{len(texts) - len(distinct)} repeated {name} texts (in a batch they are masked, not negatives)"
+        yield f"{count:7d}  {one_line(task, 80)}"
+    for name, side in zip(("input", "positive"), zip(*texts, strict=True), strict=False):
+        yield f"{len(side) - len(set(side))} repeated {name} texts (in a batch they are masked, not negatives)"
     same = sum(row["query"] == row["positive"]["text"] for row in rows)
     yield f"{same} rows whose query is their positive (nothing to learn from)"
     for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
-        yield f"first {name}: {' '.join((text or '(none)').split())[:100]}"
+        yield f"first {name}: {one_line(text or '(none)', 100)}"

@@ -424,7 +424,7 @@ def test_sentence_pairs_are_two_texts_and_a_number(change, message, tmp_path):
     row = {"sentence1": "a", "sentence2": "b", "score": 1}
     files.write_jsonl(tmp_path / "in.jsonl", [row, {**row, "score": 0, **change}])
     with pytest.raises(files.InputError, match=message):
-        evaluate.sts_terms(None, tmp_path / "in.jsonl")
+        evaluate.read_sts(tmp_path / "in.jsonl")
 
 
 def test_short_names_are_whole_paths_where_two_would_be_the_same():
