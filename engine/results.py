@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.beir import Beir, read_beir
@@ -58,7 +59,7 @@ def on_dev(model: Any, folder: str) -> Callable[[], dict[str, float]] | None:
     if not folder:
         return None
     beir = read_beir(folder, "dev")
-    return lambda: means(measured(model, beir))
+    return lambda: means(retrieval_scores(found(model, beir)[None], beir.qrels))
 
 
 def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
@@ -159,14 +160,14 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     columns: dict[str, Columns] = {}
     chosen, shown = {}, {}                                           # nDCG@10 of either half, with both right
     for stage, model in stages.items():
-        ranked = list(found(model, beir).items())
+        ranked = list(found(model, beir)[None].items())
         first, second = dict(ranked[:half]), dict(ranked[half:])
         columns[stage] = {"p_seed": retrieval_scores(second, p_seed), "p_1": retrieval_scores(second, p_1)}
         if model is not None:
             chosen[stage] = means(retrieval_scores(first, both))["ndcg@10"]
             shown[stage] = means(retrieval_scores(second, both))["ndcg@10"]
         if labelled:
-            columns[stage]["labels"] = measured(model, labelled)
+            columns[stage]["labels"] = retrieval_scores(found(model, labelled)[None], labelled.qrels)
     title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right "
              "(which favours + (q, p_seed)), and where p_1 is (+ FRet)")
     if labelled:
@@ -207,21 +208,24 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
     test = read_beir(out / "questions")
     columns = {}
     for stage, model in stages.items():
-        columns[stage] = {str(dim): measured(model, test, dim) for dim in gecko.dims}
+        ranked = found(model, test, gecko.dims)
+        columns[stage] = {str(dim): retrieval_scores(lists, test.qrels) for dim, lists in ranked.items()}
     dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
     title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
     return results_table(out / "results.json", title, columns)
 
 
-def found(model: Any, beir: Beir, dim: int | None = None) -> Rankings:
-    """What a model finds with its first dimensions, or BM25 (None), which has none."""
+def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Rankings]:
+    """What a model finds by its first dimensions, for each of dims (None: all); BM25 (None) has none."""
     if model is None:
-        return bm25_rankings(beir)
-    return rankings(beir, *encode_beir(model, beir, "question answering", dim))
-
-
-def measured(model: Any, beir: Beir, dim: int | None = None) -> Scores:
-    return retrieval_scores(found(model, beir, dim), beir.qrels)
+        return dict.fromkeys(dims, bm25_rankings(beir))
+    q, P = encode_beir(model, beir, "question answering")            # (Q, d) and (P, d)
+    ranked = {}
+    for dim in dims:
+        short = P[:, :dim]                                           # (P, dim), of length 1 again
+        short = short / np.linalg.norm(short, axis=1, keepdims=True)
+        ranked[dim] = rankings(beir, q[:, :dim], short)              # the length of q orders nothing
+    return ranked
 
 
 def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict[str, Row]:

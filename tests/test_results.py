@@ -16,16 +16,15 @@ from toys import small_model
 
 from engine.beir import Beir, read_beir
 from engine.cache import DryRun
-from engine.evaluate import ndcg
 from engine.files import InputError, read_jsonl, write_jsonl
 from engine.results import (
     cost,
     example,
+    found,
     held_apart,
     held_out_results,
     hold_out,
     mean_of,
-    measured,
     results_table,
     write_questions,
 )
@@ -154,14 +153,16 @@ def test_labels_stand_beside(tmp_path, capsys):
 def test_a_model_is_measured_by_its_first_dimensions():
     model = small_model()
     beir = Beir(CORPUS, {word: word for word in WORDS}, {word: {f"p{n}": 1} for n, word in enumerate(WORDS)})
-    scores = measured(model, beir, 4)
+    ranked = found(model, beir, (8, 4))
     q = model.encode_queries(WORDS, "question answering", dim=4)
     P = model.encode_passages([p["text"] for p in CORPUS], WORDS, dim=4)
     for n, word in enumerate(WORDS):
         order = np.argsort(-(P @ q[n]), kind="stable")
-        ranked = [CORPUS[i]["_id"] for i in order]
-        assert scores["ndcg@10"][n] == pytest.approx(ndcg(ranked, beir.qrels[word]))
-    assert scores != measured(model, beir) and measured(None, beir, 4) == measured(None, beir)
+        assert ranked[4][word] == [CORPUS[i]["_id"] for i in order]
+    d = model.dims[0]
+    assert ranked[8] != ranked[4] and found(model, beir)[None] == found(model, beir, (d,))[d]
+    bm25 = found(None, beir, (8, 4))
+    assert list(bm25) == [8, 4] and bm25[8] == bm25[4] == found(None, beir)[None]
 
 
 def test_table_prints_what_it_writes(tmp_path, capsys):
