@@ -82,10 +82,9 @@ def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
     """95 % interval of mean(y - x), queries drawn again with replacement."""
     gain = np.subtract(y, x)                                         # (Q)
     Q = len(gain)
-    # a draw is how often each query came up: as shares, the weights of a mean
+    # a draw is how often each query came up, (4000, Q)
     draws = np.random.default_rng(0).multinomial(Q, np.full(Q, 1 / Q), 4000)
-    means = (draws / Q * gain).sum(1)                                # (4000)
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(draws @ gain / Q, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -97,21 +96,19 @@ def encode_beir(
     model: Any,
     beir: Beir,
     task: str,                  # of the queries
-    dim: int | None = None,     # None: all
     symmetric: bool = False,    # passages are formatted as inputs
-    precision: str = "float32",
     progress: str = "",         # the name of a bar; with one, what the tokens lack is said too
+    **how: Any,                 # dim and precision, as of the model's encode
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
     """Unit vectors of a set."""
-    settings = {"dim": dim, "precision": precision}
     if symmetric:
         inputs = [f"{p['title']} {p['text']}".strip() for p in beir.corpus]
-        P = model.encode_queries(inputs, task, progress=progress, **settings)
+        P = model.encode_queries(inputs, task, progress=progress, **how)
     else:
-        P = model.encode_passages(*texts_and_titles(beir.corpus), progress=progress, **settings)
+        P = model.encode_passages(*texts_and_titles(beir.corpus), progress=progress, **how)
     if progress:
         say_lost(model, "passages")
-    q = model.encode_queries(list(beir.queries.values()), task, **settings)
+    q = model.encode_queries(list(beir.queries.values()), task, **how)
     if progress:
         say_lost(model, "queries")
     return q, P

@@ -52,7 +52,7 @@ def blocks_of_same_query(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
 def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> Counts:
     """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
-    LLMError, and nothing written, where `check_kept` says so.
+    LLMError, and nothing written, where nine in ten failed, or the scores of no query differ.
     """
     counts: Counts = defaultdict(int)
     failures: list[str] = []
@@ -68,7 +68,14 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
             failures.append(row["failed"])
             if len(failures) >= MAX_FAILED_AT_FIRST and not counts["kept"]:
                 break
-        check_kept(what, counts, failures)
+        asked = counts["kept"] + len(failures)
+        if asked > 10 * counts["kept"]:
+            raise LLMError(f"{what}: {counts['kept']} of the first {asked} rows succeeded, too few to go on; "
+                           f"failures: {'; '.join(failures[:3])}")
+        for name in SCORES:
+            if name in counts and not counts[f"{name} differ"]:
+                raise LLMError(f"all {name} scores equal those of the same query: the endpoint does not score; "
+                               "nothing was written")
 
     try:
         write_jsonl(path, kept())
@@ -95,18 +102,6 @@ def count_mined(row: Row, counts: Counts) -> None:
             first = scores.index(max(scores))
             counts[name] += candidates[first]["id"] == seed
             counts[f"{name} differ"] += max(scores) > min(scores)
-
-
-def check_kept(what: str, counts: Counts, failures: Sequence[str]) -> None:
-    """LLMError when nine in ten failed, or no query's scores differ: that endpoint does not score."""
-    kept, failed = counts["kept"], len(failures)
-    if failed > 9 * kept:
-        raise LLMError(f"{what}: {kept} of the first {failed + kept} rows succeeded, too few to go on; "
-                       f"failures: {'; '.join(failures[:3])}")
-    for name in SCORES:
-        if name in counts and not counts[f"{name} differ"]:
-            raise LLMError(f"all {name} scores equal those of the same query: the endpoint does not score; "
-                           "nothing was written")
 
 
 def shares(counts: Counts) -> str:

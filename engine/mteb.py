@@ -164,7 +164,7 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
     for name, folder in zip(short_names(args.beir), args.beir, strict=True):
         task, symmetric = table_9(Path(name).name)
         beir = read_beir(folder, args.split)
-        q, P = encode_beir(model, beir, args.task or task, args.dim, symmetric, progress="passages")
+        q, P = encode_beir(model, beir, args.task or task, symmetric, "passages", dim=args.dim)
         scores = retrieval_scores(rankings(beir, q, P), beir.qrels)
         results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
     for name, path in zip(short_names(args.sts), args.sts, strict=True):

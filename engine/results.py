@@ -97,12 +97,11 @@ def held_passages(seeds: Sequence[str], share: float, seed: int) -> set[str]:
     A passage that is added later moves hardly any other from one side to the other.
     """
     order = sorted(set(seeds), key=lambda name: random.Random(f"held out {seed} {name}").random())
-    names = set(order[:round(share * len(order))])
-    held = sum(name in names for name in seeds)
-    if held < 2 or len(seeds) - held < 2:
-        raise InputError(f"{len(seeds)} queries, {held} of them held out: two are needed on each side; give more "
-                         "documents, raise --queries, or change --held-out")
-    return names
+    held = round(share * len(order))
+    if not 2 <= held <= len(order) - 2:
+        raise InputError(f"{len(order)} passages with queries, {held} of them held out: two are needed on each "
+                         "side; give more documents, raise --queries, or change --held-out")
+    return set(order[:held])
 
 
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -147,8 +146,8 @@ def example(rows: Sequence[Row]) -> str:
 
 
 def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
-                     stages: Mapping[str, Any], labelled: Beir | None) -> tuple[dict[str, Row], str]:
-    """The table of held-out queries, and the stage that the other half of them chooses, BM25 (None) apart."""
+                     stages: Mapping[str, Any], labelled: Beir | None) -> str:
+    """Print the table of held-out queries; the stage that the other half of them chooses, BM25 (None) apart."""
     order = sorted(asked, key=lambda row: random.Random(row["seed_id"]).random())
     half = len(order) // 2                                           # the first half chooses
     few = len(order) - half
@@ -172,7 +171,7 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
              "(which favours + (q, p_seed)), and where p_1 is (+ FRet)")
     if labelled:
         title += f"; of {len(labelled.queries)} labelled questions"
-    table = results_table(path, title, columns)
+    results_table(path, title, columns)
     if few < 200:
         # nDCG@10 of one question is 0 to 1, with a standard deviation of about 0.4 between stages
         print(f"{few} questions are few: they tell gains of {80 / few ** 0.5:.0f} points of nDCG@10 and more; "
@@ -183,7 +182,7 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
           f"{start} {chosen[start]:.3f})")
     if shown[best] < shown[start]:
         print(f"on the questions of the table it is worse: {shown[best]:.3f}, {start} {shown[start]:.3f}")
-    return table, best
+    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
 
 
 def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[Row], labelled: Beir | None,
-            keep: float, save: Callable[[Any, Path], None]) -> dict[str, Row]:
+            keep: float, save: Callable[[Any, Path], None]) -> None:
     """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko.
 
     asked: the mined rows of held-out queries, none of the built-in corpus. keep: the share of the weights before
@@ -201,9 +200,9 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
     if keep:
         stages[f"{keep:g} as it came"] = mean_of(stages["as it came"], gecko, keep)
     if asked:
-        table, best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
+        best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
         save_into(functools.partial(save, stages[best]), out / "gecko")
-        return table
+        return
     write_questions(out / "questions", corpus)
     test = read_beir(out / "questions")
     columns = {}
@@ -212,7 +211,7 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
         columns[stage] = {str(dim): retrieval_scores(lists, test.qrels) for dim, lists in ranked.items()}
     dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
     title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
-    return results_table(out / "results.json", title, columns)
+    results_table(out / "results.json", title, columns)
 
 
 def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Rankings]:
@@ -228,7 +227,7 @@ def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Ra
     return ranked
 
 
-def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict[str, Row]:
+def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> None:
     """Print each stage's nDCG@10 and recall@100 in every column, and write them.
 
     Beside them the 95 % interval of the gain in the first column over the stage above.
@@ -247,4 +246,3 @@ def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict
         print(f"  {stage:20} {'   '.join(cells):26}   {gain}")
         above = ndcg
     write_json(path, table)
-    return table

@@ -48,22 +48,9 @@ def show(args: Any, ranks: Ranks) -> None:
 
 
 def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
-    """The first rows, or of those where p+ is not p_seed; how many there are, and how many are left out."""
+    """The first rows that `mine` wrote, or of those where p+ is not p_seed; how many there are, and are shown."""
     rows: list[Row] = []
     total = moved = 0
-    for row in read_fret(path):
-        relabelled = row["positive_id"] != row["seed_id"]
-        total += 1
-        moved += relabelled
-        if len(rows) < limit and (relabelled or not changed):
-            rows.append(row)
-    matching = moved if changed else total
-    return rows, (f"{Path(path).name}: {total:,} records, p+ is not p_seed in {moved:,}; "
-                  f"{len(rows):,} of {matching:,} shown (--limit)")
-
-
-def read_fret(path: str) -> Iterator[Row]:
-    """The rows that `mine` wrote."""
     for where, row in read_jsonl(path):
         try:
             scores = [c[name] or 0.0 for c in row["candidates"] for name in ("R", "ql", "rc")]
@@ -73,7 +60,14 @@ def read_fret(path: str) -> Iterator[Row]:
         if not good:
             raise InputError(f"{where}: no record with candidates; give a file that `llm.py mine` wrote")
         check_record(where, row)
-        yield row
+        relabelled = row["positive_id"] != row["seed_id"]
+        total += 1
+        moved += relabelled
+        if len(rows) < limit and (relabelled or not changed):
+            rows.append(row)
+    matching = moved if changed else total
+    return rows, (f"{Path(path).name}: {total:,} records, p+ is not p_seed in {moved:,}; "
+                  f"{len(rows):,} of {matching:,} shown (--limit)")
 
 
 def in_order(candidates: list[Row], ranks: Ranks) -> list[Row]:
@@ -127,13 +121,11 @@ def counted(rows: Sequence[Row]) -> str:
     return f"{len(rows)} records, {with_negative} with a hard negative, {symmetric} symmetric"
 
 
-def overview(rows: Sequence[Row], texts: Sequence[Sequence[str | None]], tasks: Sequence[str]) -> Iterator[str]:
-    """What training will see: the most frequent tasks, doubtful rows, the first row's texts as formatted."""
+def overview(texts: Sequence[Sequence[str | None]], tasks: Sequence[str]) -> Iterator[str]:
+    """What training will see: the most frequent tasks, repeated texts, the first row's texts as formatted."""
     for task, count in Counter(tasks).most_common(10):
         yield f"{count:7d}  {one_line(task, 80)}"
     for name, side in zip(("input", "positive"), zip(*texts, strict=True), strict=False):
         yield f"{len(side) - len(set(side))} repeated {name} texts (in a batch they are masked, not negatives)"
-    same = sum(row["query"] == row["positive"]["text"] for row in rows)
-    yield f"{same} rows whose query is their positive (nothing to learn from)"
     for name, text in zip(("input", "positive", "negative"), texts[0], strict=True):
         yield f"first {name}: {one_line(text or '(none)', 100)}"

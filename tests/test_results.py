@@ -118,15 +118,15 @@ def test_each_column_has_its_own_truth_and_the_best_of_one_half_is_kept(tmp_path
     of_seed = Pointing(lambda text: text)
     of_p1 = Pointing(lambda text: WORDS[(WORDS.index(text) + 1) % 16])
     lost = Pointing(lambda text: WORDS[WORDS.index(text) - 1])
-    table, best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(),
-                                   {"start": lost, "BM25": None, "seed": of_seed, "p_1": of_p1}, None)
+    best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(),
+                            {"start": lost, "BM25": None, "seed": of_seed, "p_1": of_p1}, None)
+    table = json.loads((tmp_path / "r.json").read_text())
     assert table["seed"]["p_seed"]["ndcg@10"] == 1 > table["seed"]["p_1"]["ndcg@10"]
     assert table["p_1"]["p_1"]["ndcg@10"] == 1 > table["p_1"]["p_seed"]["ndcg@10"]
     assert table["BM25"]["p_seed"]["ndcg@10"] == 1 and best in ("seed", "p_1")
     out = capsys.readouterr().out
     assert "held out (8)" in out and f"kept: {best}, best on the other 8 held-out questions" in out
-    assert json.loads((tmp_path / "r.json").read_text()) == table
-    _, best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": of_seed, "worse": lost}, None)
+    best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": of_seed, "worse": lost}, None)
     assert best == "start" and "kept: start, best on the other 8" in capsys.readouterr().out
 
 
@@ -135,7 +135,7 @@ def test_what_is_kept_and_is_worse_on_the_other_half_is_said(tmp_path, capsys):
     first_half = {row["query"] for row in order[:8]}
     lucky = Pointing(lambda text: text if text in first_half else WORDS[WORDS.index(text) - 1])
     unlucky = Pointing(lambda text: text if text not in first_half else WORDS[WORDS.index(text) - 1])
-    _, best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": unlucky, "tuned": lucky}, None)
+    best = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": unlucky, "tuned": lucky}, None)
     out = capsys.readouterr().out
     assert best == "tuned" and re.search(r"on the questions of the table it is worse: 0\.\d+, start 0\.\d+\n", out)
     held_out_results(tmp_path / "r.json", CORPUS, asked_rows(), {"start": unlucky, "same": unlucky}, None)
@@ -144,8 +144,9 @@ def test_what_is_kept_and_is_worse_on_the_other_half_is_said(tmp_path, capsys):
 
 def test_labels_stand_beside(tmp_path, capsys):
     labelled = Beir(CORPUS, {"a": "red"}, {"a": {"p1": 1}})
-    table, _ = held_out_results(tmp_path / "r.json", CORPUS, asked_rows(),
-                                {"start": Pointing(lambda text: text), "BM25": None}, labelled)
+    held_out_results(tmp_path / "r.json", CORPUS, asked_rows(),
+                     {"start": Pointing(lambda text: text), "BM25": None}, labelled)
+    table = json.loads((tmp_path / "r.json").read_text())
     assert set(table["start"]) == {"p_seed", "p_1", "labels", "gain"} and table["start"]["labels"]["mrr@10"] < 1
     assert "of 1 labelled questions" in capsys.readouterr().out
 
@@ -170,7 +171,7 @@ def test_table_prints_what_it_writes(tmp_path, capsys):
     def scores(*ndcg_values):
         return {"ndcg@10": list(ndcg_values), "recall@100": [1.0] * 4, "mrr@10": [0.5] * 4}
 
-    table = results_table(tmp_path / "r.json", "T", {
+    results_table(tmp_path / "r.json", "T", {
         "a": {"384": scores(0, 0, 0, 0), "128": scores(1, 1, 1, 1)},
         "BM25": {"384": scores(0.5, 0.5, 0.5, 0.5), "128": scores(0.5, 0.5, 0.5, 0.5)},
         "b": {"384": scores(1, 1, 1, 1), "128": scores(1, 1, 1, 1)}})
@@ -178,7 +179,8 @@ def test_table_prints_what_it_writes(tmp_path, capsys):
     assert lines[1].startswith("T; [95 % interval of the gain over the stage above")
     assert lines[2].split() == ["a", "0.000", "1.000", "1.000", "1.000"]
     assert lines[3].split() == ["BM25", "0.500", "1.000", "0.500", "1.000", "[+0.500,", "+0.500]"]
-    assert table["BM25"]["gain"] == [0.5, 0.5] and json.loads((tmp_path / "r.json").read_text()) == table
+    table = json.loads((tmp_path / "r.json").read_text())
+    assert table["BM25"]["gain"] == [0.5, 0.5] and table["b"]["384"] == table["a"]["128"]
 
 
 def test_written_questions_are_a_beir_folder(tmp_path):
