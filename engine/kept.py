@@ -113,9 +113,10 @@ def shares(counts: Counts) -> str:
         if name not in counts:
             continue
         share = counts[name] / rows
-        # Wilson's interval of a share, which is right for few rows too
-        middle = (share + 1.92 / rows) / (1 + 3.84 / rows)
-        half = 1.96 * math.sqrt(share * (1 - share) / rows + 0.96 / rows ** 2) / (1 + 3.84 / rows)
+        # Wilson's interval of a share, which is right for few rows too; 3.84 is 1.96 squared
+        z = 3.84 / rows
+        middle = (share + z / 2) / (1 + z)
+        half = math.sqrt(z * share * (1 - share) + z ** 2 / 4) / (1 + z)
         low, high = max(0.0, middle - half), middle + half
         no_better = ", no better than chance" if low <= chance else ""
         parts.append(f"{name} {share:.1%} [{low:.1%}, {high:.1%}]{no_better}")

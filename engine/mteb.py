@@ -28,27 +28,30 @@ def bare(name: str) -> str:
     return re.sub(r"\.v\d+$|HardNegatives|Retrieval|[\W\d_]", "", name, flags=re.IGNORECASE).lower()
 
 
-# The first names of a row are kinds of set: one that the table does not name has what most of its kind have.
+# The first names of a row are kinds of set: a set that the table does not name has what most of its kind have.
 TABLE_9: dict[str, tuple[str, bool]] = {}
 for task, symmetric, names in (
-    ("classification", True, """Classification MultilabelClassification
-        AmazonCounterfactualClassification AmazonPolarityClassification
-        AmazonReviewsClassification Banking77Classification EmotionClassification ImdbClassification
-        MassiveIntentClassification MassiveScenarioClassification MTOPDomainClassification
-        MTOPIntentClassification ToxicConversationsClassification
-        TweetSentimentExtractionClassification"""),
-    ("semantic similarity", True, """STS PairClassification BitextMining
-        BIOSSES SICK-R STS12 STS13 STS14 STS15 STS16 STS17 STS22
-        STSBenchmark SprintDuplicateQuestions TwitterSemEval2015 TwitterURLCorpus"""),
-    ("search result", True, """Clustering
-        ArxivClusteringP2P ArxivClusteringS2S BiorxivClusteringP2P
-        BiorxivClusteringS2S MedrxivClusteringP2P MedrxivClusteringS2S RedditClustering
-        RedditClusteringP2P StackExchangeClustering StackExchangeClusteringP2P
-        TwentyNewsgroupsClustering QuoraRetrieval"""),
-    ("search result", False, """Summarization
+    ("classification", True,
+     """Classification MultilabelClassification
+        AmazonCounterfactualClassification AmazonPolarityClassification AmazonReviewsClassification
+        Banking77Classification EmotionClassification ImdbClassification MassiveIntentClassification
+        MassiveScenarioClassification MTOPDomainClassification MTOPIntentClassification
+        ToxicConversationsClassification TweetSentimentExtractionClassification"""),
+    ("semantic similarity", True,
+     """STS PairClassification BitextMining
+        BIOSSES SICK-R STS12 STS13 STS14 STS15 STS16 STS17 STS22 STSBenchmark SprintDuplicateQuestions
+        TwitterSemEval2015 TwitterURLCorpus"""),
+    ("search result", True,
+     """Clustering
+        ArxivClusteringP2P ArxivClusteringS2S BiorxivClusteringP2P BiorxivClusteringS2S
+        MedrxivClusteringP2P MedrxivClusteringS2S RedditClustering RedditClusteringP2P
+        StackExchangeClustering StackExchangeClusteringP2P TwentyNewsgroupsClustering QuoraRetrieval"""),
+    ("search result", False,
+     """Summarization
         StackOverflowDupQuestions ClimateFEVER FEVER HotpotQA TRECCOVID SummEval"""),
-    ("question answering", False, """AskUbuntuDupQuestions SciDocsRR CQADupstackRetrieval DBPedia
-        FiQA2018 MSMARCO NQ SCIDOCS Touche2020"""),
+    ("question answering", False,
+     """AskUbuntuDupQuestions SciDocsRR CQADupstackRetrieval DBPedia FiQA2018 MSMARCO NQ SCIDOCS
+        Touche2020"""),
     ("semantic similarity", False, "MindSmallReranking ArguAna"),
     ("fact checking", False, "NFCorpus SciFact"),
 ):
