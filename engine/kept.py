@@ -49,7 +49,7 @@ def blocks_of_same_query(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
         yield block
 
 
-def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> Counts:
+def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> None:
     """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
     LLMError, and nothing written, where nine in ten failed, or the scores of no query differ.
@@ -83,10 +83,11 @@ def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm
         if hasattr(llm, "report"):
             print(llm.report())
     if "chance" in counts:
-        print(shares(counts))
+        print(f"p_seed comes first by {shares(counts)}; p+ is another passage in "
+              f"{counts['relabelled'] / counts['kept']:.1%} (paper: 15 %); {counts['no negative']} of "
+              f"{counts['kept']} have no hard negative")
     example = f"; a failure: {failures[0]}" if failures else ""
     print(f"{what}: kept {counts['kept']} of {total}{example}; wrote {path}")
-    return counts
 
 
 def count_mined(row: Row, counts: Counts) -> None:
@@ -120,7 +121,7 @@ def shares(counts: Counts) -> str:
         low, high = max(0.0, middle - half), middle + half
         no_better = ", no better than chance" if low <= chance else ""
         parts.append(f"{name} {share:.1%} [{low:.1%}, {high:.1%}]{no_better}")
-    return f"p_seed comes first by {'; by '.join(parts)}; by chance {chance:.1%}"
+    return f"{'; by '.join(parts)}; by chance {chance:.1%}"
 
 
 def count_calls(rows: Iterator[Row], what: str, llm: Any) -> None:

@@ -64,11 +64,12 @@ def on_dev(model: Any, folder: str) -> Callable[[], dict[str, float]] | None:
 
 def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
     """What a recipe will ask of an LLM, by one whose strings ask nobody and count."""
-    query, N = "such as a person types who looks for", min(20, len(corpus))
+    N = min(20, len(corpus))
     for start in range(0, len(draws), 256):                          # all prompts at once are gigabytes
         seeds = draws[start:start + 256]
         llm.generate([corpus[i] for i in seeds])
         # which passages will be found is not known yet; their number and mean length are
+        query = "such as a person types who looks for"
         pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in seeds for n in range(N)]
         if "ql" in rank:
             llm.query_likelihood(pairs)
@@ -137,12 +138,11 @@ def held_apart(path: Path, held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 def example(rows: Sequence[Row]) -> str:
     """The first record whose positive is not the passage that its query was written for."""
-    moved = [row for row in rows if row["positive_id"] != row["seed_id"]]
-    if not moved:
-        return "p+ is p_seed in all records"
-    row = moved[0]
-    return (f'p+ is not p_seed in {len(moved) / len(rows):.1%} of {len(rows)} records (paper: 15 %). The first: '
-            f'"{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, p- {row["negative_id"]}')
+    for row in rows:
+        if row["positive_id"] != row["seed_id"]:
+            return (f'the first: "{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, '
+                    f'p- {row["negative_id"]}')
+    return "p+ is p_seed in all records"
 
 
 def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
@@ -238,8 +238,7 @@ def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> None
     for stage, columns in stages.items():
         table[stage] = {name: means(scores) for name, scores in columns.items()}
         cells = [f"{row['ndcg@10']:.3f} {row['recall@100']:.3f}" for row in table[stage].values()]
-        first, *_ = columns.values()
-        ndcg = first["ndcg@10"]
+        ndcg = next(iter(columns.values()))["ndcg@10"]
         low, high = paired_bootstrap(above or ndcg, ndcg)
         table[stage]["gain"] = [round(low, 4), round(high, 4)]
         gain = f"[{low:+.3f}, {high:+.3f}]" if above else ""
