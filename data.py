@@ -298,12 +298,12 @@ def corpus(output: str, documents: str) -> None:
 
 
 def check(path: str, model_dir: str | None, max_length: int | None) -> None:
-    """What training will see of a file: texts as formatted, counts, doubtful rows."""
+    """What training will see of a file: texts as formatted, counts, repeated texts."""
     rows = read_records(path)
     model = load(model_dir) if model_dir else None
     texts = [formatted(row, model.formats if model else FORMATS) for row in rows]
     print(f"{path}: {counted(rows)}")
-    for line in overview(rows, texts, [task_of(row) for row in rows]):
+    for line in overview(texts, [task_of(row) for row in rows]):
         print(f"  {line}")
     if model:
         model.tokens([text for three in texts for text in three if text], max_length)

@@ -585,10 +585,7 @@ def mine_command(args: Arguments) -> None:
     if o.dry_run:
         return count_calls(rows, "mine", llm)
     rows = (row if "failed" in row else row | source for row in rows)
-    count = write_kept(args.fret, rows, len(queries), "mine", llm)
-    print(f"p+ differs from p_seed in {count['relabelled'] / count['kept']:.1%} of them")
-    if count["no negative"] and args.negative != "none":
-        print(f"{count['no negative']} have no hard negative: all their candidates answer the same query elsewhere")
+    write_kept(args.fret, rows, len(queries), "mine", llm)
     print(f"next: python train.py finetune {args.fret} --init runs/demo/pre --out runs/gecko")
 
 

@@ -27,7 +27,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -316,7 +315,7 @@ LAYERS = TrainConfig(batch_size=64, tau=0.05, lr=5e-5, epochs=3)                
 
 
 def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
-           corpus: Corpus | None = None) -> dict[str, Any]:
+           corpus: Corpus | None = None) -> None:
     """Pre-finetune, generate, mine, fine-tune, evaluate: on the built-in corpus or on your documents.
 
     `o` holds the flags (engine/commandline.py). A run of the same flags and data goes on from where it was, and
@@ -338,7 +337,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
         counting = llm.LanguageModel(DryRun(), chars=o.chars)
         print(f"asked of {o.llm}: {cost(counting, corpus, draws, o.rank)}")
     if o.dry_run:
-        return {}
+        return
     write_jsonl(out / "corpus.jsonl", corpus)
 
     start, pre, pairs, c = pre_finetuned(o, corpus, sizes, out)
@@ -368,7 +367,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     if start is not pre:
         stages = {"untrained": start, "BM25": None, "pre-finetuned": pre}
     stages |= {"+ (q, p_seed)": retriever, "+ FRet (p_1, p_20)": gecko}
-    return results(out, corpus, stages, asked, labelled, o.keep, save)
+    results(out, corpus, stages, asked, labelled, o.keep, save)
 
 
 def pre_finetuned(o: Recipe, corpus: Corpus, sizes: Sizes, out: Path,
@@ -460,7 +459,8 @@ def main() -> None:
     args = train_arguments(__doc__, TrainConfig)
     if args.command is None:
         began, out = time.time(), Path(args.out)
-        if not recipe(from_flags(Recipe, args), out):                # a dry run
+        recipe(from_flags(Recipe, args), out)
+        if args.dry_run:
             return
         print(f"{time.time() - began:.0f} s; {out}/ holds corpus, queries, fret, retriever, gecko, results")
         print(f'next: python gecko.py search "your question" --model {out}/gecko')

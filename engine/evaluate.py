@@ -7,7 +7,6 @@ A model is whatever has encode_queries, encode_passages, and `lost` to say which
 from __future__ import annotations
 
 import math
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -63,20 +62,17 @@ def mrr(ranked: Ids, relevant: Relevant, k: int = 10) -> float:
 # Rank correlation, and confidence
 
 
-def spearman_terms(x: Any, y: Any) -> np.ndarray:
-    """One term a pair of values, whose mean is the rank correlation; equal values share their mean rank.
+def standard_ranks(values: Any, what: str) -> np.ndarray:
+    """Ranks with mean 0 and variance 1; equal values share their mean rank.
 
-    >>> spearman_terms([1, 2, 3], [10, 20, 15]).round(2).tolist()
-    [1.5, 0.0, 0.0]
+    Spearman's correlation is the mean of the products of two.
+
+    >>> standard_ranks([10, 30, 20, 20], "grades").round(2).tolist()
+    [-1.41, 1.41, 0.0, 0.0]
     """
-    return standard_ranks(x) * standard_ranks(y)                     # (n)
-
-
-def standard_ranks(values: Any) -> np.ndarray:
-    """Ranks with mean 0 and variance 1."""
     values = np.asarray(values, float)                               # (n)
     if not np.ptp(values) > 0:                                       # nan is not
-        raise InputError(f"{len(values)} values that are all equal, or no numbers: no rank correlation")
+        raise InputError(f"{what} are all equal, or no numbers; a rank correlation needs two that differ")
     _, group, size = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(size) - (size - 1) / 2)[group]                # (n)
     return (ranks - ranks.mean()) / ranks.std()
@@ -86,10 +82,9 @@ def paired_bootstrap(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
     """95 % interval of mean(y - x), queries drawn again with replacement."""
     gain = np.subtract(y, x)                                         # (Q)
     Q = len(gain)
-    # a draw is how often each query came up: as shares, the weights of a mean
+    # a draw is how often each query came up, (4000, Q)
     draws = np.random.default_rng(0).multinomial(Q, np.full(Q, 1 / Q), 4000)
-    means = (draws / Q * gain).sum(1)                                # (4000)
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(draws @ gain / Q, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -101,21 +96,19 @@ def encode_beir(
     model: Any,
     beir: Beir,
     task: str,                  # of the queries
-    dim: int | None = None,     # None: all
     symmetric: bool = False,    # passages are formatted as inputs
-    precision: str = "float32",
     progress: str = "",         # the name of a bar; with one, what the tokens lack is said too
+    **how: Any,                 # dim and precision, as of the model's encode
 ) -> tuple[np.ndarray, np.ndarray]:  # (Q, dim) queries, (P, dim) passages
     """Unit vectors of a set."""
-    settings = {"dim": dim, "precision": precision}
     if symmetric:
         inputs = [f"{p['title']} {p['text']}".strip() for p in beir.corpus]
-        P = model.encode_queries(inputs, task, progress=progress, **settings)
+        P = model.encode_queries(inputs, task, progress=progress, **how)
     else:
-        P = model.encode_passages(*texts_and_titles(beir.corpus), progress=progress, **settings)
+        P = model.encode_passages(*texts_and_titles(beir.corpus), progress=progress, **how)
     if progress:
         say_lost(model, "passages")
-    q = model.encode_queries(list(beir.queries.values()), task, **settings)
+    q = model.encode_queries(list(beir.queries.values()), task, **how)
     if progress:
         say_lost(model, "queries")
     return q, P
@@ -139,7 +132,7 @@ def first_100(beir: Beir, orders: Iterable[np.ndarray]) -> Rankings:
     """
     ranked = {}
     for query, order in zip(beir.queries, orders, strict=True):
-        ids = [beir.corpus[i]["_id"] for i in order[:101]]
+        ids = [beir.corpus[i]["_id"] for i in order]
         ranked[query] = [i for i in ids if i != query or i in beir.qrels[query]][:100]
     return ranked
 
@@ -170,20 +163,14 @@ def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
     counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
     length = np.array([count.total() for count in counts])           # (P)
     norm = K1 * (1 - B + B * length / length.mean())                 # (P)
-    postings: dict[str, tuple[array[int], array[float]]] = {}        # of a term: passages, and its weight in each
-    for passage, count in enumerate(counts):
-        for term, tf in count.items():
-            passages, weights = postings.setdefault(term, (array("q"), array("d")))
-            passages.append(passage)
-            weights.append(tf * (K1 + 1) / (tf + norm[passage]))
 
     def scores_of(query: str) -> np.ndarray:
         scores = np.zeros(P)
-        for term in filter(postings.__contains__, terms(query)):
-            passages, weights = postings[term]
-            n = len(passages)
+        for term in terms(query):
+            tf = np.array([count.get(term, 0) for count in counts])  # (P)
+            n = np.count_nonzero(tf)
             idf = math.log(1 + (P - n + 0.5) / (n + 0.5))
-            scores[passages] += np.multiply(weights, idf)
+            scores += idf * (tf * (K1 + 1) / (tf + norm))
         return scores
 
     return scores_of
@@ -202,20 +189,19 @@ def bm25_rankings(beir: Beir) -> Rankings:
 # Similarity of sentences
 
 
-def read_sts(path: str | Path) -> list[tuple[str, str, float]]:
-    """JSONL rows sentence1, sentence2, score: pairs of sentences, each with its human score."""
-    pairs = []
+def read_sts(path: str | Path) -> tuple[list[str], np.ndarray]:
+    """JSONL rows sentence1, sentence2, score: the sentences, pair after pair, and the scores' standard ranks."""
+    sentences, scores = list[str](), []
     for where, row in read_jsonl(path):
-        first, second = row.get("sentence1"), row.get("sentence2")
+        pair: list[Any] = [row.get("sentence1"), row.get("sentence2")]
         score: Any = row.get("score")
-        if not (is_text(first) and is_text(second)):
+        if not all(map(is_text, pair)):
             raise InputError(f"{where}: want sentence1 and sentence2, texts that are not empty")
         if type(score) not in (int, float) or not abs(score) < 1e300:  # nan is not
             raise InputError(f"{where}: score is {score!r}; want a finite number")
-        pairs.append((first, second, score))
-    if len({score for _, _, score in pairs}) == 1:
-        raise InputError(f"{path}: all scores are equal; a rank correlation needs two that differ")
-    return pairs
+        sentences += pair
+        scores.append(score)
+    return sentences, standard_ranks(scores, f"{path}: the scores")
 
 
 def sts_terms(
@@ -225,20 +211,20 @@ def sts_terms(
     task: str = "semantic similarity",
 ) -> np.ndarray:
     """(pairs) terms whose mean is Spearman's correlation of cosine and human score."""
-    first, second, scores = zip(*read_sts(path), strict=True)
-    x = model.encode_queries(first, task, dim=dim)                   # (pairs, dim)
-    say_lost(model, "sentence1")
-    y = model.encode_queries(second, task, dim=dim)                  # (pairs, dim)
-    say_lost(model, "sentence2")
-    return spearman_terms((x * y).sum(1), scores)
+    sentences, ranks = read_sts(path)
+    x = model.encode_queries(sentences, task, dim=dim)               # (2 * pairs, dim)
+    say_lost(model, "sentences")
+    cosines = (x[::2] * x[1::2]).sum(1)                              # (pairs)
+    return ranks * standard_ranks(cosines, f"{path}: the cosines")
 
 
 def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """The paths' last parts; the whole path where two would be the same.
+    """The paths' last parts; the whole paths where two would be the same.
 
-    >>> short_names(["a/test", "b/test", "b/dev"])
-    ['a/test', 'b/test', 'dev']
+    >>> short_names(["a/test", "b/dev"]), short_names(["a/test", "b/test"])
+    (['test', 'dev'], ['a/test', 'b/test'])
     """
     names = [Path(path).resolve().name for path in paths]
-    pairs = zip(names, paths, strict=True)
-    return [name if names.count(name) == 1 else str(path) for name, path in pairs]
+    if len(set(names)) < len(names):
+        return list(map(str, paths))
+    return names

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from engine.files import InputError, is_text, read_jsonl, write_jsonl
 from engine.transport import LLMError
 
 Row = dict[str, Any]
+Counts = dict[str, Any]    # numbers of rows
+SCORES = ("ql", "rc")      # the rankings of an LLM
 MAX_FAILED_AT_FIRST = 200  # rows that all failed from the first on: no more are asked for
 
 
@@ -48,82 +49,79 @@ def blocks_of_same_query(rows: Sequence[Row], size: int) -> Iterator[list[int]]:
         yield block
 
 
-def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> Counter[str]:
+def write_kept(path: str | Path, rows: Iterator[Row], total: int, what: str, llm: Any = None) -> None:
     """Write the rows that did not fail; say "kept K of N", show a failure, and, however it ends, what was asked.
 
-    The counts of rows: kept, relabelled (p+ is not p_seed), no negative. LLMError, and nothing written, where
-    `check_kept` says so.
+    LLMError, and nothing written, where nine in ten failed, or the scores of no query differ.
     """
-    count = Counter[str]()
+    counts: Counts = defaultdict(int)
     failures: list[str] = []
-    seed_first: dict[str, float] = defaultdict(float)                # rows, by ranking and by "chance"
-    scores: dict[str, set[Any]] = {"ql": set(), "rc": set()}         # up to two different ones of each
 
     def kept() -> Iterator[Row]:
         for row in tqdm(rows, total=total, desc=what, unit="row"):
-            if "failed" in row:
-                failures.append(row["failed"])
-                if len(failures) >= MAX_FAILED_AT_FIRST and not count["kept"]:
-                    break
+            if "failed" not in row:
+                counts["kept"] += 1
+                if "candidates" in row:
+                    count_mined(row, counts)
+                yield row
                 continue
-            count["kept"] += 1
-            count["relabelled"] += row.get("positive_id", row["seed_id"]) != row["seed_id"]
-            count["no negative"] += row.get("negative_id", "") is None
-            if "candidates" in row:
-                add_ranking(row, seed_first, scores)
-            yield row
-        check_kept(what, count["kept"], failures, scores)
+            failures.append(row["failed"])
+            if len(failures) >= MAX_FAILED_AT_FIRST and not counts["kept"]:
+                break
+        asked = counts["kept"] + len(failures)
+        if asked > 10 * counts["kept"]:
+            raise LLMError(f"{what}: {counts['kept']} of the first {asked} rows succeeded, too few to go on; "
+                           f"failures: {'; '.join(failures[:3])}")
+        for name in SCORES:
+            if name in counts and not counts[f"{name} differ"]:
+                raise LLMError(f"all {name} scores equal those of the same query: the endpoint does not score; "
+                               "nothing was written")
 
     try:
         write_jsonl(path, kept())
     finally:
         if hasattr(llm, "report"):
             print(llm.report())
-    if seed_first:
-        print(shares(seed_first, count["kept"]))
+    if "chance" in counts:
+        print(f"p_seed comes first by {shares(counts)}; p+ is another passage in "
+              f"{counts['relabelled'] / counts['kept']:.1%} (paper: 15 %); {counts['no negative']} of "
+              f"{counts['kept']} have no hard negative")
     example = f"; a failure: {failures[0]}" if failures else ""
-    print(f"{what}: kept {count['kept']} of {total}{example}; wrote {path}")
-    return count
+    print(f"{what}: kept {counts['kept']} of {total}{example}; wrote {path}")
 
 
-def add_ranking(row: Row, seed_first: dict[str, float], scores: dict[str, set[Any]]) -> None:
-    """Which rankings put the passage first that the query was written for, and the row's scores."""
-    candidates = row["candidates"]
-    seed_first["chance"] += 1 / len(candidates)
-    seed_first["retriever"] += candidates[0]["id"] == row["seed_id"]  # nearest first
-    for name, different in scores.items():
-        if len(different) < 2:
-            different.update(candidate[name] for candidate in candidates)
-        if candidates[0][name] is not None:
-            first = max(candidates, key=operator.itemgetter(name))
-            seed_first[name] += first["id"] == row["seed_id"]
+def count_mined(row: Row, counts: Counts) -> None:
+    """Whether p+ is not p_seed, p- is missing, and which rankings put p_seed first and tell passages apart."""
+    candidates, seed = row["candidates"], row["seed_id"]
+    counts["relabelled"] += row["positive_id"] != seed
+    counts["no negative"] += row["negative_id"] is None
+    counts["chance"] += 1 / len(candidates)
+    counts["retriever"] += candidates[0]["id"] == seed               # nearest first
+    for name in SCORES:
+        scores = [candidate[name] for candidate in candidates]
+        if None not in scores:
+            first = scores.index(max(scores))
+            counts[name] += candidates[first]["id"] == seed
+            counts[f"{name} differ"] += max(scores) > min(scores)
 
 
-def check_kept(what: str, kept: int, failures: Sequence[str], scores: dict[str, set[Any]]) -> None:
-    """LLMError when nine in ten failed, or all scores are equal: that endpoint does not score."""
-    failed = len(failures)
-    if failed > 9 * kept:
-        raise LLMError(f"{what}: {kept} of the first {failed + kept} rows succeeded, too few to go on; "
-                       f"failures: {'; '.join(failures[:3])}")
-    for name, different in scores.items():
-        if len(different) == 1 and None not in different:
-            raise LLMError(f"all {name} scores equal {different.pop()}: the endpoint does not score; "
-                           "nothing was written")
-
-
-def shares(seed_first: dict[str, float], rows: int) -> str:
+def shares(counts: Counts) -> str:
     """How often each ranking puts the seed first, with a 95 % interval, and whether that is more than chance."""
     parts = []
-    chance = seed_first.pop("chance") / rows
-    for name, times in sorted(seed_first.items()):
-        share = times / rows
-        # Wilson's interval of a share, which is right for few rows too
-        middle = (share + 1.92 / rows) / (1 + 3.84 / rows)
-        half = 1.96 * math.sqrt(share * (1 - share) / rows + 0.96 / rows ** 2) / (1 + 3.84 / rows)
+    rows = counts["kept"]
+    chance = counts["chance"] / rows
+    for name in (*SCORES, "retriever"):
+        if name not in counts:
+            continue
+        share = counts[name] / rows
+        # Wilson's interval of a share, which is right for few rows too; 3.84 is 1.96 squared
+        z = 3.84 / rows
+        middle = (share + z / 2) / (1 + z)
+        half = math.sqrt(z * share * (1 - share) + z ** 2 / 4) / (1 + z)
         low, high = max(0.0, middle - half), middle + half
         no_better = ", no better than chance" if low <= chance else ""
         parts.append(f"{name} {share:.1%} [{low:.1%}, {high:.1%}]{no_better}")
-    return f"p_seed comes first by {'; by '.join(parts)}; by chance {chance:.1%}"
+    return f"{'; by '.join(parts)}; by chance {chance:.1%}"
 
 
 def count_calls(rows: Iterator[Row], what: str, llm: Any) -> None:

@@ -13,49 +13,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from engine.beir import read_beir
 from engine.evaluate import encode_beir, rankings, retrieval_scores, short_names, sts_terms
-from engine.files import InputError, check_outputs, first_line, say, write_json
+from engine.files import InputError, check_outputs, say, write_json
 from engine.vectors import model_key
 
 # --------------------------------------------------------------------------------------------------
 # Table 9: the task of each set, and whether it is symmetric (targets have the format of inputs)
 
 
+def bare(name: str) -> str:
+    """A set's name without version, digits, punctuation and the words that mteb adds."""
+    return re.sub(r"\.v\d+$|HardNegatives|Retrieval|[\W\d_]", "", name, flags=re.IGNORECASE).lower()
+
+
+# The first names of a row are kinds of set: a set that the table does not name has what most of its kind have.
 TABLE_9: dict[str, tuple[str, bool]] = {}
 for task, symmetric, names in (
-    ("classification", True, """AmazonCounterfactualClassification AmazonPolarityClassification
-        AmazonReviewsClassification Banking77Classification EmotionClassification ImdbClassification
-        MassiveIntentClassification MassiveScenarioClassification MTOPDomainClassification
-        MTOPIntentClassification ToxicConversationsClassification
-        TweetSentimentExtractionClassification"""),
-    ("semantic similarity", True, """BIOSSES SICK-R STS12 STS13 STS14 STS15 STS16 STS17 STS22
-        STSBenchmark SprintDuplicateQuestions TwitterSemEval2015 TwitterURLCorpus"""),
-    ("search result", True, """ArxivClusteringP2P ArxivClusteringS2S BiorxivClusteringP2P
-        BiorxivClusteringS2S MedrxivClusteringP2P MedrxivClusteringS2S RedditClustering
-        RedditClusteringP2P StackExchangeClustering StackExchangeClusteringP2P
-        TwentyNewsgroupsClustering QuoraRetrieval"""),
-    ("question answering", False, """AskUbuntuDupQuestions SciDocsRR CQADupstackRetrieval DBPedia
-        FiQA2018 MSMARCO NQ SCIDOCS Touche2020"""),
+    ("classification", True,
+     """Classification MultilabelClassification
+        AmazonCounterfactualClassification AmazonPolarityClassification AmazonReviewsClassification
+        Banking77Classification EmotionClassification ImdbClassification MassiveIntentClassification
+        MassiveScenarioClassification MTOPDomainClassification MTOPIntentClassification
+        ToxicConversationsClassification TweetSentimentExtractionClassification"""),
+    ("semantic similarity", True,
+     """STS PairClassification BitextMining
+        BIOSSES SICK-R STS12 STS13 STS14 STS15 STS16 STS17 STS22 STSBenchmark SprintDuplicateQuestions
+        TwitterSemEval2015 TwitterURLCorpus"""),
+    ("search result", True,
+     """Clustering
+        ArxivClusteringP2P ArxivClusteringS2S BiorxivClusteringP2P BiorxivClusteringS2S
+        MedrxivClusteringP2P MedrxivClusteringS2S RedditClustering RedditClusteringP2P
+        StackExchangeClustering StackExchangeClusteringP2P TwentyNewsgroupsClustering QuoraRetrieval"""),
+    ("search result", False,
+     """Summarization
+        StackOverflowDupQuestions ClimateFEVER FEVER HotpotQA TRECCOVID SummEval"""),
+    ("question answering", False,
+     """AskUbuntuDupQuestions SciDocsRR CQADupstackRetrieval DBPedia FiQA2018 MSMARCO NQ SCIDOCS
+        Touche2020"""),
     ("semantic similarity", False, "MindSmallReranking ArguAna"),
-    ("search result", False, """StackOverflowDupQuestions ClimateFEVER FEVER HotpotQA TRECCOVID
-        SummEval"""),
     ("fact checking", False, "NFCorpus SciFact"),
 ):
-    TABLE_9.update(dict.fromkeys(names.split(), (task, symmetric)))
-
-# A set that the table does not name has what the table has for most sets of its kind.
-KINDS = {
-    "Classification": ("classification", True),
-    "MultilabelClassification": ("classification", True),
-    "STS": ("semantic similarity", True),
-    "PairClassification": ("semantic similarity", True),
-    "BitextMining": ("semantic similarity", True),
-    "Clustering": ("search result", True),
-    "Summarization": ("search result", False),
-}
+    TABLE_9.update(dict.fromkeys(map(bare, names.split()), (task, symmetric)))
 
 
 def table_9(name: str, kind: str = "Retrieval") -> tuple[str, bool]:
@@ -64,15 +64,8 @@ def table_9(name: str, kind: str = "Retrieval") -> tuple[str, bool]:
     >>> table_9("trec-covid"), table_9("my-questions"), table_9("FEVERHardNegatives")
     (('search result', False), ('question answering', False), ('search result', False))
     """
-    for known, task_and_symmetry in TABLE_9.items():
-        if bare(known) == bare(name):
-            return task_and_symmetry
-    return KINDS.get(kind, ("question answering", False))
-
-
-def bare(name: str) -> str:
-    """A set's name without version, digits, punctuation and the words that mteb adds."""
-    return re.sub(r"\.v\d+$|HardNegatives|Retrieval|[\W\d_]", "", name, flags=re.IGNORECASE).lower()
+    by_kind = TABLE_9.get(bare(kind), ("question answering", False))
+    return TABLE_9.get(bare(name), by_kind)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -90,19 +83,13 @@ class ForMteb:
         dim: int | None = None,                   # None: all
         task: str | None = None,                  # None: Table 9's
     ) -> None:
-        from mteb.models.model_meta import ModelMeta, ScoringFunction
+        from mteb.models.model_meta import ModelMeta
 
         self.model, self.format_query, self.dim, self.task = model, format_query, dim, task
         # mteb keeps results by name and revision: what changes them changes the revision
         settings = repr((model.formats, dim, task)).encode()
         revision = hashlib.blake2b(settings, digest_size=8, key=model_key(model)).hexdigest()
-        self.mteb_model_meta = ModelMeta.create_empty({
-            "name": f"gecko/{name}",
-            "revision": revision,
-            "max_tokens": model.max_length,
-            "embed_dim": dim or model.encoder.config.hidden_size,
-            "similarity_fn_name": ScoringFunction.COSINE,
-        })
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"gecko/{name}", "revision": revision})
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **_: Any,
                ) -> np.ndarray:
@@ -120,10 +107,10 @@ class ForMteb:
         return self.model.encode(texts, dim=self.dim)
 
     def similarity(self, x: Any, y: Any) -> Any:
-        return np.asarray(x) @ np.asarray(y).T                       # (B, C)
+        return x @ y.T                                               # (B, C)
 
     def similarity_pairwise(self, x: Any, y: Any) -> Any:
-        return (np.asarray(x) * np.asarray(y)).sum(-1)               # (B)
+        return (x * y).sum(-1)                                       # (B)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -136,19 +123,15 @@ def mteb_tasks(names: Sequence[str]) -> list[Any]:
         import mteb
     except ImportError as error:
         raise InputError("--mteb needs the package mteb; install it: pip install mteb") from error
-    papers = {task.metadata.name: task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks}
-    benchmarks = {benchmark.name for benchmark in mteb.get_benchmarks()}
-    tasks = []
+    known = {benchmark.name: benchmark.tasks for benchmark in mteb.get_benchmarks()}
+    for task in known["MTEB(eng, v1)"]:
+        known[task.metadata.name] = [task]
+    tasks: list[Any] = []
     for name in names:
         try:
-            if name in papers:
-                tasks.append(papers[name])
-            elif name in benchmarks:
-                tasks.extend(mteb.get_benchmark(name).tasks)
-            else:
-                tasks.append(mteb.get_task(name))
+            tasks.extend(known.get(name) or [mteb.get_task(name)])
         except KeyError as error:
-            raise InputError("--mteb: " + str(error.args[0]).removeprefix("KeyError: ")) from error
+            raise InputError(f"--mteb: {error.args[0]}") from error
     return tasks
 
 
@@ -158,16 +141,12 @@ def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None,
     import mteb
 
     cache = mteb.ResultCache(out) if out else None
+    results = mteb.evaluate(model, tasks, cache=cache, co2_tracker=False)
+    measures = {task.metadata.name: task.metadata.main_score for task in tasks}
     scores = {}
-    for task in tqdm(tasks, desc="mteb", unit="task", disable=len(tasks) < 2):
-        about = task.metadata
-        try:
-            results = mteb.evaluate(model, task, cache=cache, co2_tracker=False, show_progress_bar=False)
-        except OSError as error:        # what mteb's clients raise without a network
-            raise InputError(f"--mteb {about.name}: its data is not here, and the Hugging Face hub did not give it "
-                             f"({first_line(error)}); run it where there is a network") from error
-        score = results.task_results[0].get_score()
-        scores[about.name] = {about.main_score: float(score)}
+    for result in results.task_results:
+        name = result.task_name
+        scores[name] = {measures[name]: float(result.get_score())}
     return scores
 
 
@@ -177,30 +156,29 @@ def mteb_scores(model: ForMteb, tasks: Sequence[Any], out: str | None = None,
 
 def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callable[..., str]) -> None:
     """`train.py evaluate`: the figures of a model on all sets that are named."""
-    if not args.beir and not args.sts and not args.mteb:
+    if not (args.beir or args.sts or args.mteb):
         raise InputError("nothing to evaluate on; give --beir DIR, --sts FILE or --mteb TASK")
-    if args.out and not args.mteb:
-        check_outputs([args.out], *args.sts)
+    out = f"{args.out}/scores.json" if args.out and args.mteb else args.out
+    check_outputs([out], *args.sts)
     tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
+    say(model=args.model, dim=args.dim or "all", split=args.split, task=args.task or "by Table 9")
     model = load(args.model)
-    say(model=args.model, dim=args.dim or model.encoder.config.hidden_size, split=args.split,
-        task=args.task or "by Table 9")
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     for name, folder in zip(short_names(args.beir), args.beir, strict=True):
-        by_name, symmetric = table_9(Path(name).name)
-        known = read_beir(folder, args.split)
-        q, P = encode_beir(model, known, args.task or by_name, args.dim, symmetric, progress="passages")
-        scores = retrieval_scores(rankings(known, q, P), known.qrels)
+        task, symmetric = table_9(Path(name).name)
+        beir = read_beir(folder, args.split)
+        q, P = encode_beir(model, beir, args.task or task, symmetric, "passages", dim=args.dim)
+        scores = retrieval_scores(rankings(beir, q, P), beir.qrels)
         results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
     for name, path in zip(short_names(args.sts), args.sts, strict=True):
-        by_name, _ = table_9(Path(name).stem, "STS")
-        results[name] = {"spearman": float(sts_terms(model, path, args.dim, args.task or by_name).mean())}
+        task, _ = table_9(Path(name).stem, "STS")
+        terms = sts_terms(model, path, args.dim, args.task or task)
+        results[name] = {"spearman": float(terms.mean())}
     if tasks:
         adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)
         results |= mteb_scores(adapter, tasks, args.out)
     for name, values in results.items():
         print(name, "  ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
-    if args.out:
-        out = Path(args.out, "scores.json") if tasks else Path(args.out)
-        write_json(out, results)
+    if out:
+        write_json(Path(out), results)
         print(f"wrote {out}")

@@ -20,7 +20,16 @@ import torch
 from engine.beir import Beir, read_beir
 from engine.corpus import Corpus
 from engine.documents import near_equal
-from engine.evaluate import Scores, bm25_rankings, encode_beir, means, paired_bootstrap, rankings, retrieval_scores
+from engine.evaluate import (
+    Rankings,
+    Scores,
+    bm25_rankings,
+    encode_beir,
+    means,
+    paired_bootstrap,
+    rankings,
+    retrieval_scores,
+)
 from engine.files import InputError, file_beside, read_jsonl, write_json, write_jsonl
 from engine.runs import save_into
 
@@ -32,17 +41,17 @@ def write_questions(folder: Path, corpus: Sequence[Row]) -> None:
     """The hand-written questions that the corpus answers, as a BEIR folder; nothing trains on them."""
     names = {p["_id"] for p in corpus}
     queries = []
-    qrels = {split: ["query-id\tcorpus-id\tscore"] for split in ("dev", "test")}
+    qrels = {"dev": "", "test": ""}
     for n, (_, row) in enumerate(read_jsonl(Path(__file__).with_name("questions.jsonl"))):
-        answers = [name for name in row["answers"] if name in names]
-        if answers:
-            queries.append({"_id": str(n), "text": row["query"]})
-            qrels[row["split"]] += [f"{n}\t{name}\t1" for name in answers]
+        queries.append({"_id": str(n), "text": row["query"]})        # one without answers is not judged
+        for name in row["answers"]:
+            if name in names:
+                qrels[row["split"]] += f"{n}\t{name}\t1\n"
     write_jsonl(folder / "corpus.jsonl", corpus)
     write_jsonl(folder / "queries.jsonl", queries)
     for split, lines in qrels.items():
         with file_beside(folder / f"qrels/{split}.tsv") as new:
-            new.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            new.write_text("query-id\tcorpus-id\tscore\n" + lines, encoding="utf-8")
 
 
 def on_dev(model: Any, folder: str) -> Callable[[], dict[str, float]] | None:
@@ -50,20 +59,21 @@ def on_dev(model: Any, folder: str) -> Callable[[], dict[str, float]] | None:
     if not folder:
         return None
     beir = read_beir(folder, "dev")
-    return lambda: means(measured(model, [None], {"dev": beir})["dev"])
+    return lambda: means(retrieval_scores(found(model, beir)[None], beir.qrels))
 
 
 def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> str:
     """What a recipe will ask of an LLM, by one whose strings ask nobody and count."""
-    query, N = "such as a person types who looks for", min(20, len(corpus))
+    N = min(20, len(corpus))
     for start in range(0, len(draws), 256):                          # all prompts at once are gigabytes
         seeds = draws[start:start + 256]
         llm.generate([corpus[i] for i in seeds])
         # which passages will be found is not known yet; their number and mean length are
+        query = "such as a person types who looks for"
         pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in seeds for n in range(N)]
-        if "ql" in rank.split(","):
+        if "ql" in rank:
             llm.query_likelihood(pairs)
-        if "rc" in rank.split(","):
+        if "rc" in rank:
             llm.relevance(pairs)
     minutes = llm.strings.size / 4 / 1000 / 60
     return f"{llm.strings.report()}; {minutes:,.0f} minutes at 1,000 tokens a second"
@@ -88,41 +98,39 @@ def held_passages(seeds: Sequence[str], share: float, seed: int) -> set[str]:
     A passage that is added later moves hardly any other from one side to the other.
     """
     order = sorted(set(seeds), key=lambda name: random.Random(f"held out {seed} {name}").random())
-    names = set(order[:round(share * len(order))])
-    held = sum(name in names for name in seeds)
-    if held < 2 or len(seeds) - held < 2:
-        raise InputError(f"{len(seeds)} queries, {held} of them held out: two are needed on each side; give more "
-                         "documents, raise --queries, or change --held-out")
-    return names
+    held = round(share * len(order))
+    if not 2 <= held <= len(order) - 2:
+        raise InputError(f"{len(order)} passages with queries, {held} of them held out: two are needed on each "
+                         "side; give more documents, raise --queries, or change --held-out")
+    return set(order[:held])
 
 
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Queries to train on, and those of a share of the passages, which are asked and never trained on.
 
-    Near-equal queries are left out: of two in training one, of training and held out the former.
+    Near-equal queries are left out: of two in training the second, of training and held out the former.
     """
     if not share:
         return list(rows), []
     names = held_passages([row["seed_id"] for row in rows], share, seed)
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
-    queries = [row["query"] for row in train]
-    of_held = near_equal(queries, [row["query"] for row in held])
-    twice = near_equal(queries, [], once=True)
-    kept = [row for row, near, again in zip(train, of_held, twice, strict=True) if not near and not again]
-    near_held = sum(of_held)
-    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {near_held} that "
-          f"nearly equal a held-out one and {len(train) - len(kept) - near_held} that stand twice")
+    near = near_equal([row["query"] for row in train], [row["query"] for row in held], once=True)
+    kept = [row for row, left_out in zip(train, near, strict=True) if not left_out]
+    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(near)} that "
+          "nearly equal a held-out one or one above")
     return kept, held
 
 
 def held_apart(path: Path, held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The mined rows of a FRet file: those to train on, which then alone stand in it, and the held-out ones."""
     names = {row["_id"] for row in held}
-    rows = [row for _, row in read_jsonl(path)]
-    asked = [row for row in rows if row["_id"] in names]
+    rows: list[Row] = []
+    asked: list[Row] = []
+    for _, row in read_jsonl(path):
+        side = asked if row["_id"] in names else rows
+        side.append(row)
     if held:
-        rows = [row for row in rows if row["_id"] not in names]
         write_jsonl(path, rows)
         write_jsonl(path.with_name("held_out.jsonl"), asked)
     return rows, asked
@@ -130,59 +138,51 @@ def held_apart(path: Path, held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 def example(rows: Sequence[Row]) -> str:
     """The first record whose positive is not the passage that its query was written for."""
-    moved = [row for row in rows if row["positive_id"] != row["seed_id"]]
-    if not moved:
-        return "p+ is p_seed in all records"
-    row = moved[0]
-    return (f'p+ is not p_seed in {len(moved) / len(rows):.1%} of {len(rows)} records (paper: 15 %). The first: '
-            f'"{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, p- {row["negative_id"]}')
-
-
-def as_beir(corpus: Corpus, rows: Sequence[Row], right: str) -> Beir:
-    """Rows as a retrieval set, in which the passage of `right` is right: "seed_id", or "positive_id" for p_1."""
-    by_id = sorted(corpus, key=lambda p: p["_id"], reverse=True)     # as read_beir has it
-    queries = {row["_id"]: row["query"] for row in rows}
-    qrels = {row["_id"]: {row[right]: 1} for row in rows}
-    return Beir(by_id, queries, qrels)
+    for row in rows:
+        if row["positive_id"] != row["seed_id"]:
+            return (f'the first: "{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, '
+                    f'p- {row["negative_id"]}')
+    return "p+ is p_seed in all records"
 
 
 def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
-                     stages: Mapping[str, Any], labelled: Beir | None) -> tuple[dict[str, Row], str]:
-    """The table of held-out queries, and the stage that the other half of them chooses, BM25 (None) apart."""
+                     stages: Mapping[str, Any], labelled: Beir | None) -> str:
+    """Print the table of held-out queries; the stage that the other half of them chooses, BM25 (None) apart."""
     order = sorted(asked, key=lambda row: random.Random(row["seed_id"]).random())
     half = len(order) // 2                                           # the first half chooses
-    truths = {"p_seed": as_beir(corpus, order, "seed_id"), "p_1": as_beir(corpus, order, "positive_id")}
-    chosen, shown = {}, {}                                           # nDCG@10 of the stages on either half
-    reported: dict[str, Columns] = {}
-    for stage, model in stages.items():
-        reported[stage] = {}
-        by_truth = measured(model, [None], truths)
-        for name, scores in by_truth.items():
-            reported[stage][name] = {measure: values[half:] for measure, values in scores.items()}
-        if model is not None:
-            ndcg = np.array([scores["ndcg@10"] for scores in by_truth.values()])  # (truths, queries)
-            chosen[stage] = ndcg[:, :half].mean()
-            shown[stage] = ndcg[:, half:].mean()
-        if labelled:
-            reported[stage] |= measured(model, [None], {"labels": labelled})
     few = len(order) - half
+    by_id = sorted(corpus, key=lambda p: p["_id"], reverse=True)     # as read_beir has it
+    p_seed = {row["_id"]: {row["seed_id"]: 1} for row in order}
+    p_1 = {row["_id"]: {row["positive_id"]: 1} for row in order}
+    both = {query: p_seed[query] | p_1[query] for query in p_seed}
+    beir = Beir(by_id, {row["_id"]: row["query"] for row in order}, both)
+    columns: dict[str, Columns] = {}
+    chosen, shown = {}, {}                                           # nDCG@10 of either half, with both right
+    for stage, model in stages.items():
+        ranked = list(found(model, beir)[None].items())
+        first, second = dict(ranked[:half]), dict(ranked[half:])
+        columns[stage] = {"p_seed": retrieval_scores(second, p_seed), "p_1": retrieval_scores(second, p_1)}
+        if model is not None:
+            chosen[stage] = means(retrieval_scores(first, both))["ndcg@10"]
+            shown[stage] = means(retrieval_scores(second, both))["ndcg@10"]
+        if labelled:
+            columns[stage]["labels"] = retrieval_scores(found(model, labelled)[None], labelled.qrels)
     title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right "
              "(which favours + (q, p_seed)), and where p_1 is (+ FRet)")
     if labelled:
         title += f"; of {len(labelled.queries)} labelled questions"
-    table = results_table(path, title, reported)
+    results_table(path, title, columns)
     if few < 200:
         # nDCG@10 of one question is 0 to 1, with a standard deviation of about 0.4 between stages
         print(f"{few} questions are few: they tell gains of {80 / few ** 0.5:.0f} points of nDCG@10 and more; "
               "for smaller ones raise --queries or give more documents")
     best = max(chosen, key=chosen.__getitem__)
-    first = next(iter(chosen))
-    verdict = "; no training made it better" if best == first else ""
-    if shown[best] < shown[first]:
-        verdict += f"; on the questions of the table it is worse: {shown[best]:.3f}, {first} {shown[first]:.3f}"
-    print(f"kept: {best}, best on the other {half} held-out questions (nDCG@10 {chosen[best]:.3f}; {first} "
-          f"{chosen[first]:.3f}){verdict}")
-    return table, best
+    start = next(iter(chosen))
+    print(f"kept: {best}, best on the other {half} held-out questions (nDCG@10 with both right {chosen[best]:.3f}; "
+          f"{start} {chosen[start]:.3f})")
+    if shown[best] < shown[start]:
+        print(f"on the questions of the table it is worse: {shown[best]:.3f}, {start} {shown[start]:.3f}")
+    return best
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
 
 
 def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[Row], labelled: Beir | None,
-            keep: float, save: Callable[[Any, Path], None]) -> dict[str, Row]:
+            keep: float, save: Callable[[Any, Path], None]) -> None:
     """The table of all stages; of your documents' the one that held-out questions choose becomes out/gecko.
 
     asked: the mined rows of held-out queries, none of the built-in corpus. keep: the share of the weights before
@@ -200,62 +200,48 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
     if keep:
         stages[f"{keep:g} as it came"] = mean_of(stages["as it came"], gecko, keep)
     if asked:
-        table, best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
+        best = held_out_results(out / "results.json", corpus, asked, stages, labelled)
         save_into(functools.partial(save, stages[best]), out / "gecko")
-        return table
+        return
     write_questions(out / "questions", corpus)
     test = read_beir(out / "questions")
-    columns = {name: measured(model, gecko.dims, {"": test}) for name, model in stages.items()}
+    columns = {}
+    for stage, model in stages.items():
+        ranked = found(model, test, gecko.dims)
+        columns[stage] = {str(dim): retrieval_scores(lists, test.qrels) for dim, lists in ranked.items()}
     dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
     title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
-    return results_table(out / "results.json", title, columns)
+    results_table(out / "results.json", title, columns)
 
 
-def measured(model: Any, dims: Sequence[int | None], truths: Mapping[str, Beir]) -> Columns:
-    """A model's scores, or BM25's (None), at each dimension, against each of the truths.
-
-    They are {name: set}, of one corpus and the same queries.
-    """
-    beir = next(iter(truths.values()))
+def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Rankings]:
+    """What a model finds by its first dimensions, for each of dims (None: all); BM25 (None) has none."""
     if model is None:
-        ranked = {dims[0]: bm25_rankings(beir)}
-    else:
-        q, P = encode_beir(model, beir, "question answering")        # (Q, d) and (P, d)
-        ranked = {dim: rankings(beir, cut(q, dim), cut(P, dim)) for dim in dims}
-    columns = {}
-    for dim, lists in ranked.items():
-        for name, truth in truths.items():
-            columns[name or str(dim)] = retrieval_scores(lists, truth.qrels)
-    return columns
+        return dict.fromkeys(dims, bm25_rankings(beir))
+    q, P = encode_beir(model, beir, "question answering")            # (Q, d) and (P, d)
+    ranked = {}
+    for dim in dims:
+        short = P[:, :dim]                                           # (P, dim), of length 1 again
+        short = short / np.linalg.norm(short, axis=1, keepdims=True)
+        ranked[dim] = rankings(beir, q[:, :dim], short)              # the length of q orders nothing
+    return ranked
 
 
-def cut(x: np.ndarray, dim: int | None) -> np.ndarray:
-    """The first dimensions of (n, d), (n, dim), with length 1 again."""
-    x = x[:, :dim]
-    return x / np.linalg.norm(x, axis=1, keepdims=True).clip(1e-12)
-
-
-def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> dict[str, Row]:
-    """Print each stage's nDCG@10 and recall@100 in every column, and write them; a stage may lack columns.
+def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> None:
+    """Print each stage's nDCG@10 and recall@100 in every column, and write them.
 
     Beside them the 95 % interval of the gain in the first column over the stage above.
     """
     print(f"\n{title}; [95 % interval of the gain over the stage above, paired bootstrap]")
-    *_, last = stages.values()
-    columns = list(last)                                             # BM25 has no dimensions
     table: dict[str, Row] = {}
     above: list[float] = []
-    for stage, scores in stages.items():
-        table[stage] = {column: means(values) for column, values in scores.items()}
-        cells = []
-        for column in columns:
-            row = table[stage].get(column)
-            cells.append(f"{row['ndcg@10']:.3f} {row['recall@100']:.3f}" if row else "-")
-        ndcg = scores[columns[0]]["ndcg@10"]
+    for stage, columns in stages.items():
+        table[stage] = {name: means(scores) for name, scores in columns.items()}
+        cells = [f"{row['ndcg@10']:.3f} {row['recall@100']:.3f}" for row in table[stage].values()]
+        ndcg = next(iter(columns.values()))["ndcg@10"]
         low, high = paired_bootstrap(above or ndcg, ndcg)
         table[stage]["gain"] = [round(low, 4), round(high, 4)]
         gain = f"[{low:+.3f}, {high:+.3f}]" if above else ""
         print(f"  {stage:20} {'   '.join(cells):26}   {gain}")
         above = ndcg
     write_json(path, table)
-    return table

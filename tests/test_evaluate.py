@@ -95,12 +95,14 @@ def test_a_query_without_a_relevant_passage_counts_as_nothing():
 
 def test_spearman_shares_ranks_of_equal_values():
     """Against the definition: Pearson's correlation of mean ranks."""
-    x, y = [1, 2, 2, 3], [4, 1, 1, 0]
-    assert math.isclose(evaluate.spearman_terms(x, y).mean(), -1)
-    assert math.isclose(evaluate.spearman_terms([1, 2, 2, 4], [1, 3, 2, 4]).mean(), 4.5 / math.sqrt(4.5 * 5))
+    def spearman(x, y):
+        return (evaluate.standard_ranks(x, "x") * evaluate.standard_ranks(y, "y")).mean()
+
+    assert math.isclose(spearman([1, 2, 2, 3], [4, 1, 1, 0]), -1)
+    assert math.isclose(spearman([1, 2, 2, 4], [1, 3, 2, 4]), 4.5 / math.sqrt(4.5 * 5))
     for no_order in ([1, 1, 1, 1], [1, 2, 3, math.nan]):
-        with pytest.raises(files.InputError, match="4 values that are all equal, or no numbers"):
-            evaluate.spearman_terms(no_order, x)
+        with pytest.raises(files.InputError, match="^x are all equal, or no numbers"):
+            spearman(no_order, [1, 2, 2, 3])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -417,7 +419,7 @@ def test_a_model_of_another_similarity_is_refused_by_name(model, tmp_path, monke
 @pytest.mark.parametrize("change, message", [
     ({"score": "high"}, ":2: score is 'high'"), ({"score": float("nan")}, ":2: score is nan"),
     ({"score": True}, ":2: score is True"), ({"sentence1": ""}, ":2: want sentence1 and sentence2"),
-    ({"sentence2": 7}, ":2: want sentence1 and sentence2"), ({"score": 1}, "all scores are equal")])
+    ({"sentence2": 7}, ":2: want sentence1 and sentence2"), ({"score": 1}, "in.jsonl: the scores are all equal")])
 def test_sentence_pairs_are_two_texts_and_a_number(change, message, tmp_path):
     row = {"sentence1": "a", "sentence2": "b", "score": 1}
     files.write_jsonl(tmp_path / "in.jsonl", [row, {**row, "score": 0, **change}])
@@ -426,4 +428,5 @@ def test_sentence_pairs_are_two_texts_and_a_number(change, message, tmp_path):
 
 
 def test_short_names_are_whole_paths_where_two_would_be_the_same():
-    assert evaluate.short_names(["a/x", "b/x", "b/y"]) == ["a/x", "b/x", "y"]
+    assert evaluate.short_names(["a/x", "b/x", "b/y"]) == ["a/x", "b/x", "b/y"]
+    assert evaluate.short_names(["a/x", "b/y"]) == ["x", "y"]

@@ -59,7 +59,7 @@ def test_text_has_ranks_and_labels_in_the_order_of_R(tmp_path, monkeypatch, caps
     assert lines[3].split() == ["1", "-1.000", "1", "-0.500", "1", "2.000", "p+", "Title", "1", "positive"]
     assert lines[4].split()[6:] == ["Second", "the", "second", "one"]
     assert lines[22].split()[:8] == ["20", "-20.000", "20", "-19.500", "20", "0.100", "p-", "seed"]
-    assert lines[-1].endswith("2 records, p+ is not p_seed in 1; 1 shown")
+    assert lines[-1].endswith("2 records, p+ is not p_seed in 1; 1 of 1 shown (--limit)")
     assert lines[-2] == "no text here for 17 of the candidates; --corpus FILE gives it"
 
 
@@ -70,7 +70,7 @@ def test_text_says_what_is_left_out_and_what_has_no_score(tmp_path, monkeypatch,
     show(monkeypatch, write(tmp_path / "fret.jsonl", [alone, *map(row, range(1, 9))]), "--limit", "2")
     out = capsys.readouterr().out
     assert out.splitlines()[3].split()[:5] == ["1", "none", "-0.500", "1", "2.000"]
-    assert out.splitlines()[-1].endswith("9 records; 2 shown, 7 left out (--limit)")
+    assert out.splitlines()[-1].endswith("9 records, p+ is not p_seed in 0; 2 of 9 shown (--limit)")
 
 
 def test_text_of_a_hostile_record_controls_no_terminal(tmp_path, monkeypatch, capsys):
@@ -115,14 +115,14 @@ class Elements(HTMLParser):
 def test_page_is_self_contained_and_says_what_is_left_out(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "fret.jsonl", [row(n, n % 3 == 0, text=EVIL) for n in range(30)])
     show(monkeypatch, path, "--html", tmp_path / "a/page.html", "--changed", "--limit", "4")
-    assert "p+ is not p_seed in 10; 4 shown, 6 left out" in capsys.readouterr().out
+    assert "30 records, p+ is not p_seed in 10; 4 of 10 shown" in capsys.readouterr().out
     page = (tmp_path / "a/page.html").read_text()
     elements = Elements(page).found
     assert [tag for tag, _ in elements].count("script") == 2 and "img" not in dict(elements)
     assert not re.search(r"https?://", page) and not any({"src", "href"} & set(a) for _, a in elements)
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert [r["_id"] for r in data["records"]] == [f"q{n:07d}" for n in (0, 3, 6, 9)]
-    assert data["records"][0]["query"] == row(0, text=EVIL)["query"] and "4 shown, 6 left out" in data["about"]
+    assert data["records"][0]["query"] == row(0, text=EVIL)["query"] and "4 of 10 shown" in data["about"]
 
 
 class Browser:

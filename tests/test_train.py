@@ -556,7 +556,7 @@ def test_a_bad_flag_is_one_line(tmp_path, capsys, flags, message):
 
 
 def test_without_a_command_the_recipe_runs_and_names_what_to_type_next(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "recipe", lambda o, out: print(f"recipe {out.name} {o.seed}") or {"": {}})
+    monkeypatch.setattr(train, "recipe", lambda o, out: print(f"recipe {out.name} {o.seed}"))
     command(train.main, "--out", tmp_path / "demo", "--seed", "3")
     first, seconds, *following = capsys.readouterr().out.splitlines()
     assert first == "recipe demo 3" and " s; " in seconds
