@@ -7,7 +7,7 @@ A model is whatever has encode_queries, encode_passages, and `lost` to say which
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,14 +163,18 @@ def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
     counts = [Counter(terms(f"{p['title']} {p['text']}")) for p in corpus]
     length = np.array([count.total() for count in counts])           # (P)
     norm = K1 * (1 - B + B * length / length.mean())                 # (P)
+    postings: dict[str, list[tuple[int, int]]] = defaultdict(list)   # of a term: passages, and its number in each
+    for passage, count in enumerate(counts):
+        for term, tf in count.items():
+            postings[term].append((passage, tf))
 
     def scores_of(query: str) -> np.ndarray:
         scores = np.zeros(P)
-        for term in terms(query):
-            tf = np.array([count.get(term, 0) for count in counts])  # (P)
-            n = np.count_nonzero(tf)
+        for term in filter(postings.__contains__, terms(query)):
+            passages, tf = np.array(postings[term]).T                # (n) twice
+            n = len(tf)
             idf = math.log(1 + (P - n + 0.5) / (n + 0.5))
-            scores += idf * (tf * (K1 + 1) / (tf + norm))
+            scores[passages] += idf * (tf * (K1 + 1) / (tf + norm[passages]))
         return scores
 
     return scores_of
