@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from data import Record, Records, record, side
 from engine.cache import Cached, DryRun, Labels, Strings
-from engine.commandline import Arguments, Options, llm_arguments, rankings
+from engine.commandline import Arguments, Options, llm_arguments
 from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
 from engine.files import InputError, check_outputs, from_flags, read_filled, run, say
@@ -570,7 +570,6 @@ def generate_command(args: Arguments) -> None:
 
 
 def mine_command(args: Arguments) -> None:
-    rank = rankings(args.rank)
     check_outputs([args.fret, args.cache], args.corpus, args.queries)
     o, corpus = from_flags(Options, args), read_filled(args.corpus)
     queries = read_queries(args.queries, corpus)
@@ -582,8 +581,8 @@ def mine_command(args: Arguments) -> None:
     # asked now, before the corpus is encoded: a server may not be able to score
     source = {}
     if isinstance(llm, LanguageModel):
-        source = {"scored_by": llm.labels.scored_by(rank, llm.score)}
-    rows = mine(llm, retriever, corpus, queries, args.N, args.negative, rank, o.seed)
+        source = {"scored_by": llm.labels.scored_by(args.rank, llm.score)}
+    rows = mine(llm, retriever, corpus, queries, args.N, args.negative, args.rank, o.seed)
     if o.dry_run:
         return count_calls(rows, "mine", llm)
     rows = (row if "failed" in row else row | source for row in rows)

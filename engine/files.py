@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -143,13 +142,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to a plain or .gz file, whole or not at all."""
     with file_beside(path) as new, open(new, "wb") as file:
-        # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
-        stream: Any = file
+        out: Any = file
         if str(path).endswith(".gz"):
-            stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
-        with io.TextIOWrapper(stream, encoding="utf-8") as out:
+            # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
+            out = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
+        with out:
             for row in rows:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -157,9 +156,9 @@ def write_json(path: Path, content: Any) -> None:
         new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def flag(default: Any, meaning: str) -> Any:
+def flag(default: Any, meaning: str, choices: Sequence[Any] | None = None) -> Any:
     """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": meaning})
+    return field(default=default, metadata={"help": f"{meaning} (%(default)s)", "choices": choices})
 
 
 def add_flags(add: Callable[..., Any], config: type, skip: Sequence[str] = ()) -> None:
@@ -167,11 +166,10 @@ def add_flags(add: Callable[..., Any], config: type, skip: Sequence[str] = ()) -
     for f in fields(config):
         if f.name in skip:
             continue
-        kind: dict[str, Any] = {"type": type(f.default)}
+        kind = {"type": type(f.default)}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        name = "--" + f.name.replace("_", "-")
-        add(name, default=f.default, help=f"{f.metadata['help']} (%(default)s)", **kind)
+        add("--" + f.name.replace("_", "-"), default=f.default, **f.metadata, **kind)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
@@ -185,26 +183,19 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()                                           # a failure at the exit would be a traceback
-    except KeyboardInterrupt:
-        sys.exit(end_of_bar() + "interrupted; run the same command again")
-    except (InputError, OSError, SafetensorError) as error:
+    except (KeyboardInterrupt, InputError, OSError, SafetensorError) as error:
         try:
             sys.stdout.flush()
         except OSError:                                              # it would fail again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):                       # the reader closed the pipe, as `head` does
             return
-        message = first_line(error)
-        # what a full disk says, to Python, to numpy and to safetensors
-        if re.search("No space left|File too large|requested and .* written", message):
-            message += "; free some space, then run the same command again"
-        print(f"{end_of_bar()}error: {message}", file=sys.stderr)
+        if getattr(tqdm, "_instances", ()):                          # a progress bar stands on the line
+            print(file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit("interrupted; run the same command again")
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
-
-
-def end_of_bar() -> str:
-    """A line break where a progress bar still stands on the line."""
-    return "\n" if getattr(tqdm, "_instances", ()) else ""
 
 
 def say(**configuration: Any) -> None:
@@ -220,8 +211,18 @@ def say_lost(model: Any, what: str) -> None:
 
 def beir_file(folder: str | Path, name: str) -> Path:
     """A file of a BEIR folder; its .gz where that alone is there."""
-    path = Path(folder) / name
-    return next((p for p in (path, path.with_name(name + ".gz")) if p.is_file()), path)
+    path, packed = Path(folder, name), Path(folder, name + ".gz")
+    if packed.is_file() and not path.is_file():
+        return packed
+    return path
+
+
+def path_and_rest(item: str, default: str) -> tuple[str, str]:
+    """PATH or PATH:REST, as on a command line; a path may hold a colon."""
+    path, _, rest = item.rpartition(":")
+    if not path or Path(item).exists():
+        return item, default
+    return path, rest
 
 
 def is_text(value: Any) -> TypeGuard[str]:
@@ -232,8 +233,8 @@ def is_text(value: Any) -> TypeGuard[str]:
 def passage_texts(where: str, row: dict[str, Any]) -> tuple[str, str]:
     """Title and text of a passage, of which one may be empty; two empty ones for a row with neither."""
     title, text = row.get("title") or "", row.get("text")
-    if "text" not in row and row.keys() <= {"_id", "title", "metadata"}:
-        text = ""                                                    # no other name can be the text's
+    if row.keys() <= {"_id", "title", "metadata"}:                   # no other name can be the text's
+        text = ""
     if not isinstance(text, str) or not isinstance(title, str):
         raise InputError(f'{where}: no "text", or one that is not a string; every passage needs one '
                          '("" where it has a title alone)')
@@ -246,28 +247,26 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
     A title alone is a passage. A row with neither stays in its place with two empty texts. A row that
     stands twice, word for word, is read once. Both are counted, to stderr.
     """
-    known: dict[str, tuple[str, dict[str, str]]] = {}                # where each stands, and what it says
-    repeated = 0
+    passages: dict[str, dict[str, str]] = {}
+    rows = 0
     for where, row in read_jsonl(path):
+        rows += 1
         key = row.get("_id")
         if type(key) not in (str, int) or key == "":
             raise InputError(f'{where}: no "_id"; every passage needs one of its own')
         key = str(key)
         title, text = passage_texts(where, row)
         passage = {"_id": key, "title": title, "text": text}
-        place, first = known.setdefault(key, (where, passage))
-        if first != passage:
-            raise InputError(f'{where}: "_id" {key!r} stands already at {place} with another text; make it unique')
-        repeated += first is not passage
-    passages = [passage for _, passage in known.values()]
-    empty = sum(not (p["title"] or p["text"]) for p in passages)
+        if passages.setdefault(key, passage) != passage:
+            raise InputError(f'{where}: "_id" {key!r} has another text above; make it unique')
+    empty = sum(not (p["title"] or p["text"]) for p in passages.values())
     if empty == len(passages):
         raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
     if empty:
         print(f"{path}: {empty} of {len(passages)} passages have neither title nor text", file=sys.stderr)
-    if repeated:
-        print(f"{path}: {repeated} repeated rows are read once", file=sys.stderr)
-    return passages
+    if rows > len(passages):
+        print(f"{path}: {rows - len(passages)} repeated rows are read once", file=sys.stderr)
+    return list(passages.values())
 
 
 def read_filled(path: str | Path) -> list[dict[str, str]]:

@@ -88,8 +88,8 @@ def test_passages_of_public_corpora(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([{"_id": "a", "text": "x"}, {"_id": "a", "text": "y"}], "2: .* stands already at .*:1 with another text"),
-    ([{"_id": "1", "text": "x"}, {"_id": 1, "text": "y"}], "stands already"),
+    ([{"_id": "a", "text": "x"}, {"_id": "a", "text": "y"}], "2: .* has another text above"),
+    ([{"_id": "1", "text": "x"}, {"_id": 1, "text": "y"}], "has another text above"),
     ([{"text": "x"}], 'no "_id"'), ([{"_id": "", "text": "x"}], 'no "_id"'),
     ([{"_id": 1.5, "text": "x"}], 'no "_id"'),
     ([{"_id": "a", "title": "T", "body": "x"}], 'no "text"'), ([{"_id": "a", "text": None}], 'no "text"'),

