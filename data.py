@@ -262,7 +262,7 @@ def converted(
     c = replace(c, task=c.task or task)
     if kind == "classification":
         texts, labels = read(paths)
-        triples = classification_triples(texts, labels, c.seed, c.task, c.ids)
+        triples = classification_triples(texts, labels, c.seed, c.task)
         left_out["texts of which no triple can be made"] += len(texts) - len(triples)
         return triples
     rows = read(paths, left_out, c, load(c.model) if c.model else None)

@@ -32,7 +32,7 @@ from engine.cache import Cached, DryRun, Labels, Strings
 from engine.commandline import Arguments, Options, llm_arguments
 from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
-from engine.files import InputError, check_outputs, from_flags, read_filled, run, say
+from engine.files import InputError, check_outputs, from_flags, read_passages, run, say
 from engine.kept import blocks_of_same_query, count_calls, read_queries, write_kept
 from engine.local import Local
 from engine.offline import Offline
@@ -556,7 +556,7 @@ def open_llm(
 
 def generate_command(args: Arguments) -> None:
     check_outputs([args.queries, args.cache], args.corpus)
-    o, corpus = from_flags(Options, args), read_filled(args.corpus)
+    o, corpus = from_flags(Options, args), read_passages(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
     say(**vars(args), passages=len(corpus))
     llm = open_llm(o, args.queries, corpus)
@@ -571,7 +571,7 @@ def generate_command(args: Arguments) -> None:
 
 def mine_command(args: Arguments) -> None:
     check_outputs([args.fret, args.cache], args.corpus, args.queries)
-    o, corpus = from_flags(Options, args), read_filled(args.corpus)
+    o, corpus = from_flags(Options, args), read_passages(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")

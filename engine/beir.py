@@ -33,7 +33,7 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
     A passage with neither title nor text is left out, so that nothing finds it.
     """
     path = Path(folder) / f"qrels/{split}.tsv"
-    passages = read_passages(beir_file(folder, "corpus.jsonl"))
+    passages = read_passages(beir_file(folder, "corpus.jsonl"), empty_too=True)
     questions = read_passages(beir_file(folder, "queries.jsonl"))
     queries = {row["_id"]: row["text"] for row in questions if row["text"]}
     qrels = read_qrels(path)

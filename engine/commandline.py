@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from engine.convert import KINDS, Convert
-from engine.files import InputError, add_flags, flag, path_and_rest, utf8
+from engine.files import InputError, add_flags, flag, path_and_rest
 from engine.transport import server_address
 
 Arguments = argparse.Namespace
@@ -111,7 +111,7 @@ def parsed(parser: argparse.ArgumentParser) -> Arguments:
 def gecko_arguments(page: str | None, task: str) -> Arguments:
     parser, command = parsers(page)
     search = command("search", "the passages nearest to one query")
-    search("query", type=utf8)
+    search("query")
     search("--corpus", help="corpus.jsonl (default: beside the model), or documents")
     search("-k", type=int, default=10, help="how many (%(default)s)")
     encode = command("encode", "a file of texts -> a .npy file of unit vectors")
@@ -121,7 +121,7 @@ def gecko_arguments(page: str | None, task: str) -> Arguments:
     encode("--precision", default="float32", choices=PRECISIONS, help="(%(default)s)")
     for add in (search, encode):
         add("--model", required=True, help="a model folder")
-        add("--task", type=utf8, default=task, help="queries' task (%(default)s)")
+        add("--task", default=task, help="queries' task (%(default)s)")
         add("--dim", type=int, help="cut to this many dimensions (default: all)")
     return parsed(parser)
 

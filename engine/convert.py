@@ -28,7 +28,6 @@ class Convert:
 
     task: str = flag("", "the records' task; else the paper's for the kind")
     seed: int = flag(0, "of what is drawn")
-    ids: bool = flag(True, "classification: a unique id on the three texts of a triple")
     model: str = flag("", "beir: a model folder that finds hard negatives")
     depth: int = flag(50, "beir: a hard negative is one of so many nearest passages")
     split: str = flag("train", "beir: qrels/SPLIT.tsv")
@@ -53,14 +52,13 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
     their ids.
     """
     rows = list(rows)
-    right = defaultdict[str, set[str]](set)          # query -> its right answers, itself, and no text
+    right = {(row.query, content(row.positive)) for row in rows}
     for row in rows:
-        right[row.query] |= {"", row.query, content(row.positive)}
-    for row in rows:
-        if content(row.positive) in ("", row.query):
+        nothing = ("", row.query)
+        if content(row.positive) in nothing:
             left_out["pairs of a text with itself or with nothing"] += 1
             continue
-        wrong = [p for p in row.wrong if content(p) not in right[row.query]]
+        wrong = [p for p in row.wrong if content(p) not in nothing and (row.query, content(p)) not in right]
         negative = wrong[int(rng.integers(len(wrong)))] if wrong else None
         yield row.query, row.positive, negative, row.symmetric
 
@@ -83,27 +81,29 @@ def labelled(paths: Iterable[str]) -> tuple[list[str], list[str]]:
     return texts, labels
 
 
-NLI = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-"}   # the last: nobody agreed
+NLI = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-"}   # the last: people disagreed
 
 
 def nli(paths: Iterable[str], left_out: Counter[str], *_: Any) -> Iterator[Row]:
     """SNLI, MNLI and their like: a premise, what it entails, what contradicts it."""
-    premises: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    entailed: list[tuple[str, str]] = []
+    against = defaultdict[str, list[Passage]](list)
     for where, row in read_table(paths):
         label = label_in(where, row, "gold_label", "label").lower()
         label = NLI.get(label, label)
+        premise = text_in(where, row, "sentence1", "premise")
+        hypothesis = text_in(where, row, "sentence2", "hypothesis")
         if label not in NLI.values():
             raise InputError(f"{where}: label {label!r}; want {', '.join(NLI.values())} or {', '.join(NLI)}")
-        hypotheses = premises[text_in(where, row, "sentence1", "premise")]
-        hypotheses[label].append(text_in(where, row, "sentence2", "hypothesis"))
-    for premise, hypotheses in premises.items():
-        left_out["rows without a gold label"] += len(hypotheses["-"])
-        left_out["rows that neither entail nor contradict"] += len(hypotheses["neutral"])
-        if not hypotheses["entailment"]:
-            left_out["premises that entail nothing"] += 1
-        against = [text_only(text) for text in hypotheses["contradiction"]]
-        for entailed in dict.fromkeys(hypotheses["entailment"]):
-            yield Row(premise, text_only(entailed), against, symmetric=True)
+        if label == "entailment":
+            entailed.append((premise, hypothesis))
+        elif label == "contradiction":
+            against[premise].append(text_only(hypothesis))
+        else:
+            left_out[f"rows of the label {label}"] += 1
+    left_out["premises that entail nothing"] += len(against.keys() - dict(entailed))
+    for premise, hypothesis in entailed:
+        yield Row(premise, text_only(hypothesis), against[premise], symmetric=True)
 
 
 def choice(paths: Iterable[str], left_out: Counter[str], c: Convert, *_: Any) -> Iterator[Row]:
@@ -178,11 +178,9 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
 
     Negatives are kept where a file has them; a row with a label is a pair only if its label says so.
     """
-    rows_by: Counter[str] = Counter()
     for where, row in read_table(paths):
-        label = next((name for name in LABELS if name in row), "no column")
-        rows_by[label] += 1
-        if label in row and not is_pair(where, label, row[label], c.positive_from):
+        label = next((name for name in LABELS if name in row), None)
+        if label and not is_pair(where, label, row[label], c.positive_from):
             left_out[f"rows whose {label} says that they are no pair"] += 1
             continue
         query, name = text_in(where, row, *QUERIES), column(where, row, *POSITIVES)
@@ -192,8 +190,6 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
             left_out["queries without a positive"] += 1
         for positive in positives:
             yield Row(query, positive, negatives, symmetric=name in ("sentence2", "question2"))
-    for label, count in rows_by.items():
-        print(f"  {count} rows: {label} says which are pairs")
 
 
 def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:

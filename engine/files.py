@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import os
-import shutil
 import sys
 import tempfile
 import zlib
@@ -41,7 +40,7 @@ def read_json(path: Path, kind: type = object) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def one_line(text: str, most: int) -> str:
@@ -52,39 +51,26 @@ def one_line(text: str, most: int) -> str:
 
 @contextlib.contextmanager
 def file_beside(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` on success, deleted otherwise."""
-    path = Path(path)
+    """A temporary path, which takes the place of a file or folder on success and is deleted otherwise.
+
+    subtle: no call swaps two folders on every system; a kill between the renames leaves both, whole and hidden.
+    """
+    path = Path(path).resolve()                                      # a link stays, what it leads to is new
     path.parent.mkdir(parents=True, exist_ok=True)
-    # subtle: the ending stays last, because numpy and gzip read their format from it
-    new = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as hidden:
+        new = Path(hidden, path.name)                                # of the same ending: numpy reads it
         yield new
+        if new.is_dir() and path.is_dir():
+            os.replace(path, Path(hidden, f"old {path.name}"))
         os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def folder_beside(path: str | Path) -> Iterator[Path]:
-    """The same for a folder.
-
-    subtle: no call swaps two folders on every system; a kill between the renames leaves both, whole and hidden.
-    """
-    if Path(path).is_file():
-        raise InputError(f"{path}: a file stands there; name a folder")
-    path = Path(path).resolve()                                      # a link stays, and gets a new folder
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    new.chmod(0o755)
-    try:
+    """The same for a folder, which is there and empty."""
+    with file_beside(path) as new:
+        new.mkdir()
         yield new
-        old = new.with_name(new.name + ".old")
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, old)
-        os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
@@ -241,11 +227,11 @@ def passage_texts(where: str, row: dict[str, Any]) -> tuple[str, str]:
     return (title, text) if title.strip() or text.strip() else ("", "")
 
 
-def read_passages(path: str | Path) -> list[dict[str, str]]:
+def read_passages(path: str | Path, empty_too: bool = False) -> list[dict[str, str]]:
     """A BEIR corpus.jsonl: rows of _id, title and text, in their order.
 
-    A title alone is a passage. A row with neither stays in its place with two empty texts. A row that
-    stands twice, word for word, is read once. Both are counted, to stderr.
+    A title alone is a passage. A row with neither is left out, or with `empty_too` has two empty texts. A
+    row that stands twice, word for word, is read once. Both are counted, to stderr.
     """
     passages: dict[str, dict[str, str]] = {}
     rows = 0
@@ -259,22 +245,12 @@ def read_passages(path: str | Path) -> list[dict[str, str]]:
         passage = {"_id": key, "title": title, "text": text}
         if passages.setdefault(key, passage) != passage:
             raise InputError(f'{where}: "_id" {key!r} has another text above; make it unique')
-    empty = sum(not (p["title"] or p["text"]) for p in passages.values())
-    if empty == len(passages):
+    filled = [p for p in passages.values() if p["title"] or p["text"]]
+    empty = len(passages) - len(filled)
+    if not filled:
         raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
     if empty:
         print(f"{path}: {empty} of {len(passages)} passages have neither title nor text", file=sys.stderr)
     if rows > len(passages):
         print(f"{path}: {rows - len(passages)} repeated rows are read once", file=sys.stderr)
-    return list(passages.values())
-
-
-def read_filled(path: str | Path) -> list[dict[str, str]]:
-    """The same without rows that have neither title nor text."""
-    return [row for row in read_passages(path) if row["title"] or row["text"]]
-
-
-def utf8(text: str) -> str:
-    """A text of the command line, where Python lets any bytes pass; argparse makes the ValueError a line."""
-    text.encode()
-    return text
+    return list(passages.values()) if empty_too else filled

@@ -27,7 +27,7 @@ def test_folder_through_a_link_and_never_over_a_file(tmp_path):
     (tmp_path / "file").write_text("old")
     with files.folder_beside(tmp_path / "link") as new:
         (new / "f").write_text("new")
-    with pytest.raises(files.InputError, match="a file stands there"), files.folder_beside(tmp_path / "file"):
+    with pytest.raises(NotADirectoryError), files.folder_beside(tmp_path / "file"):
         pass
     assert (tmp_path / "real/f").read_text() == "new" and (tmp_path / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
@@ -77,7 +77,7 @@ def test_passages_of_public_corpora(tmp_path, capsys):
     path = corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}, {"_id": "b", "title": "T"},
                   {"_id": "c", "title": " ", "text": ""}, {"_id": 4, "text": "y", "metadata": {}},
                   {"_id": "a", "title": "T", "text": "x"}, mark="\ufeff")
-    passages = files.read_passages(path)
+    passages = files.read_passages(path, empty_too=True)
     assert [p["_id"] for p in passages] == ["a", "b", "c", "4"]
     assert passages[1] == {"_id": "b", "title": "T", "text": ""}
     assert passages[2] == {"_id": "c", "title": "", "text": ""}
