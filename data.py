@@ -267,9 +267,9 @@ def converted(
         return triples
     rows = read(paths, left_out, c, load(c.model) if c.model else None)
     rng, records = np.random.default_rng(c.seed), []
-    for query, positive, negative, symmetric in contrasted(rows, left_out, rng):
+    for row, negative in contrasted(rows, left_out, rng):
         negative = negative and side(negative)
-        records.append(record(c.task, query, side(positive), negative, symmetric))
+        records.append(record(c.task, row.query, side(row.positive), negative, row.symmetric))
     return records
 
 

@@ -35,8 +35,8 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
     path = Path(folder) / f"qrels/{split}.tsv"
     passages = read_passages(beir_file(folder, "corpus.jsonl"), empty_too=True)
     questions = read_passages(beir_file(folder, "queries.jsonl"))
-    queries = {row["_id"]: row["text"] for row in questions if row["text"]}
     qrels = read_qrels(path)
+    queries = {row["_id"]: row["text"] for row in questions if row["text"] and row["_id"] in qrels}
     for query in qrels:
         if query not in queries:
             raise InputError(f"{path}: query {query} is not in queries.jsonl, or has no text there; add it")
@@ -50,7 +50,7 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
         print(f"{path}: {what}, first: {missing[0]}; they count as not found", file=sys.stderr)
     corpus = [p for p in passages if p["title"] or p["text"]]
     corpus.sort(key=lambda p: p["_id"], reverse=True)
-    return Beir(corpus, {query: queries[query] for query in queries if query in qrels}, qrels)
+    return Beir(corpus, queries, qrels)
 
 
 def read_split(name: str) -> Beir:
@@ -70,22 +70,21 @@ def read_qrels(path: str | Path) -> Qrels:
 
     A query whose grades are all 0 stays, with none: trec_eval counts it as 0 in a mean.
     """
-    with open_text(path) as file:
-        lines = list(file)
     qrels: Qrels = {}
     form = None                             # that of the first line holds for all
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or number == 1 and HEADER.fullmatch(line):
-            continue
-        form = form or (THREE_COLUMNS if THREE_COLUMNS.fullmatch(line) else FOUR_COLUMNS)
-        columns = form.fullmatch(line)
-        if not columns:
-            raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR, with tabs) or "
-                             "query, 0, passage, grade (TREC), one form in all lines, grades whole numbers")
-        query, passage, grade = columns.groups()
-        if qrels.setdefault(query, {}).setdefault(passage, int(grade)) != int(grade):
-            raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.strip()
+            if not line or number == 1 and HEADER.fullmatch(line):
+                continue
+            form = form or (THREE_COLUMNS if THREE_COLUMNS.fullmatch(line) else FOUR_COLUMNS)
+            columns = form.fullmatch(line)
+            if not columns:
+                raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR, with tabs) or "
+                                 "query, 0, passage, grade (TREC), one form in all lines, grades whole numbers")
+            query, passage, grade = columns.groups()
+            if qrels.setdefault(query, {}).setdefault(passage, int(grade)) != int(grade):
+                raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")
     for query, grades in qrels.items():
         qrels[query] = {passage: grade for passage, grade in grades.items() if grade > 0}
     if not any(qrels.values()):

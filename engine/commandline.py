@@ -63,10 +63,10 @@ class Recipe(Options):
         if self.corpus and self.llm == "recorded":
             raise InputError("--corpus: name --llm too (a URL, hf:FOLDER or offline); answers are recorded for the "
                              "built-in corpus alone")
-        if self.eval and not self.corpus or self.keep and self.init == "tiny":
-            raise InputError("--eval goes with --corpus, --keep with an --init that was trained before")
-        if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
-            raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
+        if self.eval and not self.corpus:
+            raise InputError("--eval goes with --corpus")
+        if self.keep >= 1 or self.keep and self.init == "tiny":
+            raise InputError(f"--keep {self.keep}: give a share below 1, and an --init that was trained before")
         self.rank = self.rank or ("ql" if self.llm == "recorded" else "ql,rc")
         if self.llm == "recorded" and "rc" in self.rank:
             raise InputError(f"--rank {self.rank}: no relevance is recorded; give ql or ql,retriever")

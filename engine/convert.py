@@ -45,8 +45,8 @@ class Row(NamedTuple):
 
 
 def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Generator,
-               ) -> Iterator[tuple[str, Passage, Passage | None, bool]]:
-    """(query, positive, hard negative or None, symmetric) of each row.
+               ) -> Iterator[tuple[Row, Passage | None]]:
+    """Each row with its hard negative, if there is one.
 
     What is right for a query in any row is no hard negative of the same query in another, whatever
     their ids.
@@ -59,8 +59,7 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
             left_out["pairs of a text with itself or with nothing"] += 1
             continue
         wrong = [p for p in row.wrong if content(p) not in nothing and (row.query, content(p)) not in right]
-        negative = wrong[int(rng.integers(len(wrong)))] if wrong else None
-        yield row.query, row.positive, negative, row.symmetric
+        yield row, wrong[int(rng.integers(len(wrong)))] if wrong else None
 
 
 def text_only(text: str) -> Passage:
@@ -222,7 +221,8 @@ def sides(where: str, value: Any) -> list[Passage]:
     return passages
 
 
-# What can be converted: the paper's task for it (section 3.1, Table 9), and what reads it
+# What can be converted: the paper's task for it (section 3.1, Table 9), and what reads it, which gets the
+# paths, the counter of what is left out, the settings, and beir's model
 KINDS: dict[str, tuple[str, Callable[..., Any]]] = {
     "nli": ("semantic similarity", nli),
     "classification": ("classification", labelled),

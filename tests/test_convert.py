@@ -297,14 +297,14 @@ def test_passages_without_any_text_are_left_out_and_a_title_alone_is_a_passage()
 
     left_out = Counter()
     rows = [Row("q", passage("T"), [passage(""), passage("T"), passage("N")]), Row("q", passage(" "), [])]
-    assert list(contrasted(rows, left_out, np.random.default_rng(0))) == [("q", passage("T"), passage("N"), False)]
+    assert list(contrasted(rows, left_out, np.random.default_rng(0))) == [(rows[0], passage("N"))]
     assert left_out == {"pairs of a text with itself or with nothing": 1}
 
 
 def test_negatives_follow_the_seed_and_are_drawn_from_all():
     rows = [Row(f"q{i}", data.text_only("p"), [data.text_only(f"n{j}") for j in range(5)])
             for i in range(60)]
-    a, b, other = ([row[2]["text"] for row in contrasted(rows, Counter(), np.random.default_rng(seed))]
+    a, b, other = ([negative["text"] for _, negative in contrasted(rows, Counter(), np.random.default_rng(seed))]
                    for seed in (0, 0, 1))
     assert a == b != other and set(a) == {f"n{j}" for j in range(5)}
 

@@ -823,11 +823,12 @@ def test_a_dry_run_says_what_would_be_asked_and_writes_nothing(documents):
 @pytest.mark.parametrize("words, message", [
     (["--corpus", "DOCS"], "--corpus: name --llm too"),
     (["--corpus", "DOCS/none", "--llm", "offline"], "none"),
-    (["--keep", "1", "--init", "DOCS"], "give shares between 0 and 1"),
-    (["--keep", "0.5"], "--eval goes with --corpus, --keep with an --init"),
-    (["--eval", "DOCS"], "--eval goes with --corpus, --keep with an --init"),
+    (["--keep", "1", "--init", "DOCS"], "--keep 1.0: give a share below 1"),
+    (["--keep", "0.5"], "--keep 0.5: give a share below 1, and an --init"),
+    (["--eval", "DOCS"], "--eval goes with --corpus"),
     (["--corpus", "DOCS", "--llm", "offline", "--eval", "DOCS"], "docs"),
     (["--corpus", "DOCS", "--llm", "offline", "--held-out", "0.01"], "two are needed on each side"),
+    (["--corpus", "DOCS", "--llm", "offline", "--held-out", "2"], "two are needed on each side"),
     (["--rank", "retriever"], "argument --rank: invalid choice")])
 def test_what_the_recipe_cannot_do_is_one_line_and_writes_nothing(words, message, documents, tmp_path, capsys):
     words = [str(documents / "docs") if w == "DOCS" else w.replace("DOCS", str(documents / "docs")) for w in words]
