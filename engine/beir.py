@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import InputError, beir_file, open_text, path_and_rest, read_passages
+from engine.files import InputError, open_text, path_and_rest, read_passages
 
 Qrels = dict[str, dict[str, int]]           # {query id: {passage id: grade above 0}}
 
@@ -32,9 +32,9 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
 
     A passage with neither title nor text is left out, so that nothing finds it.
     """
-    path = Path(folder) / f"qrels/{split}.tsv"
-    passages = read_passages(beir_file(folder, "corpus.jsonl"), empty_too=True)
-    questions = read_passages(beir_file(folder, "queries.jsonl"))
+    path = Path(folder, f"qrels/{split}.tsv")
+    passages = read_passages(Path(folder, "corpus.jsonl"), empty_too=True)
+    questions = read_passages(Path(folder, "queries.jsonl"))
     qrels = read_qrels(path)
     queries = {row["_id"]: row["text"] for row in questions if row["text"] and row["_id"] in qrels}
     for query in qrels:

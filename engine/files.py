@@ -90,12 +90,18 @@ def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
 
 @contextlib.contextmanager
 def open_text(path: str | Path) -> Iterator[Any]:
-    """UTF-8 text, plain or .gz, to read it; InputError, also within the `with`, where it is not."""
-    if not Path(path).is_file():
+    """UTF-8 text, plain or .gz, to read it; InputError, also within the `with`, where it is not.
+
+    Where there is no such file, but its .gz, that is read.
+    """
+    there = Path(path)
+    if not there.is_file():
+        there = Path(f"{path}.gz")
+    if not there.is_file():
         raise InputError(f"{path}: no such file; check the path")
-    opener = gzip.open if str(path).endswith(".gz") else open
+    opener = gzip.open if there.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:      # with a byte order mark or without
+        with opener(there, "rt", encoding="utf-8-sig") as file:      # with a byte order mark or without
             yield file
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
@@ -193,14 +199,6 @@ def say_lost(model: Any, what: str) -> None:
     """How many texts were cut, and the share of unknown tokens, of what was encoded last."""
     if model.lost():
         say(**{what: model.lost()})
-
-
-def beir_file(folder: str | Path, name: str) -> Path:
-    """A file of a BEIR folder; its .gz where that alone is there."""
-    path, packed = Path(folder, name), Path(folder, name + ".gz")
-    if packed.is_file() and not path.is_file():
-        return packed
-    return path
 
 
 def path_and_rest(item: str, default: str) -> tuple[str, str]:

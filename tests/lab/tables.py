@@ -36,7 +36,7 @@ import train  # noqa: E402
 from data import Record, builtin_pairs, converted, read_records  # noqa: E402
 from engine import evaluate  # noqa: E402
 from engine.beir import Beir, read_beir  # noqa: E402
-from engine.commandline import parsed  # noqa: E402
+from engine.commandline import Parser, parsed  # noqa: E402
 from engine.convert import labelled  # noqa: E402
 from engine.evaluate import short_names  # noqa: E402
 from engine.files import (  # noqa: E402
@@ -555,7 +555,7 @@ def plot_command(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="table", required=True)
     plot = commands.add_parser("plot", help="loss and dev curves of runs, as a PNG")
     plot.add_argument("runs", nargs="+", help="--out folders of prefinetune and finetune")
