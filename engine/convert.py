@@ -154,8 +154,7 @@ def beir(
             _, nearest = topk(q, P, min(c.depth, len(P)))
         passages = {p["_id"]: p for p in known.corpus}
         for (query, text), near in zip(known.queries.items(), nearest, strict=True):
-            # the queries of ArguAna stand in its corpus, under the same id
-            wrong = [known.corpus[i] for i in near if known.corpus[i]["_id"] != query]
+            wrong = [known.corpus[i] for i in near]
             for passage in known.qrels[query]:
                 if passage in passages:
                     yield Row(text.strip(), passages[passage], wrong)

@@ -33,22 +33,23 @@ def read_table(paths: Iterable[str]) -> Rows:
 
 
 def csv_rows(path: str, text: str, delimiter: str = ",", quoted: bool = True) -> Rows:
-    """The rows of a table, all of the header's width; an error names the line."""
+    """The rows of a table, all of the header's width; an error names the line where a row begins."""
     csv.field_size_limit(2 ** 31 - 1)                                # a cell may hold a document
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-                          quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
+                        quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
     line = 0
     try:
-        header = rows.fieldnames or []
+        header = next(reader, [])
         if len(set(header)) < len(header) or not header:
             raise InputError(f"{path}:1: two columns of one name, or none; name each column of the header")
-        line = rows.line_num
-        for row in rows:
-            line = rows.line_num
-            if None in row or None in row.values():                  # cells beyond the header; cells that lack
-                raise InputError(f"{path}:{line}: not the {len(header)} columns of the header; put a text "
+        line = reader.line_num
+        for row in reader:
+            where, line = f"{path}:{line + 1}", reader.line_num
+            if len(row) == len(header):
+                yield where, dict(zip(header, row, strict=True))
+            elif row:                                                # not a blank line
+                raise InputError(f"{where}: {len(row)} columns where the header has {len(header)}; put a text "
                                  f"that holds {delimiter!r} in double quotes")
-            yield f"{path}:{line}", row
     except csv.Error as error:
         raise InputError(f"{path}:{line + 1}: {error}; close each quote, and double those within "
                          "a text") from error

@@ -37,13 +37,13 @@ def test_tables_of_spreadsheets_and_broken_archives(tmp_path):
 
 
 WIDTHS = [
-    ("comma.csv", "text,label\nfine,ok\nPaid, but nothing came,money\n", ":3: not the 2 columns of the header"),
-    ("short.csv", "text,label\nfine\n", ":2: not the 2 columns of the header"),
-    ("later.csv", 'text,label\n"two\nlines",ok\nshort\n', ":4: not the 2 columns of the header"),
+    ("comma.csv", "text,label\nfine,ok\nPaid, but nothing came,money\n", ":3: 3 columns where the header has 2"),
+    ("short.csv", "text,label\nfine\n", ":2: 1 columns where the header has 2"),
+    ("later.csv", 'text,label\n"two\nlines",ok\nshort\n', ":4: 1 columns where the header has 2"),
     ("open.csv", 'text,label\n"never closed,a\nb,c\nd,e\n', ":2: unexpected end of data"),
     ("swallowed.csv", 'text,label\n"never closed,a\nb,c\n"d",e\n', ":2: ',' expected after '\"'"),
-    ("tab.tsv", "text\tlabel\nfine\tok\na\tb\tc\n", ":3: not the 2 columns of the header"),
-    ("both.tsv", 'text\tlabel\n"a\tb"\tc\td\n', ":2: not the 2 columns of the header"),
+    ("tab.tsv", "text\tlabel\nfine\tok\na\tb\tc\n", ":3: 3 columns where the header has 2"),
+    ("both.tsv", 'text\tlabel\n"a\tb"\tc\td\n', ":2: 3 columns where the header has 2"),
     ("twice.csv", "text,text\na,b\n", ":1: two columns of one name"),
     ("empty.csv", "", ":1: two columns of one name, or none")]
 
