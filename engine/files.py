@@ -153,15 +153,13 @@ def flag(default: Any, meaning: str, choices: Sequence[Any] | None = None) -> An
     return field(default=default, metadata={"help": f"{meaning} (%(default)s)", "choices": choices})
 
 
-def add_flags(add: Callable[..., Any], config: type, skip: Sequence[str] = ()) -> None:
+def add_flags(add: Callable[..., Any], config: type) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
     for f in fields(config):
-        if f.name in skip:
-            continue
-        kind = {"type": type(f.default)}
+        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        add("--" + f.name.replace("_", "-"), default=f.default, **f.metadata, **kind)
+        add("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
