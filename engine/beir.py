@@ -36,7 +36,7 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
     passages = read_passages(Path(folder, "corpus.jsonl"), empty_too=True)
     questions = read_passages(Path(folder, "queries.jsonl"))
     qrels = read_qrels(path)
-    queries = {row["_id"]: row["text"] for row in questions if row["text"] and row["_id"] in qrels}
+    queries = {row["_id"]: row["text"] for row in questions if row["text"].strip() and row["_id"] in qrels}
     for query in qrels:
         if query not in queries:
             raise InputError(f"{path}: query {query} is not in queries.jsonl, or has no text there; add it")

@@ -58,8 +58,11 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
         if content(row.positive) in nothing:
             left_out["pairs of a text with itself or with nothing"] += 1
             continue
+        negative = None
         wrong = [p for p in row.wrong if content(p) not in nothing and (row.query, content(p)) not in right]
-        yield row, wrong[int(rng.integers(len(wrong)))] if wrong else None
+        if wrong:
+            negative = wrong[int(rng.integers(len(wrong)))]
+        yield row, negative
 
 
 def text_only(text: str) -> Passage:
@@ -181,7 +184,8 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
         if label and not is_pair(where, label, row[label], c.positive_from):
             left_out[f"rows whose {label} says that they are no pair"] += 1
             continue
-        query, name = text_in(where, row, *QUERIES), column(where, row, *POSITIVES)
+        query = text_in(where, row, *QUERIES)
+        name = column(where, row, *POSITIVES)
         positives = sides(where, row[name])
         negatives = sides(where, row.get("negative")) + sides(where, row.get("neg"))
         if not positives:
