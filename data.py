@@ -20,14 +20,14 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from engine import convert as publishers
 from engine import pairs
 from engine.commandline import data_arguments
-from engine.convert import KINDS, Convert, text_only
+from engine.convert import KINDS, Convert, contrasted, text_only
 from engine.corpus import Corpus, Passage, builtin_corpus
 from engine.documents import read_corpus
 from engine.files import InputError, check_outputs, from_flags, run, write_jsonl
@@ -258,18 +258,18 @@ def converted(
 ) -> list[Record]:
     """Records of files of one kind."""
     c = c or Convert()
-    task = c.task or KINDS[kind]
+    task, read = KINDS[kind]
+    c = replace(c, task=c.task or task)
     if kind == "classification":
-        texts, labels = publishers.labelled(paths)
-        triples = classification_triples(texts, labels, c.seed, task, c.ids)
+        texts, labels = read(paths)
+        triples = classification_triples(texts, labels, c.seed, c.task)
         left_out["texts of which no triple can be made"] += len(texts) - len(triples)
         return triples
-    model = load(c.model) if kind == "beir" and c.model else None
-    rows = publishers.rows_of(kind, paths, left_out, c, model, task)
+    rows = read(paths, left_out, c, load(c.model) if c.model else None)
     rng, records = np.random.default_rng(c.seed), []
-    for query, positive, negative, symmetric in publishers.contrasted(rows, left_out, rng):
+    for row, negative in contrasted(rows, left_out, rng):
         negative = negative and side(negative)
-        records.append(record(task, query, side(positive), negative, symmetric))
+        records.append(record(c.task, row.query, side(row.positive), negative, row.symmetric))
     return records
 
 

@@ -29,10 +29,10 @@ from typing import Any, Protocol
 
 from data import Record, Records, record, side
 from engine.cache import DryRun, Strings
-from engine.commandline import Arguments, Options, llm_arguments, rankings
+from engine.commandline import Arguments, Options, llm_arguments
 from engine.corpus import Corpus, Passage, shown, terms, texts_and_titles
 from engine.endpoint import Endpoint, Trials, probe
-from engine.files import InputError, check_outputs, from_flags, read_filled, run, say
+from engine.files import InputError, check_outputs, from_flags, read_passages, run, say
 from engine.kept import blocks_of_same_query, count_calls, read_queries, write_kept
 from engine.local import Local
 from engine.offline import Offline
@@ -554,7 +554,7 @@ def open_llm(
 
 def generate_command(args: Arguments) -> None:
     check_outputs([args.queries, args.cache], args.corpus)
-    o, corpus = from_flags(Options, args), read_filled(args.corpus)
+    o, corpus = from_flags(Options, args), read_passages(args.corpus)
     limit = len(corpus) if args.limit is None else args.limit
     say(**vars(args), passages=len(corpus))
     llm = open_llm(o, args.queries, corpus)
@@ -568,9 +568,8 @@ def generate_command(args: Arguments) -> None:
 
 
 def mine_command(args: Arguments) -> None:
-    rank = rankings(args.rank)
     check_outputs([args.fret, args.cache], args.corpus, args.queries)
-    o, corpus = from_flags(Options, args), read_filled(args.corpus)
+    o, corpus = from_flags(Options, args), read_passages(args.corpus)
     queries = read_queries(args.queries, corpus)
     if not 2 <= args.N <= len(corpus):
         raise InputError(f"-N {args.N}: give 2 to {len(corpus)}, the size of {args.corpus}")
@@ -580,8 +579,8 @@ def mine_command(args: Arguments) -> None:
     # asked now, before the corpus is encoded: a server may not be able to score
     source = {}
     if isinstance(llm, LanguageModel):
-        source = {"scored_by": llm.strings.scored_by(rank, llm.score)}
-    rows = mine(llm, retriever, corpus, queries, args.N, args.negative, rank, o.seed)
+        source = {"scored_by": llm.strings.scored_by(args.rank, llm.score)}
+    rows = mine(llm, retriever, corpus, queries, args.N, args.negative, args.rank, o.seed)
     if o.dry_run:
         return count_calls(rows, "mine", llm)
     rows = (row if "failed" in row else row | source for row in rows)

@@ -38,7 +38,7 @@ import llm
 from data import Record, Records, batches, builtin_corpus, builtin_pairs, formatted, read_records, record
 from engine.beir import read_split
 from engine.cache import DryRun
-from engine.commandline import Arguments, Recipe, path_and_weight, read_dims, train_arguments
+from engine.commandline import PRECISIONS, Arguments, Recipe, path_and_weight, read_dims, train_arguments
 from engine.corpus import Corpus
 from engine.documents import heading_pairs, read_corpus
 from engine.files import flag, from_flags, run, say, write_jsonl
@@ -193,10 +193,10 @@ class TrainConfig:
     dims: str = flag("", "Matryoshka dimensions, such as 384,128; empty: the full one alone")
     max_length: int = flag(64, "tokens of a text in training; the rest is cut")
     seed: int = flag(0, "of the order of the data and of dropout")
-    precision: str = flag("float32", "float32 or bf16 (autocast)")
+    precision: str = flag("float32", "bf16: autocast", PRECISIONS)
     micro_batch: int = flag(0, "texts of mean length in memory at a time (gradient caching); 0: all")
-    mix: str = flag("sets", "a batch holds rows of one of the sets, or mixed ones, or of all tasks alike: "
-                            "sets, mixed or tasks")
+    mix: str = flag("sets", "a batch holds rows of one of the sets, or mixed ones, or of all tasks alike",
+                    ("sets", "mixed", "tasks"))
     unified: bool = flag(False, "appendix B's formats also for an --init that has its makers' (see README)")
     eval: str = flag("", "BEIR folder: nDCG@10 of its dev split at each save, the best kept in OUT/best")
     save_every: int = flag(0, "steps from one checkpoint to the next; 0: one at the end")

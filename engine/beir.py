@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.files import InputError, beir_file, is_text, open_text, read_jsonl, read_passages
+from engine.files import InputError, open_text, path_and_rest, read_passages
 
 Qrels = dict[str, dict[str, int]]           # {query id: {passage id: grade above 0}}
 
@@ -32,13 +32,14 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
 
     A passage with neither title nor text is left out, so that nothing finds it.
     """
-    path = Path(folder) / f"qrels/{split}.tsv"
-    passages = read_passages(beir_file(folder, "corpus.jsonl"))
-    queries = read_queries(beir_file(folder, "queries.jsonl"))
+    path = Path(folder, f"qrels/{split}.tsv")
+    passages = read_passages(Path(folder, "corpus.jsonl"), empty_too=True)
+    questions = read_passages(Path(folder, "queries.jsonl"))
     qrels = read_qrels(path)
+    queries = {row["_id"]: row["text"] for row in questions if row["text"].strip() and row["_id"] in qrels}
     for query in qrels:
         if query not in queries:
-            raise InputError(f"{path}: query {query} is not in queries.jsonl; add its text there")
+            raise InputError(f"{path}: query {query} is not in queries.jsonl, or has no text there; add it")
     ids = {p["_id"] for p in passages}
     judged = set[str]().union(*qrels.values())
     missing = sorted(judged - ids)
@@ -49,28 +50,12 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
         print(f"{path}: {what}, first: {missing[0]}; they count as not found", file=sys.stderr)
     corpus = [p for p in passages if p["title"] or p["text"]]
     corpus.sort(key=lambda p: p["_id"], reverse=True)
-    return Beir(corpus, {query: queries[query] for query in queries if query in qrels}, qrels)
+    return Beir(corpus, queries, qrels)
 
 
 def read_split(name: str) -> Beir:
     """DIR or DIR:SPLIT, of which "test" is the default."""
-    folder, _, split = name.rpartition(":")
-    if Path(name).is_dir() or not folder:
-        return read_beir(name)
-    return read_beir(folder, split)
-
-
-def read_queries(path: Path) -> dict[str, str]:
-    """{query id: text}."""
-    queries: dict[str, str] = {}
-    for where, row in read_jsonl(path):
-        query, text = row.get("_id"), row.get("text")
-        if type(query) not in (str, int) or not is_text(text):
-            raise InputError(f'{where}: want "_id" and "text"; every query needs both')
-        query = str(query)
-        if queries.setdefault(query, text) != text:
-            raise InputError(f'{where}: "_id" {query!r} has another text above; make it unique')
-    return queries
+    return read_beir(*path_and_rest(name, "test"))
 
 
 HEADER = re.compile("(query|qid|topic).*(score|grade|label|rel|relevance|judge?ment)", re.IGNORECASE)
@@ -85,22 +70,21 @@ def read_qrels(path: str | Path) -> Qrels:
 
     A query whose grades are all 0 stays, with none: trec_eval counts it as 0 in a mean.
     """
-    with open_text(path) as file:
-        lines = list(file)
     qrels: Qrels = {}
     form = None                             # that of the first line holds for all
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or number == 1 and HEADER.fullmatch(line):
-            continue
-        form = form or (THREE_COLUMNS if THREE_COLUMNS.fullmatch(line) else FOUR_COLUMNS)
-        columns = form.fullmatch(line)
-        if not columns:
-            raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR, with tabs) or "
-                             "query, 0, passage, grade (TREC), one form in all lines, grades whole numbers")
-        query, passage, grade = columns[1], columns[2], int(columns[3])
-        if qrels.setdefault(query, {}).setdefault(passage, grade) != grade:
-            raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.strip()
+            if not line or number == 1 and HEADER.fullmatch(line):
+                continue
+            form = form or (THREE_COLUMNS if THREE_COLUMNS.fullmatch(line) else FOUR_COLUMNS)
+            columns = form.fullmatch(line)
+            if not columns:
+                raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR, with tabs) or "
+                                 "query, 0, passage, grade (TREC), one form in all lines, grades whole numbers")
+            query, passage, grade = columns.groups()
+            if qrels.setdefault(query, {}).setdefault(passage, int(grade)) != int(grade):
+                raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")
     for query, grades in qrels.items():
         qrels[query] = {passage: grade for passage, grade in grades.items() if grade > 0}
     if not any(qrels.values()):

@@ -10,14 +10,16 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from engine.convert import KINDS, Convert
-from engine.files import InputError, add_flags, flag, utf8
+from engine.files import InputError, add_flags, flag, path_and_rest
 from engine.transport import server_address
 
 Arguments = argparse.Namespace
+
+PRECISIONS = ("float32", "bf16")
+RANKINGS = ("ql,rc", "ql", "rc", "ql,retriever", "rc,retriever", "ql,rc,retriever")
 
 
 @dataclass
@@ -50,29 +52,37 @@ class Recipe(Options):
     init: str = flag("tiny", "the encoder: tiny, or a model folder or hub id, which is pre-finetuned already")
     unified: bool = flag(False, "appendix B's formats also for an --init that has its makers'")
     queries: int = flag(0, "to generate; 0: all that are recorded, else one a passage")
-    rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc")
+    rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc",
+                     RANKINGS)
     held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
     eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
     keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")
-    precision: str = flag("float32", "of training an --init: float32 or bf16 (autocast)")
+    precision: str = flag("float32", "of training an --init: bf16 is autocast", PRECISIONS)
 
     def __post_init__(self) -> None:
         if self.corpus and self.llm == "recorded":
             raise InputError("--corpus: name --llm too (a URL, hf:FOLDER or offline); answers are recorded for the "
                              "built-in corpus alone")
-        if self.eval and not self.corpus or self.keep and self.init == "tiny":
-            raise InputError("--eval goes with --corpus, --keep with an --init that was trained before")
-        if not 0 <= self.keep < 1 or not 0 < self.held_out < 1:
-            raise InputError(f"--keep {self.keep} --held-out {self.held_out}: give shares between 0 and 1")
-        self.rank = rankings(self.rank or ("ql" if self.llm == "recorded" else "ql,rc"))
-        if self.llm == "recorded" and "rc" in self.rank.split(","):
+        if self.eval and not self.corpus:
+            raise InputError("--eval goes with --corpus")
+        if self.keep >= 1 or self.keep and self.init == "tiny":
+            raise InputError(f"--keep {self.keep}: give a share below 1, and an --init that was trained before")
+        self.rank = self.rank or ("ql" if self.llm == "recorded" else "ql,rc")
+        if self.llm == "recorded" and "rc" in self.rank:
             raise InputError(f"--rank {self.rank}: no relevance is recorded; give ql or ql,retriever")
         super().__post_init__()
 
 
-def parsers(page: str | None, required: bool = True) -> tuple[argparse.ArgumentParser, Callable[..., Any]]:
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def parsers(page: str | None, required: bool = True) -> tuple[Parser, Callable[..., Any]]:
     """A page's parser, which says the first paragraph of the page's docstring, and what adds a command."""
-    parser = argparse.ArgumentParser(description=(page or "").split("\n\n")[0])
+    parser = Parser(description=(page or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=required)
 
     def command(name: str, meaning: str) -> Callable[..., Any]:
@@ -82,43 +92,36 @@ def parsers(page: str | None, required: bool = True) -> tuple[argparse.ArgumentP
     return parser, command
 
 
-# The least that a number may be, where that is not 0; numbers that may not be 0; what a word may be
-LEAST = {"k": 1, "limit": 1, "max_length": 1, "threads": 1, "chars": 1, "batch_size": 1, "seeds": 1,
-         "timeout": 0.001, "first": -1}
-ABOVE_0 = ("tau", "clip")
-CHOICES = {"precision": ("float32", "bf16"), "mix": ("sets", "mixed", "tasks")}
+# Numbers that may not be 0; no other may be below 0, but for the two that say so by it
+ABOVE_0 = ("k", "limit", "max_length", "threads", "chars", "batch_size", "seeds", "timeout", "tau", "clip")
 
 
 def parsed(parser: argparse.ArgumentParser) -> Arguments:
-    """The command line; InputError for a value that no command takes, before anything is read or written."""
+    """The command line; InputError for a number that no command takes, before anything is read or written."""
     args = parser.parse_args()
     for name, value in vars(args).items():
-        given = f"{'--' if name[1:] else '-'}{name.replace('_', '-')} {value}"
-        choices, least = CHOICES.get(name), LEAST.get(name, 0)
-        if choices and value not in choices:
-            raise InputError(f"{given}: give " + " or ".join(choices))
-        if name in ABOVE_0 and not 0 < value < math.inf:
-            raise InputError(f"{given}: give a number above 0")
-        number = isinstance(value, (int, float)) and name != "positive_from"    # any score, or nan: none
-        if number and not least <= value < math.inf:
-            raise InputError(f"{given}: give {least} or more")
+        if not isinstance(value, int | float) or name in ("first", "positive_from"):
+            continue
+        if not 0 <= value < math.inf or value == 0 and name in ABOVE_0:
+            least = "above 0" if name in ABOVE_0 else "of 0 or more"
+            raise InputError(f"--{name.replace('_', '-')} {value}: give a number {least}")
     return args
 
 
 def gecko_arguments(page: str | None, task: str) -> Arguments:
     parser, command = parsers(page)
     search = command("search", "the passages nearest to one query")
-    search("query", type=utf8)
+    search("query")
     search("--corpus", help="corpus.jsonl (default: beside the model), or documents")
     search("-k", type=int, default=10, help="how many (%(default)s)")
     encode = command("encode", "a file of texts -> a .npy file of unit vectors")
     encode("input", help="JSONL with query or text (and title with --passages)")
     encode("output", help=".npy, float32, one row a text")
     encode("--passages", action="store_true", help="encode as passages, not as queries")
-    encode("--precision", default="float32", help="or bf16 (%(default)s)")
+    encode("--precision", default="float32", choices=PRECISIONS, help="(%(default)s)")
     for add in (search, encode):
         add("--model", required=True, help="a model folder")
-        add("--task", type=utf8, default=task, help="queries' task (%(default)s)")
+        add("--task", default=task, help="queries' task (%(default)s)")
         add("--dim", type=int, help="cut to this many dimensions (default: all)")
     return parsed(parser)
 
@@ -159,9 +162,8 @@ def llm_arguments(page: str | None) -> Arguments:
     add("-N", type=int, default=20, help="candidates a query (%(default)s, the paper's)")
     add("--negative", choices=("last", "sampled", "none"), default="last",
         help="p_N, one of P without p+, or none (%(default)s)")
-    add("--rank", default="ql,rc",
-        help="the rankings that R sums over, of ql, rc and retriever, with commas between; "
-        "rc alone where prompts cannot be scored (%(default)s)")
+    add("--rank", choices=RANKINGS, default="ql,rc",
+        help="the rankings that R sums over; rc alone where prompts cannot be scored (%(default)s)")
     add("--score", choices=("label", "expected"), default="label",
         help="RC: log p of the top label, or the expected grade (%(default)s)")
     add_flags(add, Options)
@@ -204,15 +206,6 @@ def train_arguments(page: str | None, settings: type) -> Arguments:
     return args
 
 
-def rankings(names: str) -> str:
-    """What --rank may be: different ones of ql, rc and retriever, and one of an LLM among them."""
-    given = names.split(",")
-    known = set(given) <= {"ql", "rc", "retriever"} and len(given) == len(set(given))
-    if not known or given == ["retriever"]:
-        raise InputError(f"--rank {names}: give ql,rc or ql or rc, and retriever if you like")
-    return names
-
-
 def read_dims(text: str, d: int) -> list[int]:
     """"384,128" -> [384, 128]; each at most d, the model's dimension, which alone is what "" gives."""
     parts = text.split(",") if text else [str(d)]
@@ -223,10 +216,8 @@ def read_dims(text: str, d: int) -> list[int]:
 
 
 def path_and_weight(item: str) -> tuple[str, float]:
-    """DATA or DATA:WEIGHT; a file's name may hold a colon."""
-    path, _, weight = item.rpartition(":")
-    if not path or Path(item).exists():
-        return item, 1.0
+    """DATA or DATA:WEIGHT."""
+    path, weight = path_and_rest(item, "1")
     if not weight.replace(".", "", 1).isdecimal() or float(weight) == 0:
         raise InputError(f"{item}: give DATA or DATA:WEIGHT; a weight is a number above 0")
     return path, float(weight)

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.corpus import Corpus, Passage, sentences, terms
-from engine.files import InputError, beir_file, read_filled
+from engine.files import InputError, read_passages
 from engine.markup import MARKDOWN, passages_of
 from engine.pairs import chunks, title_body_pair
 
@@ -41,10 +41,10 @@ FOR_PROGRAMS = re.compile(r"(CMakeLists|requirements([-_]\w+)?|vocab|robots|top_
 def read_corpus(path: str | Path) -> list[Passage]:
     """A folder of documents, a BEIR folder or a corpus.jsonl; what was left out is said, to stderr."""
     corpus = Path(path)
-    if beir_file(path, "queries.jsonl").is_file():
-        corpus = beir_file(path, "corpus.jsonl")
-    if corpus.is_file() and ".jsonl" in corpus.suffixes:
-        return read_filled(corpus)
+    if any(corpus.glob("queries.jsonl*")):
+        corpus = corpus / "corpus.jsonl"
+    if ".jsonl" in corpus.suffixes:
+        return read_passages(corpus)
     passages, notes = read_documents(path)
     for note in notes:
         print(f"{path}: {note}", file=sys.stderr)

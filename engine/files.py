@@ -12,8 +12,6 @@ import gzip
 import io
 import json
 import os
-import re
-import shutil
 import sys
 import tempfile
 import zlib
@@ -33,7 +31,7 @@ class InputError(ValueError):
 def read_json(path: Path, kind: type = object) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"{path}: not readable as JSON ({first_line(error)}); write or copy it again"
                          ) from error
     if not isinstance(content, kind):
@@ -42,7 +40,7 @@ def read_json(path: Path, kind: type = object) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def one_line(text: str, most: int) -> str:
@@ -53,39 +51,26 @@ def one_line(text: str, most: int) -> str:
 
 @contextlib.contextmanager
 def file_beside(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the same folder, renamed to `path` on success, deleted otherwise."""
-    path = Path(path)
+    """A temporary path, which takes the place of a file or folder on success and is deleted otherwise.
+
+    subtle: no call swaps two folders on every system; a kill between the renames leaves both, whole and hidden.
+    """
+    path = Path(path).resolve()                                      # a link stays, what it leads to is new
     path.parent.mkdir(parents=True, exist_ok=True)
-    # subtle: the ending stays last, because numpy and gzip read their format from it
-    new = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as hidden:
+        new = Path(hidden, path.name)                                # of the same ending: numpy reads it
         yield new
+        if new.is_dir() and path.is_dir():
+            os.replace(path, Path(hidden, f"old {path.name}"))
         os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def folder_beside(path: str | Path) -> Iterator[Path]:
-    """The same for a folder.
-
-    subtle: no call swaps two folders on every system; a kill between the renames leaves both, whole and hidden.
-    """
-    if Path(path).is_file():
-        raise InputError(f"{path}: a file stands there; name a folder")
-    path = Path(path).resolve()                                      # a link stays, and gets a new folder
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    new.chmod(0o755)
-    try:
+    """The same for a folder, which is there and empty."""
+    with file_beside(path) as new:
+        new.mkdir()
         yield new
-        old = new.with_name(new.name + ".old")
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(path, old)
-        os.replace(new, path)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
@@ -105,12 +90,18 @@ def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
 
 @contextlib.contextmanager
 def open_text(path: str | Path) -> Iterator[Any]:
-    """UTF-8 text, plain or .gz, to read it; InputError, also within the `with`, where it is not."""
-    if not Path(path).is_file():
+    """UTF-8 text, plain or .gz, to read it; InputError, also within the `with`, where it is not.
+
+    Where there is no such file, but its .gz, that is read.
+    """
+    there = Path(path)
+    if not there.is_file():
+        there = Path(f"{path}.gz")
+    if not there.is_file():
         raise InputError(f"{path}: no such file; check the path")
-    opener = gzip.open if str(path).endswith(".gz") else open
+    opener = gzip.open if there.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:      # with a byte order mark or without
+        with opener(there, "rt", encoding="utf-8-sig") as file:      # with a byte order mark or without
             yield file
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{path}: unreadable ({first_line(error)}); plain or .gz UTF-8 text") from error
@@ -131,7 +122,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
                 if "\\ud" in line.lower():                           # the escape of a half, or of both
                     json.dumps(row, ensure_ascii=False).encode()
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where}: not a JSON object; one JSON object a line")
@@ -143,13 +134,13 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to a plain or .gz file, whole or not at all."""
     with file_beside(path) as new, open(new, "wb") as file:
-        # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
-        stream: Any = file
+        out: Any = file
         if str(path).endswith(".gz"):
-            stream = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
-        with io.TextIOWrapper(stream, encoding="utf-8") as out:
+            # subtle: a .gz may hold a name and a time; with them the same rows would not be the same bytes
+            out = gzip.GzipFile("", "wb", fileobj=file, mtime=0)
+        with out:
             for row in rows:
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+                out.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -157,21 +148,18 @@ def write_json(path: Path, content: Any) -> None:
         new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def flag(default: Any, meaning: str) -> Any:
+def flag(default: Any, meaning: str, choices: Sequence[Any] | None = None) -> Any:
     """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": meaning})
+    return field(default=default, metadata={"help": f"{meaning} (%(default)s)", "choices": choices})
 
 
-def add_flags(add: Callable[..., Any], config: type, skip: Sequence[str] = ()) -> None:
+def add_flags(add: Callable[..., Any], config: type) -> None:
     """One --flag for each field of a config dataclass, with its default and meaning."""
     for f in fields(config):
-        if f.name in skip:
-            continue
-        kind: dict[str, Any] = {"type": type(f.default)}
+        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
         if isinstance(f.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        name = "--" + f.name.replace("_", "-")
-        add(name, default=f.default, help=f"{f.metadata['help']} (%(default)s)", **kind)
+        add("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
@@ -185,26 +173,19 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()                                           # a failure at the exit would be a traceback
-    except KeyboardInterrupt:
-        sys.exit(end_of_bar() + "interrupted; run the same command again")
-    except (InputError, OSError, SafetensorError) as error:
+    except (KeyboardInterrupt, InputError, OSError, SafetensorError) as error:
         try:
             sys.stdout.flush()
         except OSError:                                              # it would fail again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):                       # the reader closed the pipe, as `head` does
             return
-        message = first_line(error)
-        # what a full disk says, to Python, to numpy and to safetensors
-        if re.search("No space left|File too large|requested and .* written", message):
-            message += "; free some space, then run the same command again"
-        print(f"{end_of_bar()}error: {message}", file=sys.stderr)
+        if getattr(tqdm, "_instances", ()):                          # a progress bar stands on the line
+            print(file=sys.stderr)
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit("interrupted; run the same command again")
+        print(f"error: {first_line(error)}", file=sys.stderr)
         sys.exit(2)
-
-
-def end_of_bar() -> str:
-    """A line break where a progress bar still stands on the line."""
-    return "\n" if getattr(tqdm, "_instances", ()) else ""
 
 
 def say(**configuration: Any) -> None:
@@ -218,10 +199,12 @@ def say_lost(model: Any, what: str) -> None:
         say(**{what: model.lost()})
 
 
-def beir_file(folder: str | Path, name: str) -> Path:
-    """A file of a BEIR folder; its .gz where that alone is there."""
-    path = Path(folder) / name
-    return next((p for p in (path, path.with_name(name + ".gz")) if p.is_file()), path)
+def path_and_rest(item: str, default: str) -> tuple[str, str]:
+    """PATH or PATH:REST, as on a command line; a path may hold a colon."""
+    path, _, rest = item.rpartition(":")
+    if not path or Path(item).exists():
+        return item, default
+    return path, rest
 
 
 def is_text(value: Any) -> TypeGuard[str]:
@@ -232,50 +215,38 @@ def is_text(value: Any) -> TypeGuard[str]:
 def passage_texts(where: str, row: dict[str, Any]) -> tuple[str, str]:
     """Title and text of a passage, of which one may be empty; two empty ones for a row with neither."""
     title, text = row.get("title") or "", row.get("text")
-    if "text" not in row and row.keys() <= {"_id", "title", "metadata"}:
-        text = ""                                                    # no other name can be the text's
+    if row.keys() <= {"_id", "title", "metadata"}:                   # no other name can be the text's
+        text = ""
     if not isinstance(text, str) or not isinstance(title, str):
         raise InputError(f'{where}: no "text", or one that is not a string; every passage needs one '
                          '("" where it has a title alone)')
     return (title, text) if title.strip() or text.strip() else ("", "")
 
 
-def read_passages(path: str | Path) -> list[dict[str, str]]:
+def read_passages(path: str | Path, empty_too: bool = False) -> list[dict[str, str]]:
     """A BEIR corpus.jsonl: rows of _id, title and text, in their order.
 
-    A title alone is a passage. A row with neither stays in its place with two empty texts. A row that
-    stands twice, word for word, is read once. Both are counted, to stderr.
+    A title alone is a passage. A row with neither is left out, or with `empty_too` has two empty texts. A
+    row that stands twice, word for word, is read once. Both are counted, to stderr.
     """
-    known: dict[str, tuple[str, dict[str, str]]] = {}                # where each stands, and what it says
-    repeated = 0
+    passages: dict[str, dict[str, str]] = {}
+    rows = 0
     for where, row in read_jsonl(path):
+        rows += 1
         key = row.get("_id")
         if type(key) not in (str, int) or key == "":
             raise InputError(f'{where}: no "_id"; every passage needs one of its own')
         key = str(key)
         title, text = passage_texts(where, row)
         passage = {"_id": key, "title": title, "text": text}
-        place, first = known.setdefault(key, (where, passage))
-        if first != passage:
-            raise InputError(f'{where}: "_id" {key!r} stands already at {place} with another text; make it unique')
-        repeated += first is not passage
-    passages = [passage for _, passage in known.values()]
-    empty = sum(not (p["title"] or p["text"]) for p in passages)
-    if empty == len(passages):
+        if passages.setdefault(key, passage) != passage:
+            raise InputError(f'{where}: "_id" {key!r} has another text above; make it unique')
+    filled = [p for p in passages.values() if p["title"] or p["text"]]
+    empty = len(passages) - len(filled)
+    if not filled:
         raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
     if empty:
         print(f"{path}: {empty} of {len(passages)} passages have neither title nor text", file=sys.stderr)
-    if repeated:
-        print(f"{path}: {repeated} repeated rows are read once", file=sys.stderr)
-    return passages
-
-
-def read_filled(path: str | Path) -> list[dict[str, str]]:
-    """The same without rows that have neither title nor text."""
-    return [row for row in read_passages(path) if row["title"] or row["text"]]
-
-
-def utf8(text: str) -> str:
-    """A text of the command line, where Python lets any bytes pass; argparse makes the ValueError a line."""
-    text.encode()
-    return text
+    if rows > len(passages):
+        print(f"{path}: {rows - len(passages)} repeated rows are read once", file=sys.stderr)
+    return list(passages.values()) if empty_too else filled

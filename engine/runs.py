@@ -29,7 +29,7 @@ from tqdm import tqdm
 from engine.files import InputError, folder_beside, read_json, write_jsonl
 from engine.scale import barrier, processes
 
-HALF_WRITTEN = (".*checkpoint-*", ".best.*", ".*model*", ".*.metrics.jsonl")   # what a kill may leave
+HALF_WRITTEN = (".*checkpoint-*", ".best.*", ".*model*", ".metrics.jsonl.*")   # what a kill may leave
 
 
 @dataclass

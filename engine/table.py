@@ -10,79 +10,75 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from engine.files import InputError, is_text, open_text, read_jsonl
 
 Json = dict[str, Any]                       # a row, by the names of its columns
-Cells = Iterator[tuple[str, list[str]]]     # ("file:line", the cells of a row)
+Rows = Iterable[tuple[str, Json]]           # each with its "file:line"
 
 
-def read_table(path: str) -> Iterator[tuple[str, Json]]:
-    """("file:line", row) of .jsonl, or of .csv or .tsv with a header; plain or .gz."""
-    ending = Path(path.removesuffix(".gz")).suffix.lower()
-    if ending not in (".csv", ".tsv"):
-        yield from read_jsonl(path)
-        return
-    with open_text(path) as file:
-        text = file.read()
-    rows = cells(path, text, ",", True) if ending == ".csv" else tsv(path, text)
-    _, header = next(rows, ("", []))
-    if len(set(header)) < len(header) or not header:
-        raise InputError(f"{path}:1: two columns of one name, or none; name each column of the header")
-    for where, row in rows:
-        yield where, dict(zip(header, row, strict=True))
+def read_table(paths: Iterable[str]) -> Rows:
+    """The rows of .jsonl, or of .csv or .tsv with a header; plain or .gz."""
+    for path in paths:
+        ending = Path(path.removesuffix(".gz")).suffix.lower()
+        if ending not in (".csv", ".tsv"):
+            yield from read_jsonl(path)
+            continue
+        with open_text(path) as file:
+            text = file.read()
+        yield from csv_rows(path, text) if ending == ".csv" else tsv_rows(path, text)
 
 
-def cells(path: str, text: str, delimiter: str, quoted: bool) -> Cells:
+def csv_rows(path: str, text: str, delimiter: str = ",", quoted: bool = True) -> Rows:
     """The rows of a table, all of the header's width; an error names the line where a row begins."""
     csv.field_size_limit(2 ** 31 - 1)                                # a cell may hold a document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
-    width = line = 0
+    line = 0
     try:
+        header = next(reader, [])
+        if len(set(header)) < len(header) or not header:
+            raise InputError(f"{path}:1: two columns of one name, or none; name each column of the header")
+        line = reader.line_num
         for row in reader:
             where, line = f"{path}:{line + 1}", reader.line_num
-            if row:                                                  # not a blank line
-                width = width or len(row)
-                if len(row) != width:
-                    raise InputError(f"{where}: {len(row)} columns where the header has {width}; put "
-                                     f"a text that holds {delimiter!r} in double quotes")
-                yield where, row
+            if len(row) == len(header):
+                yield where, dict(zip(header, row, strict=True))
+            elif row:                                                # not a blank line
+                raise InputError(f"{where}: {len(row)} columns where the header has {len(header)}; put a text "
+                                 f"that holds {delimiter!r} in double quotes")
     except csv.Error as error:
         raise InputError(f"{path}:{line + 1}: {error}; close each quote, and double those within "
                          "a text") from error
 
 
-def tsv(path: str, text: str) -> Cells:
+def tsv_rows(path: str, text: str) -> Rows:
     """TSV as pandas writes it (quoted where needed) or as GLUE does (quotes are part of a text).
 
     The file decides. If it reads both ways, it is quoted if its header is, or if a quoted cell has a
     doubled quote in it.
     """
     if '"' not in text:
-        yield from cells(path, text, "\t", False)
-        return
-    errors: dict[bool, InputError] = {}
-    counts: dict[bool, int] = {}                                     # rows, read as quoted and as unquoted
-    for quoted in (True, False):
+        return csv_rows(path, text, "\t")
+    readings, errors = {}, []
+    for name, quoted in (("quoted", True), ("unquoted", False)):
         try:
-            counts[quoted] = sum(1 for _ in cells(path, text, "\t", quoted))
+            readings[name] = list(csv_rows(path, text, "\t", quoted))
         except InputError as error:
-            errors[quoted] = error
-    if len(errors) == 2:
-        raise InputError(f"{errors[True]} (read as unquoted: {errors[False]})")
-    quoted = True in counts
-    if not errors:
-        doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|$)', text, re.M)
-        quoted = text.startswith('"') or doubled is not None
-        if not quoted and counts[True] != counts[False]:
-            raise InputError(f"{path}: reads as quoted TSV with {counts[True]} rows and as unquoted "
-                             f"with {counts[False]}; save it as CSV")
-    print(f"  {path}: read as {'quoted' if quoted else 'unquoted'} TSV")
-    yield from cells(path, text, "\t", quoted)
+            errors.append(f"{error} (read as {name})")
+    if not readings:
+        raise InputError("; ".join(errors))
+    name = next(iter(readings))                                      # "quoted" if it reads both ways
+    doubled = re.search(r'(^|\t)"([^"\t]|"")*""([^"\t]|"")*"(\t|$)', text, re.M)
+    if not errors and not doubled and not text.startswith('"'):
+        name = "unquoted"
+        if len(readings["quoted"]) != len(readings["unquoted"]):
+            raise InputError(f"{path}: reads as quoted TSV and, with other rows, as unquoted; save it as CSV")
+    print(f"  {path}: read as {name} TSV")
+    return readings[name]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -94,8 +90,7 @@ def column(where: str, row: Json, *names: str) -> str:
     for name in names:
         if row.get(name) is not None and str(row[name]).strip():
             return name
-    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(map(str, row))}; "
-                     "rename the column")
+    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(row)}; rename the column")
 
 
 def as_text(where: str, value: Any) -> str:
@@ -110,21 +105,18 @@ def optional_text(where: str, row: Json, name: str) -> str:
     return "" if row.get(name) is None else as_text(where, row[name])
 
 
-def as_label(where: str, value: Any) -> str:
-    """A label is a string, a whole number or a boolean; 1 and "1" are one label."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int):
-        return str(value).strip()
-    raise InputError(f"{where}: {json.dumps(value)} is no label; give a string or a whole number")
-
-
 def text_in(where: str, row: Json, *names: str) -> str:
     return as_text(where, row[column(where, row, *names)])
 
 
 def label_in(where: str, row: Json, *names: str) -> str:
-    return as_label(where, row[column(where, row, *names)])
+    """A label is a string, a whole number or a boolean; 1 and "1" are one label."""
+    value = row[column(where, row, *names)]
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int):
+        return str(value).strip()
+    raise InputError(f"{where}: {json.dumps(value)} is no label; give a string or a whole number")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,13 +146,13 @@ def check_record(where: str, row: Json) -> None:
     if row["symmetric"] not in (True, False) or not isinstance(row.get("kind"), str | None):
         raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; '
                          "mend or drop it")
-    sides: Json = {"positive": row.get("positive")}
-    if row["negative"] is not None:
-        sides["negative"] = row["negative"]
-    for key, passage in sides.items():
+    for key in ("positive", "negative"):
+        passage = row.get(key)
+        if passage is None and key == "negative":
+            continue
         if not is_passage(passage, row["symmetric"]):
             raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
-    if len(set(map(content, sides.values()))) < len(sides):
+    if row["negative"] and content(row["negative"]) == content(row["positive"]):
         raise InputError(f"{where}: positive and negative are the same text; remove the negative")
 
 

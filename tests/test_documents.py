@@ -264,7 +264,7 @@ def test_read_corpus_takes_documents_beir_and_jsonl(folder, tmp_path, capsys):
         assert read_corpus(path) == rows[:1]
     write(folder, "corpus.jsonl", json.dumps(rows[0]))               # its own, written there before
     assert ids(read_corpus(folder)) == ids(read_documents(folder)[0])
-    with pytest.raises(InputError, match="no such folder or file"):
+    with pytest.raises(InputError, match="no such file"):
         read_corpus(tmp_path / "none.jsonl")
 
 

@@ -209,8 +209,9 @@ def test_judged_passages_that_the_corpus_has_not_are_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize("queries, message", [
     ([{"_id": "1", "text": "a cat"}, {"_id": 1, "text": "a dog"}], "jsonl:2: \"_id\" '1' has another text above"),
-    ([{"_id": "1", "text": " "}], "queries.jsonl:1: want \"_id\" and \"text\""),
-    ([{"_id": None, "text": "a cat"}], "queries.jsonl:1: want \"_id\" and \"text\""),
+    ([{"_id": "1", "text": " "}, {"_id": "2", "text": "a cat"}], "query 1 .*has no text"),
+    ([{"_id": "1", "text": " ", "title": "T"}], "query 1 .*has no text"),
+    ([{"_id": None, "text": "a cat"}], "queries.jsonl:1: no \"_id\""),
     ([{"_id": "2", "text": "a cat"}], "query 1 is not in queries.jsonl")])
 def test_queries_that_are_not_one_text_each_are_refused(queries, message, tmp_path):
     with pytest.raises(files.InputError, match=message):

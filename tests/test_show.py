@@ -94,7 +94,7 @@ def test_a_file_of_another_kind_is_one_line(tmp_path, monkeypatch, broken, messa
 
 
 def test_a_limit_below_nothing_is_one_line(tmp_path, monkeypatch):
-    with pytest.raises(files.InputError, match="--limit -1: give 1 or more"):
+    with pytest.raises(files.InputError, match="--limit -1: give a number above 0"):
         show(monkeypatch, write(tmp_path / "fret.jsonl", [row(0)]), "--limit", "-1")
 
 

@@ -542,8 +542,8 @@ def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
 
 @pytest.mark.parametrize("flags,message", [
     (["--tau", "0"], "--tau 0.0: give a number above 0"), (["--batch-size", "0"], "--batch-size 0"),
-    (["--max-length", "-1"], "--max-length -1"), (["--mix", "all"], "--mix all: give sets or mixed or tasks"),
-    (["--tau", "nan"], "--tau nan: give a number above 0"), (["--steps", "-3"], "--steps -3: give 0 or more"),
+    (["--max-length", "-1"], "--max-length -1"), (["--mix", "all"], "argument --mix: invalid choice: 'all'"),
+    (["--tau", "nan"], "--tau nan: give a number above 0"), (["--steps", "-3"], "give a number of 0 or more"),
     (["--epochs", "inf"], "--epochs inf"), (["--lr", "-1"], "--lr -1.0"), (["--weight-decay", "-1"], "--weight-"),
     (["--seed", "-1"], "--seed -1"), (["--save-every", "-1"], "--save-every -1")])
 def test_a_bad_flag_is_one_line(tmp_path, capsys, flags, message):
@@ -823,12 +823,13 @@ def test_a_dry_run_says_what_would_be_asked_and_writes_nothing(documents):
 @pytest.mark.parametrize("words, message", [
     (["--corpus", "DOCS"], "--corpus: name --llm too"),
     (["--corpus", "DOCS/none", "--llm", "offline"], "none"),
-    (["--keep", "1", "--init", "DOCS"], "give shares between 0 and 1"),
-    (["--keep", "0.5"], "--eval goes with --corpus, --keep with an --init"),
-    (["--eval", "DOCS"], "--eval goes with --corpus, --keep with an --init"),
+    (["--keep", "1", "--init", "DOCS"], "--keep 1.0: give a share below 1"),
+    (["--keep", "0.5"], "--keep 0.5: give a share below 1, and an --init"),
+    (["--eval", "DOCS"], "--eval goes with --corpus"),
     (["--corpus", "DOCS", "--llm", "offline", "--eval", "DOCS"], "docs"),
     (["--corpus", "DOCS", "--llm", "offline", "--held-out", "0.01"], "two are needed on each side"),
-    (["--rank", "retriever"], "give ql,rc or ql or rc")])
+    (["--corpus", "DOCS", "--llm", "offline", "--held-out", "2"], "two are needed on each side"),
+    (["--rank", "retriever"], "argument --rank: invalid choice")])
 def test_what_the_recipe_cannot_do_is_one_line_and_writes_nothing(words, message, documents, tmp_path, capsys):
     words = [str(documents / "docs") if w == "DOCS" else w.replace("DOCS", str(documents / "docs")) for w in words]
     assert message in mistake(capsys, train.main, "--out", tmp_path / "out", *words)

@@ -30,7 +30,7 @@ import train
 from data import Record
 from engine import evaluate
 from engine.beir import Beir, read_beir
-from engine.files import beir_file, file_beside, read_jsonl, read_passages, run
+from engine.files import file_beside, read_jsonl, read_passages, run
 from engine.offline import Offline
 from engine.search import topk
 from gecko import Gecko, load, save
@@ -191,7 +191,7 @@ def main() -> None:
         clock.write_text(json.dumps(seconds) + "\n")
         print(f"{name}: {seconds[name]:.0f} s", flush=True)
 
-    corpus = read_passages(beir_file(args.scifact, "corpus.jsonl"))
+    corpus = read_passages(Path(args.scifact, "corpus.jsonl"))
     first = Cached(load(args.init), out / "vectors.npz")
     P = encoded(first, corpus)
     stage("encode the abstracts")

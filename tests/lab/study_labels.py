@@ -25,7 +25,7 @@ import llm  # noqa: E402
 import train  # noqa: E402
 from engine import evaluate, runs  # noqa: E402
 from engine.beir import read_beir  # noqa: E402
-from engine.files import beir_file, file_beside, read_passages  # noqa: E402
+from engine.files import file_beside, read_passages  # noqa: E402
 from engine.offline import Offline  # noqa: E402
 from engine.pairs import chunks, title_body_pair  # noqa: E402
 from engine.search import topk  # noqa: E402
@@ -49,7 +49,7 @@ def study_set(folder, questions, passages):
         beir.queries = {i: beir.queries[i] for i in ids}
         beir.qrels = {i: beir.qrels[i] for i in ids}
         gold.update(*beir.qrels.values())
-    corpus = read_passages(beir_file(folder, "corpus.jsonl"))
+    corpus = read_passages(Path(folder, "corpus.jsonl"))
     others = [p["_id"] for p in corpus if p["_id"] not in gold]
     more = rng.permutation(len(others))[:max(0, passages - len(gold))]
     kept = gold | {others[i] for i in more}

@@ -36,7 +36,7 @@ import train  # noqa: E402
 from data import Record, builtin_pairs, converted, read_records  # noqa: E402
 from engine import evaluate  # noqa: E402
 from engine.beir import Beir, read_beir  # noqa: E402
-from engine.commandline import parsed  # noqa: E402
+from engine.commandline import Parser, parsed  # noqa: E402
 from engine.convert import labelled  # noqa: E402
 from engine.evaluate import short_names  # noqa: E402
 from engine.files import (  # noqa: E402
@@ -554,8 +554,14 @@ def plot_command(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: {len(runs)} runs")
 
 
+def add_setting(command: argparse.ArgumentParser, name: str, **settings: Any) -> None:
+    """A flag of training, but for those that have no meaning here."""
+    if name not in ("--unified", "--eval", "--save-every", "--resume"):
+        command.add_argument(name, **settings)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = Parser(description=(__doc__ or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="table", required=True)
     plot = commands.add_parser("plot", help="loss and dev curves of runs, as a PNG")
     plot.add_argument("runs", nargs="+", help="--out folders of prefinetune and finetune")
@@ -582,7 +588,7 @@ def main() -> None:
         command.add_argument("--sts", action="append", default=[], help="JSONL of sentence1, sentence2, score")
         command.add_argument("--split", default="test", help="qrels/SPLIT.tsv (%(default)s)")
         command.add_argument("--task", default="question answering", help="the queries' task (%(default)s)")
-        add_flags(command.add_argument, TrainConfig, skip=("unified", "eval", "save_every", "resume"))
+        add_flags(functools.partial(add_setting, command), TrainConfig)
         small = vars(replace(train.BAG, steps=train.Sizes().steps))
         command.set_defaults(**small)
     args = parsed(parser)
