@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from engine.corpus import Corpus, Passage, sentences, terms
 from engine.files import InputError, beir_file, read_filled
-from engine.markup import MARKDOWN, passages_of
+from engine.markup import passages_of
 from engine.pairs import chunks, title_body_pair
 
 MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in about twice as much
 
-ENDINGS = (*MARKDOWN, ".rst", ".txt")
+ENDINGS = (".md", ".markdown", ".rst", ".txt")
 CONVERTERS = {".pdf": "pdftotext", ".html": "pandoc -t plain", ".htm": "pandoc -t plain", ".docx": "pandoc",
               ".odt": "pandoc", ".epub": "pandoc", ".tex": "pandoc", ".doc": "libreoffice --convert-to txt",
               ".ipynb": "jupyter nbconvert --to markdown", ".gz": "gunzip"}
