@@ -99,20 +99,17 @@ def held_passages(seeds: Sequence[str], share: float, seed: int) -> set[str]:
 def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Queries to train on, and those of a share of the passages, which are asked and never trained on.
 
-    Near-equal queries are left out: of two in training one, of training and held out the former.
+    Near-equal queries are left out: of two in training the second, of training and held out the former.
     """
     if not share:
         return list(rows), []
     names = held_passages([row["seed_id"] for row in rows], share, seed)
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
-    queries = [row["query"] for row in train]
-    of_held = near_equal(queries, [row["query"] for row in held])
-    twice = near_equal(queries, [], once=True)
-    kept = [row for row, near, again in zip(train, of_held, twice, strict=True) if not near and not again]
-    near_held = sum(of_held)
-    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {near_held} that "
-          f"nearly equal a held-out one and {len(train) - len(kept) - near_held} that stand twice")
+    near = near_equal([row["query"] for row in train], [row["query"] for row in held])
+    kept = [row for row, left_out in zip(train, near, strict=True) if not left_out]
+    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(near)} that "
+          "nearly equal a held-out one or one above")
     return kept, held
 
 
