@@ -56,21 +56,24 @@ def read_documents(root: Path) -> list[Passage]:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeError):
             text = ""
-        found = [] if "\0" in text else passages_of(name, text)
-        rows += found
-        if not found:
+        before = len(rows)
+        if "\0" not in text:                                         # else no text, whatever its name says
+            rows += passages_of(name, text)
+        if len(rows) == before:
             unread.append(name)
     if unread:
-        notes.append(f"left out: {len(unread)} files without words in UTF-8, such as {', '.join(unread[:3])}; to "
-                     "convert another encoding: iconv -f LATIN1 -t UTF-8")
+        notes.append(f"left out: {len(unread)} files without a word that is UTF-8, such as "
+                     f"{', '.join(unread[:3])}; to convert another encoding: iconv -f LATIN1 -t UTF-8")
     if not rows:
         raise InputError("; ".join([f"{root}: no .txt, .md or .rst file with words in it", *notes,
                                     "name another folder, or convert what is there"]))
     by_words = dict[str, Passage]()
     for row in rows:
-        by_words.setdefault(" ".join(row["text"].split()), row)
-    if len(by_words) < len(rows):
-        notes.append(f"left out: {len(rows) - len(by_words)} of {len(rows)} passages, which repeat another's text")
+        words = " ".join(row["text"].split())
+        by_words.setdefault(words, row)
+    repeated = len(rows) - len(by_words)
+    if repeated:
+        notes.append(f"left out: {repeated} of {len(rows)} passages, which repeat another's text")
     for note in notes:
         print(f"{root}: {note}", file=sys.stderr)
     return list(by_words.values())
@@ -82,12 +85,13 @@ def documents_below(root: Path) -> tuple[list[Path], list[str]]:
         raise InputError(f"{root}: no such folder or file; check the path")
     paths, others = [], Counter[str]()
     for path in sorted(root.rglob("*")) or [root]:                   # no link to a folder is followed
+        parts = path.relative_to(root).parts
         ending = path.suffix.lower()
         if path.is_dir() and not os.access(path, os.R_OK):
             others["folders that cannot be opened"] += 1
         elif not path.is_file():
             continue                                                 # a folder, a dead link, a pipe
-        elif any(part[0] == "." or part in PASSED_OVER for part in path.relative_to(root).parts):
+        elif any(part[0] == "." or part in PASSED_OVER for part in parts):
             others["hidden files or files for programs"] += 1
         elif ending in ENDINGS:
             paths.append(path)

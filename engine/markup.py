@@ -23,10 +23,11 @@ FEW_WORDS = 20               # a shorter piece joins its neighbour
 # --------------------------------------------------------------------------------------------------
 # A text as its reader sees it
 
-TARGET = r"(?:\([^()\s]*(?:\s[^()]*)?\)|\[[^\[\]]*\])"               # (address "title") or [name]
+TARGET = r"(?:\((?:[^()\s]|\([^()\s]*\))*(?:\s[^()]*)?\)|\[[^\[\]]*\])"   # (address "title") or [name]
 # Directives of reStructuredText that hold no text
 EMPTY = "image|figure|toctree|contents|include|literalinclude|raw|index|highlight|meta|currentmodule|auto\\w+"
-TAGS = "a|p|div|img|br|hr|span|center|code|d[ldt]|[ou]l|li|pre|kbd|table|t[hdr]|h\\d|[bi]|em|strong|su[bp]|summary"
+TAGS = ("a|p|div|img|br|hr|span|center|code|d[ldt]|[ou]l|li|pre|kbd|table|t[hdr]|h\\d|[bi]|em|strong|su[bp]"
+        "|details|summary")
 # The marks of Markdown, reStructuredText and HTML. Of each its last group stays, else nothing; of a heading a form
 # feed. The first that fits where the text has come to is taken, so that none is looked for within code.
 MARKUP = [
@@ -37,7 +38,7 @@ MARKUP = [
     # a comment or an address, also of several lines; the names of other directives, and their options
     rf"^(?P<indent> *)\.\.(?: (?:(?:{EMPTY})::|(?![\w:+-]+::|\[)).*)?\n(?:(?:(?P=indent) +\S.*| *)\n)*",
     r"^ *\.\. (?:(?:code|source|only)[\w-]*::.*|[\w:+-]+:: ?)",
-    r"^ +:[a-z-]+:(?: \S+)?$",
+    r"^ *:[a-z-]+:(?: \S+)?$",
     rf"^ *(?:[*+-]|\d+\.) +\[[^\[\]]*\]{TARGET}\n",                  # an item that is a link alone
     rf"\[?!\[[^\[\]]*\]{TARGET}(?:\]{TARGET})?",                     # an image, which may be a link
     rf"(?<![\w\])])\[([^\[\]]*)\]{TARGET}",                          # [text](address)

@@ -74,7 +74,8 @@ def test_headings_without_text_and_code_that_looks_like_one():
      "See os.walk, the guide, this and that:"),
     ("a.rst", ".. note:: Mind the gap.\n\n   And more.\n\n.. image:: x.png\n   :alt: no\n\n.. |x| replace:: y\n",
      "Mind the gap.\n\n   And more."),
-    ("a.rst", ".. code-block:: python\n   :linenos:\n\n   print(1)\n", "   print(1)"),
+    ("a.md", "The [thing](https://x/Thing_(x)) is `[here](x)`.\n\n<details>", "The thing is `[here](x)`."),
+    ("a.rst", ":orphan:\n\n.. code-block:: python\n   :linenos:\n\n   print(1)\n", "   print(1)"),
     ("a.md", "Words first.\n\n- [One](#one)\n- [Two](#two)\n\n![x](x)\n", "Words first."),
     ("a.md", "Words and\n[a link](x)\nin the middle.", "Words and\na link\nin the middle."),
     ("a.md", "| a | b |\n|---|---|\n| one | two |\n", "| a | b |\n| one | two |"),
@@ -213,9 +214,17 @@ def test_what_is_left_out_is_said(folder, capsys):
     assert capsys.readouterr().err.splitlines() == [f"{folder}: left out: {note}" for note in (
         "5 hidden files or files for programs, 2 .pdf files (pdftotext converts them), 1 nameless files, "
         "1 .py files, 1 .docx files (pandoc -t plain converts them)",
-        "4 files without words in UTF-8, such as binary.md, empty.md, latin.txt; to convert another encoding: "
-        "iconv -f LATIN1 -t UTF-8",
+        "4 files without a word that is UTF-8, such as binary.md, empty.md, latin.txt; to convert another "
+        "encoding: iconv -f LATIN1 -t UTF-8",
         "1 of 6 passages, which repeat another's text")]
+
+
+def test_what_cannot_be_opened_is_left_out(folder, monkeypatch, capsys):
+    monkeypatch.setattr(documents.os, "access", lambda path, how: path.name != "guide")
+    (folder / "b.txt").unlink()
+    (folder / "b.txt").mkdir()                                       # no file
+    assert len(read_documents(folder)) == 3
+    assert "left out: 1 folders that cannot be opened\n" in capsys.readouterr().err
 
 
 def test_links_and_pipes_do_not_hang(folder, capsys):
@@ -233,7 +242,7 @@ def test_links_and_pipes_do_not_hang(folder, capsys):
 @pytest.mark.parametrize("make, message", [
     (lambda root: None, "no such folder or file; check the path"),
     (lambda root: root.mkdir(), "no .txt, .md or .rst file with words in it; name another folder"),
-    (lambda root: write(root, "a.md", "# x"), "left out: 1 files without words in UTF-8, such as a.md"),
+    (lambda root: write(root, "a.md", "# x"), "left out: 1 files without a word that is UTF-8, such as a.md"),
     (lambda root: write(root, "a.html", "x"), "left out: 1 .html files (pandoc -t plain converts them)")])
 def test_nothing_to_read_is_one_line(tmp_path, make, message):
     make(tmp_path / "docs")
