@@ -28,17 +28,18 @@ TARGET = r"(?:\((?:[^()\s]|\([^()\s]*\))*(?:\s[^()]*)?\)|\[[^\[\]]*\])"   # (add
 EMPTY = "image|figure|toctree|contents|include|literalinclude|raw|index|highlight|meta|currentmodule|auto\\w+"
 TAGS = ("a|p|div|img|br|hr|span|center|code|d[ldt]|[ou]l|li|pre|kbd|table|t[hdr]|h\\d|[bi]|em|strong|su[bp]"
         "|details|summary")
-# The marks of Markdown, reStructuredText and HTML. Of each its last group stays, else nothing; of a heading a form
-# feed. The first that fits where the text has come to is taken, so that none is looked for within code.
+# The marks of Markdown, reStructuredText and HTML: the last group of each stays, else nothing. They are tried in
+# this order at every place, and what one has taken no other one sees: code stays as it is.
 MARKUP = [
-    r"^ *(?P<fence>```+|~~~+(?= *\w))[^`\n]*\n((?:.*\n)*?)(?: *(?P=fence).*$|\Z)",   # code
+    r"^ *(?P<fence>```+|~~~+(?= *\w))[^`\n]*\n((?:.*\n)*?)(?: *(?P=fence).*$|\Z)",   # lines of code
+    # what stands before the words of a heading: #, <h1>, or nothing where a line is drawn below them
     r"(?P<heading>^#{1,6} +|<h[1-6]\b[^<>]*>(?:\s|<[^<>]*>)*"
-    r"|(?<=[\n=~*#>-]\n) *(?=[^\s|+-].{,99}\n[=\-~^\"'#*+.:_]{3,}$))",  # this one is drawn below it
+    r"|(?<=[\n=~*#>-]\n) *(?=[^\s|+-].{,99}\n[=\-~^\"'#*+.:_]{3,}$))",
     r"<!--(?:(?!<!--)[\s\S])*?-->",
-    # a comment or an address, also of several lines; the names of other directives, and their options
+    # a comment, an address or a directive without text, with the lines that belong to it
     rf"^(?P<indent> *)\.\.(?: (?:(?:{EMPTY})::|(?![\w:+-]+::|\[)).*)?\n(?:(?:(?P=indent) +\S.*| *)\n)*",
-    r"^ *\.\. (?:(?:code|source|only)[\w-]*::.*|[\w:+-]+:: ?)",
-    r"^ *:[a-z-]+:(?: \S+)?$",
+    r"^ *\.\. (?:(?:code|source|only)[\w-]*::.*|[\w:+-]+:: ?)",      # the name of another directive
+    r"^ *:[a-z-]+:(?: \S+)?$",                                       # an option of one
     rf"^ *(?:[*+-]|\d+\.) +\[[^\[\]]*\]{TARGET}\n",                  # an item that is a link alone
     rf"\[?!\[[^\[\]]*\]{TARGET}(?:\]{TARGET})?",                     # an image, which may be a link
     rf"(?<![\w\])])\[([^\[\]]*)\]{TARGET}",                          # [text](address)
@@ -48,7 +49,7 @@ MARKUP = [
     r"(`{1,3}[^`\n]+`{1,3})",                                        # code within a line
     rf"</?(?:{TAGS})\b[^<>]*>",
     r"^(?:[^\w\n(){}\[\]]|_)+\n",                                    # a line that is drawn
-    r"(:):$",
+    r"(:):$",                                                        # a colon above code
     r"\\([_*#<>`\[\]])",
 ]
 FRONT_MATTER = (r"\A(---|\+\+\+)\n(?=#|\w[\w -]*[:=])"
@@ -91,8 +92,9 @@ def passages_of(name: str, text: str) -> list[Passage]:
     if name.lower().endswith(".txt"):
         text = re.sub("(?m)^#", " #", text)                          # a comment, no heading
     above, *parts = visible(text).split("\f")
-    title = headed(parts[0])[0] if parts and size(above) < FEW_WORDS else ""
-    title = title or re.sub("[-_]+", " ", Path(name).stem)
+    title = re.sub("[-_]+", " ", Path(name).stem)
+    if parts and size(above) < FEW_WORDS:
+        title = headed(parts[0])[0] or title
     rows = list[Passage]()
     for part in ["\n" + above, *parts]:
         heading, body = headed(part)
