@@ -6,15 +6,12 @@ stays while the file does. Whatever is left out is named or counted, with what w
 
 from __future__ import annotations
 
-import codecs
-import hashlib
 import itertools
 import math
 import os
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,128 +19,92 @@ from tqdm import tqdm
 
 from engine.corpus import Corpus, Passage, sentences, terms
 from engine.files import InputError, read_passages
-from engine.markup import MARKDOWN, passages_of
+from engine.markup import passages_of
 from engine.pairs import chunks, title_body_pair
 
-MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in about twice as much
+MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in about three times as much
 
-ENDINGS = (*MARKDOWN, ".rst", ".txt")
-CONVERTERS = {".pdf": "pdftotext", ".html": "pandoc -t plain", ".htm": "pandoc -t plain", ".docx": "pandoc",
-              ".odt": "pandoc", ".epub": "pandoc", ".tex": "pandoc", ".doc": "libreoffice --convert-to txt",
-              ".ipynb": "jupyter nbconvert --to markdown", ".gz": "gunzip"}
-PASSED_OVER = {"node_modules", "__pycache__", "venv"}                # and hidden folders, such as .git
-FOR_PROGRAMS = re.compile(r"(CMakeLists|requirements([-_]\w+)?|vocab|robots|top_level|entry_points)\.txt")
+ENDINGS = (".md", ".markdown", ".rst", ".txt")
+FOR_PANDOC = ".html .htm .docx .odt .epub .tex .ipynb".split()
+CONVERTERS = {".pdf": "pdftotext", ".gz": "gunzip", **dict.fromkeys(FOR_PANDOC, "pandoc -t plain")}
+# As is what is hidden: folders and files that no one reads
+PASSED_OVER = set("""node_modules __pycache__ venv CMakeLists.txt entry_points.txt requirements.txt robots.txt
+    top_level.txt vocab.txt""".split())
 
 # --------------------------------------------------------------------------------------------------
 # A folder -> passages
 
 
 def read_corpus(path: str | Path) -> list[Passage]:
-    """A folder of documents, a BEIR folder or a corpus.jsonl; what was left out is said, to stderr."""
+    """A folder of documents, one of them, a BEIR folder or a corpus.jsonl."""
     corpus = Path(path)
     if any(corpus.glob("queries.jsonl*")):
         corpus = corpus / "corpus.jsonl"
     if ".jsonl" in corpus.suffixes:
         return read_passages(corpus)
-    passages, notes = read_documents(path)
-    for note in notes:
-        print(f"{path}: {note}", file=sys.stderr)
-    return passages
+    return read_documents(corpus)
 
 
-def read_documents(folder: str | Path) -> tuple[list[Passage], list[str]]:
-    """The passages of all documents below a folder, or of one file; and what was left out, a line each."""
-    root = Path(folder)
+def read_documents(root: Path) -> list[Passage]:
+    """The passages of all documents below a folder, or of one file. What is left out is said, to stderr."""
     paths, notes = documents_below(root)
-    passages: dict[bytes, Passage] = {}                              # by a digest of their words
-    unreadable, empty, found = [], [], 0
+    rows, unread = list[Passage](), []
     for path in tqdm(paths, desc="documents", unit="file", delay=2):
-        name = path.relative_to(path.parent if path == root else root).as_posix()
+        name = path.name if path == root else path.relative_to(root).as_posix()
         name = name.encode(errors="replace").decode()                # no file can hold what is not UTF-8
-        text = decoded(path)
-        if text is None:
-            unreadable.append(name)
-            continue
-        rows = passages_of(name, text)
-        if not rows:
-            empty.append(name)
-        found += len(rows)
-        for row in rows:
-            words = " ".join(row["text"].split()).encode()
-            passages.setdefault(hashlib.blake2b(words).digest(), row)
-    if unreadable:
-        notes.append(f"left out: {first(unreadable)}: not UTF-8 or UTF-16, or not readable; to convert a text: "
-                     "iconv -f LATIN1 -t UTF-8")
-    if empty:
-        notes.append(f"left out: {first(empty)}: no words in it")
-    if len(passages) < found:
-        notes.append(f"{found - len(passages)} of {found} passages repeat another's text and are left out")
-    if not passages:
-        raise InputError("; ".join([f"{folder}: no .txt, .md or .rst file with words in it; name another folder, "
-                                    "or convert what is there", *notes]))
-    return list(passages.values()), notes
-
-
-def first(names: Sequence[str]) -> str:
-    """The first few of some names, and how many there are beside them."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeError):
+            text = ""
+        before = len(rows)
+        if "\0" not in text:                                         # else no text, whatever its name says
+            rows += passages_of(name, text)
+        if len(rows) == before:
+            unread.append(name)
+    if unread:
+        notes.append(f"left out: {len(unread)} files without a word that is UTF-8, such as "
+                     f"{', '.join(unread[:3])}; to convert another encoding: iconv -f LATIN1 -t UTF-8")
+    if not rows:
+        raise InputError("; ".join([f"{root}: no .txt, .md or .rst file with words in it", *notes,
+                                    "name another folder, or convert what is there"]))
+    by_words = dict[str, Passage]()
+    for row in rows:
+        words = " ".join(row["text"].split())
+        by_words.setdefault(words, row)
+    repeated = len(rows) - len(by_words)
+    if repeated:
+        notes.append(f"left out: {repeated} of {len(rows)} passages, which repeat another's text")
+    for note in notes:
+        print(f"{root}: {note}", file=sys.stderr)
+    return list(by_words.values())
 
 
 def documents_below(root: Path) -> tuple[list[Path], list[str]]:
-    """The files to read, and what is not read: by its ending, with what converts it."""
+    """The files to read, in the order of their names; what else is there, by its ending, with what converts it."""
     if not root.exists():
         raise InputError(f"{root}: no such folder or file; check the path")
     paths, others = [], Counter[str]()
-    for path in [root] if root.is_file() else files_below(root, others):
+    for path in sorted(root.rglob("*")) or [root]:                   # no link to a folder is followed
+        parts = path.relative_to(root).parts
         ending = path.suffix.lower()
-        if FOR_PROGRAMS.fullmatch(path.name):
-            others["lists for programs, such as requirements.txt"] += 1
+        if path.is_dir() and not os.access(path, os.R_OK):
+            others["folders that cannot be opened"] += 1
+        elif not path.is_file():
+            continue                                                 # a folder, a dead link, a pipe
+        elif any(part[0] == "." or part in PASSED_OVER for part in parts):
+            others["hidden files or files for programs"] += 1
         elif ending in ENDINGS:
             paths.append(path)
+        elif ending in CONVERTERS:
+            others[f"{ending} files ({CONVERTERS[ending]} converts them)"] += 1
         else:
             others[f"{ending or 'nameless'} files"] += 1
     total = sum(path.stat().st_size for path in paths)
     if total > MAX_BYTES:
         raise InputError(f"{root}: {len(paths)} documents of {total / 1e9:.1f} GB, and at most "
                          f"{MAX_BYTES / 1e9:.0f} GB is held in memory; name a folder within it")
-    notes = []
-    for ending, program in CONVERTERS.items():
-        kind = f"{ending} files"
-        if kind in others:
-            notes.append(f"left out: {others.pop(kind)} {kind}; to read them, convert them first: {program}")
-    if others:
-        kinds = [f"{count} {kind}" for kind, count in others.most_common()]
-        notes.append(f"left out: {first(kinds)}")
-    return paths, notes
-
-
-def files_below(root: Path, others: Counter[str]) -> Iterator[Path]:
-    """In the order of their names. A link to a folder is not followed: it may lead back up."""
-    def count_unreadable(error: OSError) -> None:
-        others["folders that cannot be opened"] += 1
-
-    for folder, inner, names in os.walk(root, onerror=count_unreadable):
-        kept = [name for name in inner if not name.startswith(".") and name not in PASSED_OVER
-                and not os.path.islink(os.path.join(folder, name))]
-        if len(kept) < len(inner):
-            others["folders (hidden, of programs, or links)"] += len(inner) - len(kept)
-        inner[:] = sorted(kept)
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.is_file() and not name.startswith("."):          # no dead link, no pipe
-                yield path
-
-
-def decoded(path: Path) -> str | None:
-    """The text of a file in UTF-8, or in UTF-16 where its first bytes say so; None if it is none."""
-    try:
-        content = path.read_bytes()
-        marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if marked else "utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return None
-    return None if "\0" in text else text
+    kinds = [f"{count} {kind}" for kind, count in others.most_common()]
+    return paths, [f"left out: {', '.join(kinds)}"] if kinds else []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -170,8 +131,8 @@ def heading_pairs(passages: Corpus) -> list[tuple[str, str, str]]:
 NEAR = 0.8                   # the share of their words, taken together, that two near-equal queries have in common
 
 
-def near_equal(queries: Sequence[str], others: Sequence[str], once: bool = False) -> list[bool]:
-    """Which queries have nearly the words of one of the others, or, with `once`, of an earlier query.
+def near_equal(queries: Sequence[str], others: Sequence[str]) -> list[bool]:
+    """Which queries have nearly the words of one of the others, or of an earlier query that has not.
 
     Their rarest words alone are looked up: two sets of which NEAR is common share one of the rarest few.
 
@@ -180,16 +141,14 @@ def near_equal(queries: Sequence[str], others: Sequence[str], once: bool = False
     """
     sets = [frozenset(terms(text)) for text in [*others, *queries]]
     counts = Counter(itertools.chain.from_iterable(sets))
-    by_word: dict[str, list[frozenset[str]]] = {}
+    by_word: dict[str, list[frozenset[str]]] = {word: [] for word in counts}
     answers = []
     for i, words in enumerate(sets):
         rarest = sorted(words, key=lambda word: (counts[word], word))
         rarest = rarest[:len(words) - math.ceil(NEAR * len(words)) + 1]
-        candidates = itertools.chain.from_iterable(by_word.get(word, ()) for word in rarest)
-        near = any(len(words & other) >= NEAR * len(words | other) for other in candidates)
-        if i >= len(others):
-            answers.append(near)
-        if i < len(others) or once and not near:
+        candidates = itertools.chain.from_iterable(by_word[word] for word in rarest)
+        answers.append(any(len(words & other) >= NEAR * len(words | other) for other in candidates))
+        if i < len(others) or not answers[i]:
             for word in rarest:
-                by_word.setdefault(word, []).append(words)
-    return answers
+                by_word[word].append(words)
+    return answers[len(others):]

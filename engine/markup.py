@@ -1,17 +1,16 @@
 """One document -> passages: a .md, .rst or .txt file is cut where its makers cut it.
 
-That is at headings, then between paragraphs, list items or lines; within a paragraph only where an encoder
-could not read it whole. No parser of either language: a file that breaks the rules loses no word. What is not
-read: front matter, comments, directives without text, images, badges, addresses, lists of links.
+That is at headings, then between paragraphs; at items of a list, sentences, lines or words only where an encoder
+could not read the whole. There is no parser of either language: one list of patterns says what a reader does not
+see as text, and a file that breaks the rules loses no word. What is not read: front matter, comments, directives
+without text, images, addresses, lists of links, tables of numbers.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.corpus import UNSPACED, Passage
@@ -19,11 +18,69 @@ from engine.corpus import UNSPACED, Passage
 # The most words of a passage, as `size` counts them: with its title, 99 of 100 are then within the 256 tokens
 # at which all-MiniLM-L6-v2 and `tiny` cut a text.
 MAX_WORDS = 160
-FEW_WORDS = 20               # a smaller piece joins a neighbour
-MARKDOWN = (".md", ".markdown")
+FEW_WORDS = 20               # a shorter piece joins its neighbour
+
+# --------------------------------------------------------------------------------------------------
+# A text as its reader sees it
+
+TARGET = r"(?:\((?:[^()\s]|\([^()\s]*\))*(?:\s[^()]*)?\)|\[[^\[\]]*\])"   # (address "title") or [name]
+# Directives of reStructuredText that hold no text
+EMPTY = "image|figure|toctree|contents|include|literalinclude|raw|index|highlight|meta|currentmodule|auto\\w+"
+TAGS = ("a|p|div|img|br|hr|span|center|code|d[ldt]|[ou]l|li|pre|kbd|table|t[hdr]|h\\d|[bi]|em|strong|su[bp]"
+        "|details|summary")
+# The marks of Markdown, reStructuredText and HTML: the last group of each stays, else nothing. They are tried in
+# this order at every place, and what one has taken no other one sees: code stays as it is.
+MARKUP = [
+    r"^ *(?P<fence>```+|~~~+(?= *\w))[^`\n]*\n((?:.*\n)*?)(?: *(?P=fence).*$|\Z)",   # lines of code
+    # what stands before the words of a heading: #, <h1>, or nothing where a line is drawn below them
+    r"(?P<heading>^#{1,6} +|<h[1-6]\b[^<>]*>(?:\s|<[^<>]*>)*"
+    r"|(?<=[\n=~*#>-]\n) *(?=[^\s|+-].{,99}\n[=\-~^\"'#*+.:_]{3,}$))",
+    r"<!--(?:(?!<!--)[\s\S])*?-->",
+    # a comment, an address or a directive without text, with the lines that belong to it
+    rf"^(?P<indent> *)\.\.(?: (?:(?:{EMPTY})::|(?![\w:+-]+::|\[)).*)?\n(?:(?:(?P=indent) +\S.*| *)\n)*",
+    r"^ *\.\. (?:(?:code|source|only)[\w-]*::.*|[\w:+-]+:: ?)",      # the name of another directive
+    r"^ *:[a-z-]+:(?: \S+)?$",                                       # an option of one
+    rf"^ *(?:[*+-]|\d+\.) +\[[^\[\]]*\]{TARGET}\n",                  # an item that is a link alone
+    rf"\[?!\[[^\[\]]*\]{TARGET}(?:\]{TARGET})?",                     # an image, which may be a link
+    rf"(?<![\w\])])\[([^\[\]]*)\]{TARGET}",                          # [text](address)
+    r"^ *\[[^\]^\n]+\]: *\S+(?: +[\"'(].*)?\n",                      # [name]: address
+    r"(?::[\w+-]+){1,3}:`[~!]?([^`<]*[^`<\s])\s*(?:<[^`>]*>)?`",     # :role:`text <name>`
+    r"`([^`<]*[^`<\s])\s*(?:<[^`>]+>)?`__?",                         # `text <address>`_
+    r"(`{1,3}[^`\n]+`{1,3})",                                        # code within a line
+    rf"</?(?:{TAGS})\b[^<>]*>",
+    r"^(?:[^\w\n(){}\[\]]|_)+\n",                                    # a line that is drawn
+    r"(:):$",                                                        # a colon above code
+    r"\\([_*#<>`\[\]])",
+]
+FRONT_MATTER = (r"\A(---|\+\+\+)\n(?=#|\w[\w -]*[:=])"
+                r"(?>(?:(?!\1\n).*\n)*?title *[:=] *(.*)\n)?(?:(?!\1\n).*\n)*\1\n")
+
+
+def visible(text: str) -> str:
+    """The text without its markup, and a form feed before each heading."""
+    lines = [line.rstrip().expandtabs(4) for line in text.splitlines()]
+    text = re.sub(FRONT_MATTER, r"# \2\n", "\n".join(lines) + "\n")
+    text = re.sub("|".join(MARKUP), staying, f"\n\n{text}", flags=re.MULTILINE)
+    return re.sub(r"\n[ \n]*\n", "\n\n", text)
+
+
+def staying(markup: re.Match[str]) -> str:
+    """What a reader sees of it."""
+    if markup.lastgroup == "heading":
+        return "\f"
+    return markup[markup.lastindex] if markup.lastindex else ""
+
 
 # --------------------------------------------------------------------------------------------------
 # A document -> passages
+
+# What an encoder will read as a token, nearly: a word of common length, a character, a punctuation mark
+TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,12}}|[^\w\s]|_")
+WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_]{{2,}}")
+
+
+def size(text: str) -> int:
+    return len(TOKEN.findall(text))
 
 
 def passages_of(name: str, text: str) -> list[Passage]:
@@ -32,208 +89,63 @@ def passages_of(name: str, text: str) -> list[Passage]:
     >>> passages_of("tea.md", "Boil water.")
     [{'_id': 'tea.md#1', 'title': 'tea', 'text': 'Boil water.'}]
     """
-    markdown = Path(name).suffix.lower() in MARKDOWN
-    parts = list(blocks(visible(text, markdown), markdown))
-    headings = [part for kind, part in parts[:3] if kind == "heading"]
-    title = headings[0] if headings else re.sub("[-_]+", " ", Path(name).stem)
-    heading, section = "", list[str]()
-    pieces = []                                                      # (heading, text)
-    for kind, part in [*parts, ("heading", "")]:
-        if kind == "heading":
-            section = introduced(section)
-            pieces += [(heading, piece) for piece in packed(section, "\n\n")]
-            heading, section = part, []
-        else:
-            section += cut(part, CUTS[kind])
+    if name.lower().endswith(".txt"):
+        text = re.sub("(?m)^#", " #", text)                          # a comment, no heading
+    above, *parts = visible(text).split("\f")
+    title = re.sub("[-_]+", " ", Path(name).stem)
+    if parts and size(above) < FEW_WORDS:
+        title = headed(parts[0])[0] or title
     rows = list[Passage]()
-    for heading, piece in joined(pieces):
-        if len(WORD.findall(piece)) < size(piece) / 10:              # a table of numbers, no text
-            continue
+    for part in ["\n" + above, *parts]:
+        heading, body = headed(part)
         full_title = title if heading in ("", title) else f"{title}: {heading}"
-        rows.append({"_id": f"{name}#{len(rows) + 1}", "title": full_title, "text": piece})
+        for piece in map(str.rstrip, cut(body)):
+            if len(WORD.findall(piece)) <= size(piece) / 10:         # a table of numbers, or nothing
+                continue
+            same_section = rows and rows[-1]["title"] == full_title
+            below = piece if same_section else f"{heading}\n{piece}"
+            if rows and joins(rows[-1]["text"], below):
+                rows[-1]["text"] += "\n\n" + below
+            else:
+                rows.append({"_id": f"{name}#{len(rows) + 1}", "title": full_title, "text": piece})
     return rows
 
 
-# What an encoder will read as a token, nearly: a word of common length, a character, a punctuation mark
-TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,12}}|[^\w\s]|_")
-WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_]{{2,}}")
+def headed(part: str) -> tuple[str, str]:
+    """The heading of a part, and what stands below it."""
+    heading, _, body = part.partition("\n")
+    return re.sub("[*`\"]", "", heading).strip(" #:"), body.lstrip("\n")
 
 
-@functools.lru_cache                                                 # cutting asks for the same texts again
-def size(text: str) -> int:
-    return len(TOKEN.findall(text))
+def joins(above: str, below: str) -> bool:
+    """Whether one of two pieces has few words, and both fit into one."""
+    words = size(above), size(below)
+    return min(words) < FEW_WORDS and sum(words) <= MAX_WORDS
 
 
-# Where to cut what is too long, the best place first: (pattern, what joins the pieces again)
-CUTS = {
-    "text": [(r"\n(?= *(?:[-*+•]|\d+[.)]) )", "\n"), (r"(?<=[.!?])\s+|(?<=[。！？])", " "),
-             (r"\n", "\n"), (r"\s+", " ")],
-    "lines": [(r"\n\n+", "\n\n"), (r"\n", "\n"), (r"\s+", " ")],
-}
+# Where to cut what is too long, the best places first: below a paragraph that announces nothing, above an item of a
+# list, after a sentence, between lines
+CUTS = (r"(?<=[^:]\n\n)", r"(?<=\n)(?= *(?:[-*+•|]|\d+[.)]) )", r"(?<=[^\d\s][.!?]\s)|(?<=[。！？])", r"(?<=\n)")
 
 
-def cut(text: str, cuts: Sequence[tuple[str, str]]) -> list[str]:
-    """A text in pieces of at most MAX_WORDS, each as long as the coarsest cuts allow."""
-    if size(text) <= MAX_WORDS:
+def cut(text: str, cuts: Sequence[str] = CUTS) -> list[str]:
+    """A text in few pieces of about equal size, at most MAX_WORDS, each cut at the best places there are."""
+    words = size(text)
+    if words <= MAX_WORDS:
         return [text]
-    if not cuts:                                                     # one endless word
-        return [text[i:i + MAX_WORDS] for i in range(0, len(text), MAX_WORDS)]
-    pattern, joint = cuts[0]
     parts = []
-    for part in re.split(pattern, text):
-        parts += cut(part, cuts[1:])
-    return packed(parts, joint)
-
-
-def packed(parts: Sequence[str], joint: str) -> list[str]:
-    """Neighbours joined, to as few pieces of about equal size as MAX_WORDS allows."""
-    sizes = [size(part) for part in parts]
-    aim = sum(sizes) / max(1, math.ceil(sum(sizes) / MAX_WORDS))
-    pieces, total = list[list[str]](), 0
-    for part, words in zip(parts, sizes, strict=True):
-        if not pieces or total >= aim or total + words > MAX_WORDS:
-            pieces.append([])
-            total = 0
-        pieces[-1].append(part)
-        total += words
-    return [joint.join(piece) for piece in pieces]
-
-
-def introduced(parts: Sequence[str]) -> list[str]:
-    """A part that ends with a colon stays with what it introduces."""
-    found = list[str]()
-    for part in parts:
-        if found and found[-1].endswith(":") and size(found[-1]) + size(part) <= MAX_WORDS:
-            found[-1] += "\n\n" + part
-        else:
-            found.append(part)
-    return found
-
-
-def joined(pieces: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A piece of few words goes to the one below it, the last one to the one above, under its heading."""
-    found = list[tuple[str, str]]()
-    for i, (heading, text) in enumerate(pieces):
-        above_heading, above = found[-1] if found else ("", "")
-        small = size(text) < FEW_WORDS and (heading == above_heading or i == len(pieces) - 1)
-        inner = text if heading == above_heading else f"{heading}\n{text}"
-        if found and (small or size(above) < FEW_WORDS) and size(above) + size(inner) <= MAX_WORDS:
-            found[-1] = above_heading or heading, f"{above}\n\n{inner}"
-        else:
-            found.append((heading, text))
-    return found
-
-
-# --------------------------------------------------------------------------------------------------
-# A text -> its headings and blocks
-
-FRONT_MATTER = re.compile(r"(---|\+\+\+)\n((?:#|\w[\w -]*[:=]).*?)\n\1\n", re.DOTALL)
-FENCE_OR_COMMENT = re.compile(r"^ *(```|~~~).*?^ *\1|<!--(?:(?!<!--).)*?-->", re.DOTALL | re.MULTILINE)
-HTML_HEADING = re.compile(r"<h[1-6][^>]*>(.*?)</h[1-6]>", re.DOTALL)
-# Directives of reStructuredText that hold no text, with comments and targets; then all others
-EMPTY = "image|figure|toctree|contents|include|literalinclude|raw|index|highlight|meta|currentmodule|auto\\w+"
-UNSEEN = re.compile(rf"^( *)\.\.(?: (?:(?:{EMPTY})::|(?![\w:+-]+::|\[)).*)?\n(?:(?:\1 +\S.*| *)\n)*", re.MULTILINE)
-DIRECTIVE = re.compile(r"^( *)\.\. ([\w:+-]+)::(.*)(?:\n\1 +:[\w-]+:.*)*", re.MULTILINE)
-
-
-def visible(text: str, markdown: bool) -> list[str]:
-    """The lines of a text that a reader would see as text."""
-    text = "\n".join(line.rstrip().expandtabs(4) for line in text.splitlines()) + "\n"
-    if markdown:
-        front = FRONT_MATTER.match(text)
-        if front:
-            title = re.search(r"^title *[:=] *[\"']?(.+?)[\"']?$", front[2], re.MULTILINE)
-            text = (f"# {title[1]}\n" if title else "") + text[front.end():]
-        text = FENCE_OR_COMMENT.sub(lambda m: m[0] if m[1] else "", text)
-        text = HTML_HEADING.sub(lambda m: f"\n# {' '.join(m[1].split())}\n", text)
+    if cuts:
+        for part in re.split(cuts[0], text):
+            parts += cut(part, cuts[1:])
     else:
-        text = UNSEEN.sub("\n", text)
-        text = DIRECTIVE.sub(lambda m: m[1] + ("" if "code" in m[2] else m[3].strip()), text)
-    return text.split("\n")
-
-
-RULE = re.compile(r"([=\-~^\"'`#*+.:_])\1{2,}")
-TITLE = re.compile(r"[\w`\"'(*:.<\[].{,99}")
-FENCE = re.compile(r" *(`{3,}|~{3,})")
-HEADING = re.compile(r" {0,3}#{1,6} +(.{,150}?)[ #]*$")
-
-
-def blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, str]]:
-    """("heading" | "text" | "lines", text): paragraphs and lists; code and tables, whose lines must stay."""
-    for kind, block in raw_blocks(lines, markdown):
-        text = "\n".join(block).strip("\n")
-        if kind == "text" and not LETTER.search(LINK.sub("", text)):  # badges, a list of links
-            continue
-        if kind == "text" and text.startswith(("    ", "|", "+")):
-            kind = "lines"
-        if kind != "code" and not (markdown and text.startswith("    ")):
-            text = plain(text)
-        if kind == "heading":
-            text = " ".join(re.sub("[*`]", "", text).split())
-        if LETTER.search(text):
-            yield "lines" if kind == "code" else kind, text
-
-
-def raw_blocks(lines: Sequence[str], markdown: bool) -> Iterator[tuple[str, list[str]]]:
-    """("heading" | "text" | "code", its lines), with empty ones between."""
-    block, fence = [], ""
-    for line, below in itertools.pairwise([*lines, ""]):
-        opening = FENCE.match(line) if markdown else None
-        heading = HEADING.match(line) if markdown else None
-        if fence and not line.strip().startswith(fence):
-            block.append(line)
-            continue
-        if fence:
-            yield "code", block
-            fence = ""
-        elif opening:
-            yield "text", block
-            fence = opening[1]
-        elif heading:
-            yield "text", block
-            yield "heading", [heading[1]]
-        elif RULE.fullmatch(line) and underlined(block, line, markdown):
-            yield "heading", block[-1:]
-        elif line or (block and block[0].startswith("    ") and below.startswith("    ")):
-            block.append(line)
-            continue
-        else:
-            yield "text", block
-        block = []
-    yield "code" if fence else "text", block
-
-
-def underlined(block: Sequence[str], line: str, markdown: bool) -> bool:
-    """Whether the line below a block makes it a heading; it may have a line above it too."""
-    overlined = len(block) == 2 and RULE.fullmatch(block[0])
-    if len(block) != 1 and not overlined:
-        return False
-    title = block[-1].strip()
-    if not TITLE.fullmatch(title):                                   # a list or a table above a line
-        return False
-    return line[0] in "=-" if markdown else len(line) >= 0.6 * len(title)
-
-
-LETTER = re.compile(r"[^\W_]")
-IMAGE = r"!\[[^\[\]]*\](?:\([^()]*\)|\[[^\[\]]*\])"
-TAGS = "a|p|div|img|br|hr|span|center|code|d[ldt]|[ou]l|li|pre|kbd|table|t[hdr]|[bi]|em|strong|su[bp]|summary"
-# (pattern, what stays of it): of Markdown, of reStructuredText, of HTML in either
-MARKUP = [
-    (IMAGE, ""),
-    (r"(?<![\w\])])\[([^\[\]]*)\](?:\([^()\s]*(?: \"[^\"]*\")?\)|\[[^\[\]]*\])", r"\1"),  # [text](address)
-    (r"`([^`<]+?)\s*(?:<[^`>]+>)?`__?", r"\1"),                       # `text <address>`_
-    (r":[\w:+-]+:`[~!]?([^`<]*?)\s*(?:<[^`>]*>)?`", r"\1"),          # :role:`text`
-    (rf"(?<!`)</?(?:{TAGS})\b[^<>]*>", ""),
-    (r"(?m)^ *\[[^\]^]+\]: *\S+(?: +[\"'(].*)?(?:\n|$)", ""),          # [name]: address
-    (r"(?m)^(?:[^\w\n(){}\[\]]|_){4,}(?:\n|$)", ""),                 # a line that is drawn
-    (r"(?m)::$", ":"),
-    (r"\\(?=[_*#<>`\[\]])", ""),                                     # \_
-]
-LINK = re.compile("|".join([*(pattern for pattern, _ in MARKUP[:3]), r"<?https?://\S+", r"\|[\w.-]+\|"]))
-
-
-def plain(text: str) -> str:
-    """A text without the markup of links, images, roles and HTML."""
-    for pattern, kept in MARKUP:
-        text = re.sub(pattern, kept, text)
-    return text.strip("\n")
+        parts = re.findall(rf"\s*\S{{1,{MAX_WORDS}}}", text)
+    aim = words / math.ceil(words / MAX_WORDS)
+    pieces, filled = [""], 0
+    for part in parts:
+        more = size(part)
+        if filled >= aim or filled + more > MAX_WORDS:
+            pieces.append("")
+            filled = 0
+        pieces[-1] += part
+        filled += more
+    return pieces

@@ -86,7 +86,8 @@ class Offline:
     def relevance(self, pairs: Pairs) -> LogProbs:
         """The cosine of each query and its passage, which is encoded once."""
         new = {p["_id"]: p for _, p in pairs if p["_id"] not in self.vectors}
-        P = self.embedder.encode_passages(*texts_and_titles(list(new.values())))  # (new, d)
+        texts, titles = texts_and_titles(list(new.values()))
+        P = self.embedder.encode_passages(texts, titles)             # (new, d)
         self.vectors.update(zip(new, P, strict=True))
         queries = list(dict.fromkeys(q for q, _ in pairs))
         vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
@@ -161,38 +162,23 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
     return task, query.strip() or " ".join(words)
 
 
-SECTION = re.compile(r"^[A-Z][A-Z/&,-]+(?:\s+[A-Z/&,-]{2,})*\s*:?\s+(?=[A-Z])")     # "CONCLUSIONS We ..."
-BRACKETS = re.compile(r"\s*[(\[][^()\[\]]*[)\]]")
-LINKING = re.compile(r"^(?:in (?:conclusion|summary|addition|contrast|particular)|taken together|here|thus|"
-                     r"\w*together|therefore|hence|however|moreover|overall|\w{5,}ly)\s*,?\s+", re.I)
-STATING = re.compile(r"^.{0,90}?\b(?:suggest|indicat|show|demonstrat|conclud|reveal|f[io]u?nd|report|propos|"
-                     r"establish|hypothesi[sz])(?:e|es|ed|s|ing|n)?\s+that\s+", re.I)  # "Our data show that ..."
-CLAUSES = re.compile(r"[,;:]\s+|\s+(?:which|whereas|while|thereby|although|because|but)\s+")
-
-
 def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
-    """A query for an article: what its title or a sentence, more often a late one, states."""
-    max_words = 18
-    text = p["text"] or p["title"]
-    found = sentences(text) or [text]
-    pick = rng.random()
-    statement = rng.choice(found[-3:] if pick < 0.45 else found)
-    if pick > 0.7 and len(p["title"].split()) > 3:
-        statement = p["title"]
-    for empty in (SECTION, BRACKETS, LINKING, LINKING, STATING):
-        statement = empty.sub("", statement)
-    statement = statement.strip(" .;:,")
-    if len(statement.split()) > max_words:                           # one of its clauses, or its beginning
-        clauses = [c for c in CLAUSES.split(statement) if 6 <= len(c.split()) <= max_words]
-        statement = rng.choice(clauses or [statement])
-    words = statement.split()[:max_words] or text.split()[:max_words]
+    """A query for an article: its title or a sentence, without brackets, cut short."""
+    title, text = p["title"], p["text"] or p["title"]
+    statements = sentences(text) or [text]
+    if title.count(" ") > 2:
+        statements.append(title)
+    statement = rng.choice(statements)
+    statement = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", statement)
+    words = statement.strip(" .;:,").split() or text.split()
+    words = words[:18]
     # a question would need grammar; a statement is said twice as often as the others
     task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
-    if task == "search result":
+    if task == "sentence similarity":
+        words = [w for w in words if rng.random() > 0.2] or words
+    elif task == "search result":
         words = [w for w in words if w.lower() not in STOP] or words
         start = rng.randrange(max(1, len(words) - 4))
-        return task, " ".join(words[start:start + rng.randint(3, 6)])
-    kept = [w for w in words if rng.random() > 0.2]
-    if task == "sentence similarity" and len(kept) > 3:
-        words = kept
+        stop = start + rng.randint(3, 6)
+        words = words[start:stop]
     return task, " ".join(words)

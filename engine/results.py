@@ -115,7 +115,7 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     names = held_passages([row["seed_id"] for row in rows], share, seed)
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
-    near = near_equal([row["query"] for row in train], [row["query"] for row in held], once=True)
+    near = near_equal([row["query"] for row in train], [row["query"] for row in held])
     kept = [row for row, left_out in zip(train, near, strict=True) if not left_out]
     print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(near)} that "
           "nearly equal a held-out one or one above")

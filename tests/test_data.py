@@ -275,7 +275,7 @@ def test_corpus_writes_documents_and_those_that_are_added(tmp_path, capsys):
     (docs / "b.md").write_text("# Tea\nBoil the water.")
     (docs / "c.pdf").write_text("")
     code, said, error = outcome(capsys, data.main, "corpus", out, docs)
-    assert code == 0 and "left out: 1 .pdf files; to read them, convert them first: pdftotext" in error
+    assert code == 0 and "left out: 1 .pdf files (pdftotext converts them)" in error
     assert said.startswith(f"wrote {out}: 1 passages\nnext: python train.py --corpus {out} --init MODEL --llm URL ")
     first = files.read_passages(out)
     (docs / "a.txt").write_text("Added later.")

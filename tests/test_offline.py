@@ -142,13 +142,17 @@ def test_generation_is_seeded_and_varies():
     assert set(kinds) == set(TASKS) and all("\nQuery: " in answer for answer in a)
 
 
-def test_queries_for_prose_state_what_the_article_does():
-    """Lead-ins, section names and brackets go, long sentences are cut, and no template for an API is used."""
+def test_queries_for_prose_are_made_of_the_article():
+    """Its title or a sentence, brackets go, long ones are cut, and no template for an API is used."""
     queries = {offline.prose_query(ARTICLE, random.Random(n))[1] for n in range(60)}
-    assert "short sleep raises blood pressure in the men of this cohort" in queries
-    assert all(len(q.split()) <= 18 and "show that" not in q and "(" not in q for q in queries)
+    assert {ARTICLE["title"], "BACKGROUND Sleep varies"} < queries
+    assert "CONCLUSIONS Taken together, our data show that short sleep raises blood pressure in the men of this " \
+           "cohort," in queries
+    words = set(terms(ARTICLE["title"] + ARTICLE["text"]))
+    assert all(len(q.split()) <= 18 and "(" not in q and set(terms(q)) <= words for q in queries)
     drawn = [offline.templated_query(ARTICLE, TASKS, random.Random(n)) for n in range(60)]
     assert "python" not in " ".join(query for _, query in drawn)
+    assert {task for task, _ in drawn} == {"fact checking", "sentence similarity", "search result"}
     assert all(offline.templated_query(CORPUS[0], TASKS, random.Random(n))[0] in TASKS for n in range(9))
 
 

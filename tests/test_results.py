@@ -62,8 +62,8 @@ def test_near_equal_queries_train_nothing(capsys):
     training[1]["query"] = training[2]["query"] + "!"
     capsys.readouterr()
     train, again = hold_out(all_rows, 0.25, 0)
-    assert again == held and "22 train, less 2 that nearly equal a held-out one or one above" in (
-        capsys.readouterr().out)
+    assert again == held
+    assert "22 train, less 2 that nearly equal a held-out one or one above" in capsys.readouterr().out
     assert training[0] not in train and training[1] in train and training[2] not in train
 
 
