@@ -317,7 +317,7 @@ REFUSED = {
     "fewer layers": (lambda m: edit(m, "config.json", num_hidden_layers=1), "encoder.layer.1.*makes it None"),
     "more layers": (lambda m: edit(m, "config.json", num_hidden_layers=3), "encoder.layer.2.* has shape None"),
     "wider": (lambda m: edit(m, "config.json", hidden_size=27), "has shape"),
-    "a weight missing": (lambda m: weights(m, lambda w: w.pop(WORD)), "embeddings.word_embeddings.weight has shape None"),
+    "a weight missing": (lambda m: weights(m, lambda w: w.pop(WORD)), "word_embeddings.weight has shape None"),
     "a weight cut": (lambda m: weights(m, lambda w: w.update({WORD: w[WORD][:9].clone()})), "has shape"),
     "a weight too many": (lambda m: weights(m, lambda w: w.update({"bert.encoder.adapter.up": torch.ones(2)})),
                           r"encoder.adapter.up has shape \(2,\), but config.json makes it None"),
