@@ -176,8 +176,8 @@ def check_weights(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str
     right = {name: tuple(x.shape) for name, x in wanted.items()}
     for name in {**right, **found}:
         if found.get(name) != right.get(name):
-            raise InputError(f"{path}: not a readable checkpoint: {name} has shape {found.get(name)}, but config.json"
-                             f" makes it {right.get(name)}; save the model again with transformers' save_pretrained")
+            raise InputError(f"{path}: not a readable checkpoint: {name} has shape {found.get(name)}, but "
+                             f"config.json makes it {right.get(name)}; save it again by transformers' save_pretrained")
 
 
 def read_tokenizer(file: Path, settings: Json, vocab_size: int) -> Tokenizer:
