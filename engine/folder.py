@@ -177,7 +177,7 @@ def check_weights(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str
     for name in {**right, **found}:
         if found.get(name) != right.get(name):
             raise InputError(f"{path}: not a readable checkpoint: {name} has shape {found.get(name)}, but "
-                             f"config.json makes it {right.get(name)}; save it again by transformers' save_pretrained")
+                             f"config.json makes it {right.get(name)}; save the model again with transformers")
 
 
 def read_tokenizer(file: Path, settings: Json, vocab_size: int) -> Tokenizer:
