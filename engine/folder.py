@@ -78,7 +78,7 @@ def readable(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # of types of their own
         raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}); "
-                         "write or copy it again") from error
+                         "write or copy it again, or remove it") from error
 
 
 def read_optional(path: Path) -> Json:
