@@ -38,7 +38,7 @@ ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMR
 # the values that are supported; but for model_type, the first is what a silent file means
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": tuple(ENCODERS), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
-    "is_decoder": (False,), "add_cross_attention": (False,)}
+    "is_decoder": (False,)}
 # numbers from 0 on, with what a silent file means; -1: it has to say
 NUMBERS = {"vocab_size": -1, "hidden_size": -1, "num_hidden_layers": -1, "num_attention_heads": -1,
            "intermediate_size": -1, "max_position_embeddings": -1, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
@@ -220,8 +220,7 @@ def read_prompts(path: Path, normalised: bool) -> dict[str, str]:
 def write_folder(path: str | Path, folder: Folder) -> None:
     """Whole or not at all: written beside its place, then renamed."""
     with folder_beside(path) as new:
-        weights = {name: x.cpu().contiguous() for name, x in folder.weights.items()}
-        save_file(weights, new / "model.safetensors", metadata={"format": "pt"})
+        save_file(folder.weights, new / "model.safetensors", metadata={"format": "pt"})
         folder.tokenizer.no_truncation()
         (new / "tokenizer.json").write_text(folder.tokenizer.to_str(pretty=True), encoding="utf-8")
         for name, content in small_files(folder).items():

@@ -54,15 +54,14 @@ EmbedBatch = Callable[[TokenIds], Tensor]             # token ids of B texts -> 
 def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> EmbedBatch:
     """`embed` in that precision; on a CPU packed, unless in float32 `few` tokens do not repay that."""
     device = next(encoder.parameters()).device
-    if precision not in ("float32", "bf16"):
-        raise InputError(f"--precision {precision}: give float32 or bf16")
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
     if is_bag(encoder) or (precision == "float32" and few):
         return embed
     if precision == "bf16" and not has_bfloat16(device):
         raise InputError(f"--precision bf16: this {device.type} has no fast bfloat16 products (AVX512-BF16, "
                          "AMX, or a GPU from 2020 on); encode in float32")
     if device.type == "cpu":
-        return packed(encoder, torch.bfloat16 if precision == "bf16" else torch.float32)
+        return packed(encoder, dtype)
     return autocast(device, precision)(embed)
 
 

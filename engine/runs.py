@@ -176,8 +176,7 @@ def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors, named PARAMETER.MOMENT, such as 3.exp_avg."""
     named = {}
     for number, tensors in optimiser.state_dict()["state"].items():
-        for name, value in tensors.items():
-            named[f"{number}.{name}"] = value.cpu()
+        named.update({f"{number}.{name}": value for name, value in tensors.items()})
     return named
 
 

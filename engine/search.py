@@ -75,9 +75,7 @@ def certified_topk(
     Q, P = len(queries), len(passages)
     if not 1 <= k <= P:
         raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")
-    if queries.shape[1:] != passages.shape[1:]:
-        raise InputError(f"queries {tuple(queries.shape)} and passages {tuple(passages.shape)} are of "
-                         "other dimensions; encode both with one model and --dim")
+    assert queries.shape[1:] == passages.shape[1:], (queries.shape, passages.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(passages, Tensor):
         device = passages.device
@@ -117,14 +115,14 @@ def candidates(
     """The m passages of largest product in `dtype`, (n, m), and what no other's score exceeds, (n)."""
     n, d = q.shape
     P = len(passages)
-    q_norm = norms(q, "query")                                       # (n)
+    q_norm = norms(q)                                       # (n)
     p_norm = q.new_zeros(())                                         # the largest so far
     q = q.to(dtype)                                                  # (n, d)
     columns = min(16384, budget // (n * q.element_size()))           # of one block, but at least m
     columns = max(columns, m + GROUP) // GROUP * GROUP
     for start in range(0, P, columns):
         p = block(passages, start, start + columns, q.device)        # (C, d)
-        p_norm = torch.maximum(p_norm, norms(p, "passage", start).max())
+        p_norm = torch.maximum(p_norm, norms(p).max())
         s = product(p.to(dtype), q)                                  # (C, n)
         if start == 0:
             best, which = s.T.topk(m, dim=1)                         # (n, m) twice
@@ -178,13 +176,13 @@ def search_again(
     Every passage whose float32 product comes within its own error of the floor is scored exactly.
     """
     n, d = q.shape
-    q_norm = norms(q, "query")                                       # (n)
+    q_norm = norms(q)                                       # (n)
     best = q.new_empty(n, 0)                                         # (n, <= k)
     which = torch.empty(n, 0, dtype=torch.long, device=q.device)     # (n, <= k)
     columns = max(GROUP, budget // (n * d) // GROUP * GROUP)         # few: any pair may have to be scored
     for start in range(0, len(passages), columns):
         p = block(passages, start, start + columns, q.device)        # (C, d)
-        p_norm = norms(p, "passage", start).max()
+        p_norm = norms(p).max()
         error = error_bound(q_norm, p_norm, floor, d, torch.float32)  # (n)
         row, column = above(product(p, q), floor - 2 * error)        # (found) twice
         score = exact_dot(q[row], p[column])                         # (found)
@@ -270,14 +268,11 @@ def error_bound(
     return error
 
 
-def norms(x: Tensor, name: str, first: int = 0) -> Tensor:
+def norms(x: Tensor) -> Tensor:
     """The length of each row, (n, d) -> (n); the bounds above hold for finite, moderate ones."""
     norm = torch.linalg.vector_norm(x, dim=1)                        # (n)
-    bad = torch.where(~(norm < 2.0 ** 60))[0]                        # not a number neither
-    if len(bad):
-        i = int(bad[0])
-        raise InputError(f"{name} {first + i} (from 0) is of length {float(norm[i])}; give finite, "
-                         "moderate numbers")
+    if not bool((norm < 2.0 ** 60).all()):                           # nor is one that is not a number
+        raise InputError("a vector is not finite, or too long to be compared; encode its text again")
     return norm
 
 

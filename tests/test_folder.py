@@ -305,7 +305,6 @@ REFUSED = {
     "relative positions": (lambda m: edit(m, "config.json", position_embedding_type="relative_key"),
                            "position_embedding_type 'relative_key'"),
     "a decoder": (lambda m: edit(m, "config.json", is_decoder=True), "is_decoder True"),
-    "cross attention": (lambda m: edit(m, "config.json", add_cross_attention=True), "add_cross_attention True"),
     "no width": (lambda m: edit(m, "config.json", hidden_size=...), "hidden_size is None"),
     "width of text": (lambda m: edit(m, "config.json", hidden_size="24"), "hidden_size is '24'"),
     "odd heads": (lambda m: edit(m, "config.json", num_attention_heads=5), "num_attention_heads 5"),
