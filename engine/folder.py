@@ -47,8 +47,7 @@ NUMBERS = {"vocab_size": -1, "hidden_size": -1, "num_hidden_layers": -1, "num_at
 PARAMETER = r"(?:bert\.|roberta\.)?((?:embeddings|encoder)\..+(?<!_ids))"
 # settings of tokenizer_config.json that transformers puts over those of tokenizer.json, and their names there
 OVERRIDES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
-             "tokenize_chinese_chars": "handle_chinese_chars", "add_prefix_space": "add_prefix_space",
-             "truncation_side": "side", "padding_side": "side"}
+             "tokenize_chinese_chars": "handle_chinese_chars", "add_prefix_space": "add_prefix_space"}
 # what is fetched from the hub
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json",
          "1_Pooling/config.json", "gecko.json", "sentence_*_config.json", "config_sentence_transformers.json")
@@ -152,8 +151,7 @@ def check_modules(path: Path) -> bool:
         raw = read_json(pooling, dict)
         flags = [key for key, on in raw.items() if key.startswith("pooling_mode_") and on]   # of older versions
         modes = raw.get("pooling_mode") or flags
-        mean = modes in ("mean", ["mean"], ["pooling_mode_mean_tokens"])
-        if not mean or not raw.get("include_prompt", True):
+        if modes not in ("mean", ["pooling_mode_mean_tokens"]) or not raw.get("include_prompt", True):
             raise InputError(f"{pooling}: pooling {modes!r} is not supported, nor a prompt left out of it; "
                              "only the mean over all tokens (eq. 1) is")
     return "Normalize" in kinds
@@ -189,15 +187,19 @@ def read_tokenizer(file: Path, settings: Json, vocab_size: int) -> Tokenizer:
         raise InputError(f"{file}: {last + 1} tokens, but the weights have {vocab_size}; "
                          "the two files do not belong together")
     state = json.loads(tokenizer.to_str())
-    stated = {"side": "right", **(state["normalizer"] or {}), **(state["pre_tokenizer"] or {})}
+    stated = {**(state["normalizer"] or {}), **(state["pre_tokenizer"] or {})}
     wrong = [f"{key} {settings[key]!r}" for key, name in OVERRIDES.items()
              if key in settings and name in stated and settings[key] != stated[name]]
+    sides = [settings.get("truncation_side"), settings.get("padding_side")]
+    sides += [part["direction"] for part in (tokenizer.truncation, tokenizer.padding) if part]
+    if "left" in sides:
+        wrong.append("cutting or padding at the left")
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
         if tokenizer.token_to_id(token["content"]) != int(i):
             wrong.append(f"the added token {token['content']!r}")
     if wrong:
-        raise InputError(f"{file}: tokenizer_config.json beside it has {', '.join(wrong)}, which it has not; "
-                         "save the tokenizer again, so that tokenizer.json says all")
+        raise InputError(f"{file.parent}/tokenizer_config.json: {wrong[0]} is not supported; save the tokenizer "
+                         "again, so that tokenizer.json says all")
     return tokenizer
 
 

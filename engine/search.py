@@ -52,10 +52,9 @@ def topk(
     queries: np.ndarray | Tensor,   # (Q, d)
     passages: np.ndarray | Tensor,  # (P, d), may be a memory map
     k: int,
-    budget: int = 0,                # bytes of one block of scores; 0: as many as the device likes
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` for any number of passages: scores and indices (Q, k), whatever the blocks."""
-    return certified_topk(queries, passages, k, budget)[:2]
+    return certified_topk(queries, passages, k)[:2]
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def certified_topk(
     queries: np.ndarray | Tensor,      # (Q, d)
     passages: np.ndarray | Tensor,     # (P, d)
     k: int,
-    budget: int = 0,
+    budget: int = 0,                   # bytes of one block of scores; 0: as many as the device likes
     dtype: torch.dtype | None = None,  # of the first product; None: the fastest
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`topk`, and (Q) true where the first search was proven right.
@@ -258,14 +257,13 @@ def error_bound(
 
     Rounding to bfloat16 moves each number by 2^-8 of itself or less, so a score by 2.01 * 2^-8 |q| |p|.
     """
-    tiny = d ** 0.5 * 2.0 ** -62                                     # too small for float32 to square
-    q_norm, p_norm = q_norm * 1.001 + tiny, p_norm * 1.001 + tiny    # (n), scalar
+    short = torch.minimum(q_norm, p_norm) < 2.0 ** -40               # (n) float32 may lose such numbers' products
+    q_norm = q_norm * 1.001                                          # (n) it is rounded too, as p_norm is
     error = 2.0 ** -22 * (d + 8) * q_norm * p_norm                   # (n) adding d products in float32, twice
-    error += d * 2.0 ** -120 * (1 + q_norm + p_norm)                 # products too small for float32
     if dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest":
         error += 2.01 * 2.0 ** -8 * q_norm * p_norm                  # q and p rounded
         error += s.abs() * 2.0 ** -7.9                               # the sum rounded
-    return error
+    return error.masked_fill(short, torch.inf)                       # not proven, so scored exactly
 
 
 def norms(x: Tensor) -> Tensor:

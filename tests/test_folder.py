@@ -346,9 +346,12 @@ REFUSED = {
     "prompt left out": (lambda m: (modules(m, "Transformer", "Pooling"), edit(
         m, "1_Pooling/config.json", include_prompt=False)), "nor a prompt left out"),
     "cut at the left": (lambda m: edit(m, "tokenizer_config.json", truncation_side="left"),
-        "truncation_side 'left'"),
+        "cutting or padding at the left"),
     "padded at the left": (lambda m: edit(m, "tokenizer_config.json", padding_side="left"),
-        "padding_side 'left'"),
+        "cutting or padding at the left"),
+    "cut at the left by tokenizer.json": (lambda m: edit(m, "tokenizer.json", truncation={
+        "direction": "Left", "max_length": 8, "strategy": "LongestFirst", "stride": 0}),
+        "cutting or padding at the left"),
     "case kept elsewhere": (lambda m: edit(m, "tokenizer_config.json", do_lower_case=False),
         "do_lower_case False"),
     "accents kept elsewhere": (lambda m: edit(m, "tokenizer_config.json", strip_accents=False),
