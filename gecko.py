@@ -34,7 +34,7 @@ from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
 from engine.dropout import attention, dropout
 from engine.files import InputError, check_outputs, one_line, run, say, say_lost
-from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
+from engine.folder import Folder, fetch, read_folder, readable, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
 from engine.tokens import TokenIds, tokenise, train_tokenizer
@@ -419,11 +419,11 @@ def load(name: str | Path) -> Gecko:
     """
     path = fetch(name)
     folder = read_folder(path)
-    c = EncoderConfig(**folder.config)
-    with torch.device("meta"):                                       # shapes alone
-        encoder = Encoder(c)
-    check_weights(path, folder.weights, encoder.state_dict())
-    encoder.to_empty(device="cpu").load_state_dict(folder.weights)
+    with readable(path):
+        c = EncoderConfig(**folder.config)
+        with torch.device("meta"):                                   # shapes alone
+            encoder = Encoder(c)
+        encoder.to_empty(device="cpu").load_state_dict(folder.weights)
     formats = folder.formats or formats_of(folder.prompts)
     positions = c.max_position_embeddings - c.first_position
     model = Gecko(encoder, folder.tokenizer, min(folder.max_length, positions), formats, folder.dims)

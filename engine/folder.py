@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
-from engine.files import InputError, first_line, folder_beside, read_json, write_json
+from engine.files import InputError, first_line, folder_beside, one_line, read_json, write_json
 
 Json = dict[str, Any]
 
@@ -35,14 +35,11 @@ class Folder:
 
 
 ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
-# the values that are supported; but for model_type, the first is what a silent file means
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "model_type": tuple(ENCODERS), "hidden_act": ("gelu",), "position_embedding_type": ("absolute",),
-    "is_decoder": (False,)}
-# numbers from 0 on, with what a silent file means; -1: it has to say
-NUMBERS = {"vocab_size": -1, "hidden_size": -1, "num_hidden_layers": -1, "num_attention_heads": -1,
-           "intermediate_size": -1, "max_position_embeddings": -1, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-           "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pad_token_id": 0}
+# fields of config.json that may have one value alone, which a silent file means
+FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+NUMBERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+           "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
+           "attention_probs_dropout_prob", "pad_token_id")
 # the encoder's parameters, with the prefix that they have in a checkpoint with heads
 PARAMETER = r"(?:bert\.|roberta\.)?((?:embeddings|encoder)\..+(?<!_ids))"
 # settings of tokenizer_config.json that transformers puts over those of tokenizer.json, and their names there
@@ -70,14 +67,15 @@ def fetch(name: str | Path) -> Path:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """What safetensors, tokenizers and misshapen JSON raise, as one line."""
+    """What torch, safetensors, tokenizers and misshapen JSON raise, as one line."""
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # of types of their own
-        raise InputError(f"{path}: not a readable checkpoint ({first_line(error)}); "
-                         "write or copy it again, or remove it") from error
+        what = one_line(f"{type(error).__name__}: {error}", 240)
+        raise InputError(f"{path}: not a readable checkpoint ({what}); save or copy it again, "
+                         "or remove it") from error
 
 
 def read_optional(path: Path) -> Json:
@@ -119,19 +117,20 @@ def read_folder(path: Path) -> Folder:
 
 def read_config(path: Path) -> Json:
     """The fields that shape the encoder, and none that would need another one."""
-    raw: Json = {"model_type": None}
-    raw.update((key, value) for key, value in read_json(path, dict).items() if value is not None)
-    for key, allowed in SUPPORTED.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise InputError(f"{path}: {key} {raw[key]!r} is not supported; give a folder of an encoder with "
-                             + " or ".join(map(repr, allowed)))
-    config = {"model_type": raw["model_type"]}
-    if config["model_type"] != "bert":
-        raw.setdefault("pad_token_id", 1)
-    for key, default in NUMBERS.items():
-        value = config[key] = raw.get(key, default)
-        if type(value) not in (int, type(default)) or value < 0:
-            raise InputError(f"{path}: {key} is {raw.get(key)!r}, not a number from 0 on; save the model again")
+    raw = read_json(path, dict)
+    kind = raw.get("model_type")
+    if kind not in ENCODERS:
+        raise InputError(f"{path}: model_type {kind!r} is not supported; only {', '.join(ENCODERS)} are")
+    for key, only in FIXED.items():
+        if raw.get(key, only) != only:
+            raise InputError(f"{path}: {key} {raw[key]!r} is not supported; only {only!r} is")
+    config = {"model_type": kind, "pad_token_id": 0 if kind == "bert" else 1}
+    for key in NUMBERS:
+        value = raw.get(key)
+        if isinstance(value, (int, float)):
+            config[key] = value
+        elif value is not None:
+            raise InputError(f"{path}: {key} is {value!r}, not a number; save the model again")
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads == 0 or d % heads):
         raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")
@@ -166,16 +165,6 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             if parameter:
                 weights[parameter[1]] = x
     return weights
-
-
-def check_weights(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """InputError unless the weights have the names and the shapes of the encoder that config.json makes."""
-    found = {name: tuple(x.shape) for name, x in weights.items()}
-    right = {name: tuple(x.shape) for name, x in wanted.items()}
-    for name in {**right, **found}:
-        if found.get(name) != right.get(name):
-            raise InputError(f"{path}: not a readable checkpoint: {name} has shape {found.get(name)}, but "
-                             f"config.json makes it {right.get(name)}; save the model again with transformers")
 
 
 def read_tokenizer(file: Path, settings: Json, vocab_size: int) -> Tokenizer:

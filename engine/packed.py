@@ -57,10 +57,7 @@ def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> Em
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
     if is_bag(encoder) or (precision == "float32" and few):
         return embed
-    if precision == "bf16" and not has_bfloat16(device):
-        raise InputError(f"--precision bf16: this {device.type} has no fast bfloat16 products (AVX512-BF16, "
-                         "AMX, or a GPU from 2020 on); encode in float32")
-    if device.type == "cpu":
+    if device.type == "cpu" and (precision == "float32" or has_bfloat16(device)):
         return packed(encoder, dtype)
     return autocast(device, precision)(embed)
 
