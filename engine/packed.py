@@ -125,7 +125,9 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
         layer = copy.deepcopy(layer).to(dtype)
         project, after = layer.attention["self"], layer.attention["output"]
         qkv = linear(project["query"], project["key"], project["value"])
-        out, up, down = linear(after["dense"]), linear(layer.intermediate["dense"]), linear(layer.output["dense"])
+        out = linear(after["dense"])
+        up = linear(layer.intermediate["dense"])
+        down = linear(layer.output["dense"])
         layers.append((qkv, out, after["LayerNorm"], up, down, layer.output["LayerNorm"]))
 
     def embed_packed(tokens: TokenIds) -> Tensor:
