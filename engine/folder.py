@@ -111,7 +111,7 @@ def read_folder(path: Path) -> Folder:
             max_length=int(length or config["max_position_embeddings"]),
             dims=list(read_json(path / "config.json").get("matryoshka_dimensions") or []),
             prompts=read_prompts(path / "config_sentence_transformers.json", check_modules(path)),
-            formats={name: ours["formats"][name] for name in ("query", "passage")} if ours else None,
+            formats=ours["formats"] if ours else None,
         )
 
 

@@ -27,7 +27,7 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first; texts x longest <= budget (or one text)."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        B = max(1, budget // max(1, lengths[order[0]]))
+        B = max(1, budget // lengths[order[0]])
         yield order[:B]
         order = order[B:]
 
@@ -119,11 +119,13 @@ def attend(
 
 def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     """`embed` in `dtype` for this encoder of gecko.py: token ids of B texts -> (B, d) float32."""
-    c, e = encoder.config, encoder.embeddings
+    c = encoder.config
+    e = encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:
         layer = copy.deepcopy(layer).to(dtype)
-        project, after = layer.attention["self"], layer.attention["output"]
+        project = layer.attention["self"]
+        after = layer.attention["output"]
         qkv = linear(project["query"], project["key"], project["value"])
         out = linear(after["dense"])
         up = linear(layer.intermediate["dense"])

@@ -87,7 +87,8 @@ def certified_topk(
     # subtle: once a block just below 32 MiB was freed, glibc keeps smaller ones, whose pages need no faults (10 %)
     torch.empty(31 << 20, dtype=torch.uint8)
     scores = np.zeros((Q, k), np.float32)
-    indices, proven = np.zeros((Q, k), np.int64), np.zeros(Q, bool)
+    indices = np.zeros((Q, k), np.int64)
+    proven = np.zeros(Q, bool)
     # EXERCISE 10 (about 11 lines)
     for start in range(0, Q, ROWS):
         q = block(queries, start, start + ROWS, device)              # (n, d)
@@ -114,7 +115,7 @@ def candidates(
     """The m passages of largest product in `dtype`, (n, m), and what no other's score exceeds, (n)."""
     n, d = q.shape
     P = len(passages)
-    q_norm = norms(q)                                       # (n)
+    q_norm = norms(q)                                                # (n)
     p_norm = q.new_zeros(())                                         # the largest so far
     q = q.to(dtype)                                                  # (n, d)
     columns = min(16384, budget // (n * q.element_size()))           # of one block, but at least m
@@ -145,7 +146,8 @@ def ranked(
 ) -> tuple[Tensor, Tensor]:
     """The best k candidates, scored and ordered as in `nearest`: (n, k) twice."""
     which = which.sort(dim=1).values                                 # (n, m) so that ties go by index
-    m, d = which.shape[1], q.shape[1]
+    _, m = which.shape
+    _, d = q.shape
     rows = max(1, (1 << 18) // (m * d))                              # at a time, which stay in the cache
     parts = []
     for some_q, some in zip(q.split(rows), which.split(rows), strict=True):
@@ -175,7 +177,7 @@ def search_again(
     Every passage whose float32 product comes within its own error of the floor is scored exactly.
     """
     n, d = q.shape
-    q_norm = norms(q)                                       # (n)
+    q_norm = norms(q)                                                # (n)
     best = q.new_empty(n, 0)                                         # (n, <= k)
     which = torch.empty(n, 0, dtype=torch.long, device=q.device)     # (n, <= k)
     columns = max(GROUP, budget // (n * d) // GROUP * GROUP)         # few: any pair may have to be scored
