@@ -37,6 +37,7 @@ class Folder:
 ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
 # fields of config.json that may have one value alone, which a silent file means
 FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+# numbers; one that the file lacks is BERT's
 NUMBERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
            "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
            "attention_probs_dropout_prob", "pad_token_id")
@@ -231,6 +232,7 @@ def small_files(folder: Folder) -> Json:
         "modules.json": [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "",
                           "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(modules)],
         "1_Pooling/config.json": {"word_embedding_dimension": c["hidden_size"], "pooling_mode_mean_tokens": True},
+        "2_Normalize/config.json": {},
         "sentence_bert_config.json": {"max_seq_length": folder.max_length},
         "config_sentence_transformers.json": {"prompts": folder.prompts, "similarity_fn_name": "cosine"},
     }

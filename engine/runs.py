@@ -206,9 +206,10 @@ def run_key(settings: str, arrays: Iterable[Any]) -> str:
 def whole_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a JSONL file that grows. A kill may leave half a line at its end."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
     return rows
 
 
