@@ -73,17 +73,12 @@ def cached_backward(
 
 
 def own_parts(ids: Tensor, rows: slice, tokens: Sequence[Sized], micro_batch: int) -> list[Tensor]:
-    """The places of these rows' texts, of all S * B, in micro-batches."""
+    """The places of these rows' texts, of all S * B, in groups of like length: the micro-batches."""
     places = torch.arange(ids.numel(), device=ids.device).view_as(ids)   # (S, B)
     places = places[:, rows][ids[:, rows] >= 0]                      # (n)
     lengths = [len(tokens[i]) for i in ids.flatten()[places].tolist()]
-    return [places[part] for part in micro_batches(lengths, micro_batch)]
-
-
-def micro_batches(lengths: Sequence[int], size: int) -> list[Tensor]:
-    """Indices of texts in groups of like length, each of about `size` texts of mean length; 0: one group."""
-    tokens = size * sum(lengths) // max(1, len(lengths)) or sys.maxsize
-    return [torch.tensor(group) for group in length_batches(lengths, tokens)]
+    budget = micro_batch * sum(lengths) // max(1, len(lengths)) or sys.maxsize   # in tokens
+    return [places[part] for part in length_batches(lengths, budget)]
 
 
 def blockwise_loss(
