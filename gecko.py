@@ -34,7 +34,7 @@ from engine.commandline import Arguments, gecko_arguments
 from engine.documents import read_corpus
 from engine.dropout import attention, dropout
 from engine.files import InputError, check_outputs, one_line, run, say, say_lost
-from engine.folder import Folder, check_weights, fetch, read_folder, write_folder
+from engine.folder import Folder, fetch, read_folder, readable, write_folder
 from engine.packed import check_finite, check_list, embed_bag, fast_embed, is_bag, length_batches
 from engine.search import topk
 from engine.tokens import TokenIds, tokenise, train_tokenizer
@@ -387,15 +387,14 @@ def prompts_of(formats: dict[str, str]) -> dict[str, str]:
     return {name: form.partition("{text}")[0] for name, form in forms.items()}
 
 
-def formats_of(prompts: dict[str, str], default: str) -> dict[str, str]:
-    """The formats of an encoder of other makers: their prompts; `default` where they name none."""
+def formats_of(prompts: dict[str, str]) -> dict[str, str]:
+    """The formats of an encoder of other makers: their prompts."""
     if prompts.items() >= prompts_of(FORMATS).items():               # ours, saved by sentence-transformers
         return FORMATS
-    query = prompts.get("query", default)
-    passage = default
-    for name in ("corpus", "passage", "document"):
+    passage = prompts["corpus"]
+    for name in ("passage", "document"):
         passage = prompts.get(name, passage)
-    return {"query": query + PLAIN["query"], "passage": passage + PLAIN["passage"]}
+    return {"query": prompts["query"] + PLAIN["query"], "passage": passage + PLAIN["passage"]}
 
 
 def save(model: Gecko, path: str | Path) -> None:
@@ -420,12 +419,12 @@ def load(name: str | Path) -> Gecko:
     """
     path = fetch(name)
     folder = read_folder(path)
-    c = EncoderConfig(**folder.config)
-    with torch.device("meta"):                                       # shapes alone
-        encoder = Encoder(c)
-    check_weights(path, folder.weights, encoder.state_dict())
-    encoder.to_empty(device="cpu").load_state_dict(folder.weights)
-    formats = folder.formats or formats_of(folder.prompts, folder.default_prompt)
+    with readable(path):
+        c = EncoderConfig(**folder.config)
+        with torch.device("meta"):                                   # shapes alone
+            encoder = Encoder(c)
+        encoder.to_empty(device="cpu").load_state_dict(folder.weights)
+    formats = folder.formats or formats_of(folder.prompts)
     positions = c.max_position_embeddings - c.first_position
     model = Gecko(encoder, folder.tokenizer, min(folder.max_length, positions), formats, folder.dims)
     if is_bag(encoder):

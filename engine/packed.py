@@ -27,7 +27,7 @@ def length_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first; texts x longest <= budget (or one text)."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
-        B = max(1, budget // max(1, lengths[order[0]]))
+        B = max(1, budget // lengths[order[0]])
         yield order[:B]
         order = order[B:]
 
@@ -54,15 +54,11 @@ EmbedBatch = Callable[[TokenIds], Tensor]             # token ids of B texts -> 
 def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> EmbedBatch:
     """`embed` in that precision; on a CPU packed, unless in float32 `few` tokens do not repay that."""
     device = next(encoder.parameters()).device
-    if precision not in ("float32", "bf16"):
-        raise InputError(f"--precision {precision}: give float32 or bf16")
+    dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
     if is_bag(encoder) or (precision == "float32" and few):
         return embed
-    if precision == "bf16" and not has_bfloat16(device):
-        raise InputError(f"--precision bf16: this {device.type} has no fast bfloat16 products (AVX512-BF16, "
-                         "AMX, or a GPU from 2020 on); encode in float32")
-    if device.type == "cpu":
-        return packed(encoder, torch.bfloat16 if precision == "bf16" else torch.float32)
+    if device.type == "cpu" and (precision == "float32" or has_bfloat16(device)):
+        return packed(encoder, dtype)
     return autocast(device, precision)(embed)
 
 
@@ -123,13 +119,17 @@ def attend(
 
 def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     """`embed` in `dtype` for this encoder of gecko.py: token ids of B texts -> (B, d) float32."""
-    c, e = encoder.config, encoder.embeddings
+    c = encoder.config
+    e = encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:
         layer = copy.deepcopy(layer).to(dtype)
-        project, after = layer.attention["self"], layer.attention["output"]
+        project = layer.attention["self"]
+        after = layer.attention["output"]
         qkv = linear(project["query"], project["key"], project["value"])
-        out, up, down = linear(after["dense"]), linear(layer.intermediate["dense"]), linear(layer.output["dense"])
+        out = linear(after["dense"])
+        up = linear(layer.intermediate["dense"])
+        down = linear(layer.output["dense"])
         layers.append((qkv, out, after["LayerNorm"], up, down, layer.output["LayerNorm"]))
 
     def embed_packed(tokens: TokenIds) -> Tensor:

@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import sys
-from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.files import InputError, folder_beside, read_json, write_jsonl
-from engine.scale import barrier, processes
+from engine.folder import readable
+from engine.scale import barrier, blocks, processes
+from engine.tokens import TokenIds
 
 HALF_WRITTEN = (".*checkpoint-*", ".best.*", ".*model*", ".metrics.jsonl.*")   # what a kill may leave
 
@@ -58,18 +58,16 @@ class Run:
         losses: list[float] = []
         if last:
             state = read_json(last / "state.json", dict)
-            same = state["key"] == self.key
-            if wanted and not same and not anew:
-                raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
-            wanted = wanted and same
-            if wanted:
+            if wanted and state["key"] == self.key:
                 read_checkpoint(last, self.encoder, self.optimiser)
                 losses, self.best = state["losses"], state["best"]
-            elif len(state["losses"]) < state["steps"] and not anew:
+            elif wanted and not anew:
+                raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
+            elif not wanted and len(state["losses"]) < state["steps"]:
                 raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
         barrier()                                             # all have read what the first process now removes
         if self.out and processes()[0] == 0:
-            for pattern in HALF_WRITTEN if wanted else (*HALF_WRITTEN, "checkpoint-*", "best"):
+            for pattern in HALF_WRITTEN if losses else (*HALF_WRITTEN, "checkpoint-*", "best"):
                 for path in self.out.glob(pattern):
                     remove(path)
             metrics = self.out / "metrics.jsonl"              # of rows {step, loss, lr} and {step, dev}
@@ -94,7 +92,7 @@ class Run:
             if self.measure:
                 dev = self.measure()
                 self.log(step=len(losses), dev=dev)
-                tqdm.write(f"step {len(losses)}: dev {dev}", file=sys.stderr)
+                say_first(f"step {len(losses)}: dev {dev}")
                 if dev["ndcg@10"] > self.best:
                     self.best = dev["ndcg@10"]
                     self.save(self.out / "best")
@@ -114,7 +112,7 @@ class Run:
 
 
 def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_length: int,
-              ) -> tuple[list[array[int]], np.ndarray]:
+              ) -> tuple[TokenIds, np.ndarray]:
     """The tokens of every distinct text, and the ids of the texts of all rows, (rows, 3).
 
     A row is its input, positive and hard negative (or None) as the encoder sees them, and its query alone. Equal
@@ -122,23 +120,26 @@ def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_
     a positive of the same query in any row, is left out here: eq. 3 never meets one.
     """
     ids: dict[str, int] = {}                                         # of formatted texts
-    queries: dict[str, int] = {}                                     # of queries alone, whatever their task
-    table = []
+    table, queries = [], []
+    answers = set()                                                  # (query, id of a positive) of all rows
     for texts, query in rows:
         row = [-1 if text is None else ids.setdefault(text, len(ids)) for text in texts]
-        table.append([*row, queries.setdefault(query, len(queries))])
-    q_id, p_id, n_id, query_id = np.array(table).T                   # 4 of (rows)
-    pair = query_id * len(ids)                                       # pair + id: one number for query and text
-    answers = np.isin(pair + n_id, pair + p_id)                      # (rows) p_i- is a positive of q_i somewhere
-    hard = n_id >= 0                                                 # (rows) what `answers` says of -1 is void
-    left_out = hard & (answers | (n_id == q_id))                     # (rows)
-    if left_out.any():
-        say_first(f"{left_out.sum()} of {hard.sum()} hard negatives are left out: each answers its query or is it")
-    n_id = np.where(left_out, -1, n_id)                              # (rows)
+        table.append(row)
+        queries.append(query)
+        answers.add((query, row[1]))
+    hard = left_out = 0
+    for row, query in zip(table, queries, strict=True):
+        q_id, _, n_id = row
+        hard += n_id >= 0
+        if n_id == q_id or (query, n_id) in answers:
+            row[2] = -1
+            left_out += 1
+    if left_out:
+        say_first(f"{left_out} of {hard} hard negatives are left out: each answers its query or is it")
     tokens = model.tokens(list(ids), max_length)
-    if model.truncated:
-        say_first(f"{model.truncated} of {len(tokens)} texts are cut at {model.length} tokens")
-    return tokens, np.stack([q_id, p_id, n_id], axis=1)
+    if model.lost():
+        say_first(model.lost())
+    return tokens, np.array(table)                                   # (rows, 3)
 
 
 def say_first(line: str) -> None:
@@ -157,8 +158,8 @@ def check_negatives(loss_of: Callable[[Tensor], Callable[..., Tensor]], sides: i
     for rows in plan:
         loss = loss_of(torch.from_numpy(text_ids[rows]).T)
         ones = [torch.ones(len(rows), 1)] * sides                    # each (B, 1)
-        starts = range(0, len(rows), 64)                             # the first rows decide, as a rule
-        idle += all(loss(*ones, rows=slice(start, start + 64)) == 0 for start in starts)
+        some = blocks(slice(0, len(rows)), 64)                       # the first of them decide, as a rule
+        idle += all(loss(*ones, rows=part) == 0 for part in some)
     what = (f"in {idle} of {len(plan)} steps no row has a negative, so nothing is learned: give rows of other "
             "queries and positives, a larger --batch-size, or --mix mixed")
     if idle == len(plan):
@@ -175,19 +176,16 @@ def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's tensors, named PARAMETER.MOMENT, such as 3.exp_avg."""
     named = {}
     for number, tensors in optimiser.state_dict()["state"].items():
-        for name, value in tensors.items():
-            named[f"{number}.{name}"] = value.cpu()
+        named.update({f"{number}.{name}": value for name, value in tensors.items()})
     return named
 
 
 def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
     """What `Run.checkpoint` wrote, into the encoder and the optimiser."""
     moments_file = folder / "optimiser.safetensors"                 # none where the run is finished
-    try:
+    with readable(folder):
         encoder.load_state_dict(load_file(folder / "model.safetensors"))
         named = load_file(moments_file) if moments_file.exists() else {}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder}: not a readable checkpoint ({error}); remove it or change --out") from error
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in named.items():
         number, moment = name.split(".")
@@ -195,7 +193,7 @@ def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.opt
     optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
-def run_key(settings: str, arrays: Iterable[np.ndarray | Tensor | array[int]]) -> str:
+def run_key(settings: str, arrays: Iterable[Any]) -> str:
     """What a run is: flags, data and first weights. A checkpoint of another run is not continued."""
     total = hashlib.sha256(settings.encode())
     for values in arrays:
@@ -208,9 +206,10 @@ def run_key(settings: str, arrays: Iterable[np.ndarray | Tensor | array[int]]) -
 def whole_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a JSONL file that grows. A kill may leave half a line at its end."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
     return rows
 
 

@@ -73,17 +73,12 @@ def cached_backward(
 
 
 def own_parts(ids: Tensor, rows: slice, tokens: Sequence[Sized], micro_batch: int) -> list[Tensor]:
-    """The places of these rows' texts, of all S * B, in micro-batches."""
+    """The places of these rows' texts, of all S * B, in groups of like length: the micro-batches."""
     places = torch.arange(ids.numel(), device=ids.device).view_as(ids)   # (S, B)
     places = places[:, rows][ids[:, rows] >= 0]                      # (n)
     lengths = [len(tokens[i]) for i in ids.flatten()[places].tolist()]
-    return [places[part] for part in micro_batches(lengths, micro_batch)]
-
-
-def micro_batches(lengths: Sequence[int], size: int) -> list[Tensor]:
-    """Indices of texts in groups of like length, each of about `size` texts of mean length; 0: one group."""
-    tokens = size * sum(lengths) // max(1, len(lengths)) or sys.maxsize
-    return [torch.tensor(group) for group in length_batches(lengths, tokens)]
+    budget = micro_batch * sum(lengths) // max(1, len(lengths)) or sys.maxsize   # in tokens
+    return [places[part] for part in length_batches(lengths, budget)]
 
 
 def blockwise_loss(
@@ -100,24 +95,24 @@ def blockwise_loss(
     which then goes through the normalisation once.
     """
     S, B, _ = x.shape
-    value, g = x.new_zeros(()), [x.new_zeros(0)] * S                 # S of (B, d), made when they are needed
-    for dim in sorted(dims, reverse=True):                           # the largest while no g is there yet
+    value, g = x.new_zeros(()), x.new_zeros(0)                       # g: (S, B, d)
+    for dim in sorted(dims, reverse=True):                           # the largest while there is no g yet
         units = [truncate(side, dim).requires_grad_() for side in x]     # S of (B, dim)
         for some in blocks(rows, block // (B * x.element_size())):
             share = loss(*units, rows=some) * ((some.stop - some.start) / B)
             share.backward()
             value += share.detach()
             del share                                                # its graph holds the units
+        g = g if len(g) else torch.zeros_like(x)
         for k in range(S):
             unit = units.pop(0)
-            g[k] = g[k] if len(g[k]) else torch.zeros_like(x[k])
             if unit.grad is None:                                    # of a process without rows
                 continue
             for some in blocks(slice(0, B), 1024):
                 vectors = x[k, some].detach().requires_grad_()       # (1024, d)
                 through, = torch.autograd.grad(truncate(vectors, dim), vectors, unit.grad[some])
-                g[k][some] += through
-    return value, torch.stack(g)
+                g[k, some] += through
+    return value, g
 
 
 def blocks(rows: slice, size: int) -> Iterator[slice]:

@@ -52,10 +52,9 @@ def topk(
     queries: np.ndarray | Tensor,   # (Q, d)
     passages: np.ndarray | Tensor,  # (P, d), may be a memory map
     k: int,
-    budget: int = 0,                # bytes of one block of scores; 0: as many as the device likes
 ) -> tuple[np.ndarray, np.ndarray]:
     """`nearest` for any number of passages: scores and indices (Q, k), whatever the blocks."""
-    return certified_topk(queries, passages, k, budget)[:2]
+    return certified_topk(queries, passages, k)[:2]
 
 
 @torch.no_grad()
@@ -63,7 +62,7 @@ def certified_topk(
     queries: np.ndarray | Tensor,      # (Q, d)
     passages: np.ndarray | Tensor,     # (P, d)
     k: int,
-    budget: int = 0,
+    budget: int = 0,                   # bytes of one block of scores; 0: as many as the device likes
     dtype: torch.dtype | None = None,  # of the first product; None: the fastest
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`topk`, and (Q) true where the first search was proven right.
@@ -75,9 +74,7 @@ def certified_topk(
     Q, P = len(queries), len(passages)
     if not 1 <= k <= P:
         raise InputError(f"k = {k} neighbours of {P} passages: give 1 to {P}")
-    if queries.shape[1:] != passages.shape[1:]:
-        raise InputError(f"queries {tuple(queries.shape)} and passages {tuple(passages.shape)} are of "
-                         "other dimensions; encode both with one model and --dim")
+    assert queries.shape[1:] == passages.shape[1:], (queries.shape, passages.shape)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(passages, Tensor):
         device = passages.device
@@ -90,7 +87,8 @@ def certified_topk(
     # subtle: once a block just below 32 MiB was freed, glibc keeps smaller ones, whose pages need no faults (10 %)
     torch.empty(31 << 20, dtype=torch.uint8)
     scores = np.zeros((Q, k), np.float32)
-    indices, proven = np.zeros((Q, k), np.int64), np.zeros(Q, bool)
+    indices = np.zeros((Q, k), np.int64)
+    proven = np.zeros(Q, bool)
     # EXERCISE 10 (about 11 lines)
     for start in range(0, Q, ROWS):
         q = block(queries, start, start + ROWS, device)              # (n, d)
@@ -117,14 +115,14 @@ def candidates(
     """The m passages of largest product in `dtype`, (n, m), and what no other's score exceeds, (n)."""
     n, d = q.shape
     P = len(passages)
-    q_norm = norms(q, "query")                                       # (n)
+    q_norm = norms(q)                                                # (n)
     p_norm = q.new_zeros(())                                         # the largest so far
     q = q.to(dtype)                                                  # (n, d)
     columns = min(16384, budget // (n * q.element_size()))           # of one block, but at least m
     columns = max(columns, m + GROUP) // GROUP * GROUP
     for start in range(0, P, columns):
         p = block(passages, start, start + columns, q.device)        # (C, d)
-        p_norm = torch.maximum(p_norm, norms(p, "passage", start).max())
+        p_norm = torch.maximum(p_norm, norms(p).max())
         s = product(p.to(dtype), q)                                  # (C, n)
         if start == 0:
             best, which = s.T.topk(m, dim=1)                         # (n, m) twice
@@ -148,7 +146,8 @@ def ranked(
 ) -> tuple[Tensor, Tensor]:
     """The best k candidates, scored and ordered as in `nearest`: (n, k) twice."""
     which = which.sort(dim=1).values                                 # (n, m) so that ties go by index
-    m, d = which.shape[1], q.shape[1]
+    _, m = which.shape
+    _, d = q.shape
     rows = max(1, (1 << 18) // (m * d))                              # at a time, which stay in the cache
     parts = []
     for some_q, some in zip(q.split(rows), which.split(rows), strict=True):
@@ -178,13 +177,13 @@ def search_again(
     Every passage whose float32 product comes within its own error of the floor is scored exactly.
     """
     n, d = q.shape
-    q_norm = norms(q, "query")                                       # (n)
+    q_norm = norms(q)                                                # (n)
     best = q.new_empty(n, 0)                                         # (n, <= k)
     which = torch.empty(n, 0, dtype=torch.long, device=q.device)     # (n, <= k)
     columns = max(GROUP, budget // (n * d) // GROUP * GROUP)         # few: any pair may have to be scored
     for start in range(0, len(passages), columns):
         p = block(passages, start, start + columns, q.device)        # (C, d)
-        p_norm = norms(p, "passage", start).max()
+        p_norm = norms(p).max()
         error = error_bound(q_norm, p_norm, floor, d, torch.float32)  # (n)
         row, column = above(product(p, q), floor - 2 * error)        # (found) twice
         score = exact_dot(q[row], p[column])                         # (found)
@@ -260,24 +259,20 @@ def error_bound(
 
     Rounding to bfloat16 moves each number by 2^-8 of itself or less, so a score by 2.01 * 2^-8 |q| |p|.
     """
-    tiny = d ** 0.5 * 2.0 ** -62                                     # too small for float32 to square
-    q_norm, p_norm = q_norm * 1.001 + tiny, p_norm * 1.001 + tiny    # (n), scalar
+    short = torch.minimum(q_norm, p_norm) < 2.0 ** -40               # (n) float32 may lose such numbers' products
+    q_norm = q_norm * 1.001                                          # (n) it is rounded too, as p_norm is
     error = 2.0 ** -22 * (d + 8) * q_norm * p_norm                   # (n) adding d products in float32, twice
-    error += d * 2.0 ** -120 * (1 + q_norm + p_norm)                 # products too small for float32
     if dtype == torch.bfloat16 or torch.get_float32_matmul_precision() != "highest":
         error += 2.01 * 2.0 ** -8 * q_norm * p_norm                  # q and p rounded
         error += s.abs() * 2.0 ** -7.9                               # the sum rounded
-    return error
+    return error.masked_fill(short, torch.inf)                       # not proven, so scored exactly
 
 
-def norms(x: Tensor, name: str, first: int = 0) -> Tensor:
+def norms(x: Tensor) -> Tensor:
     """The length of each row, (n, d) -> (n); the bounds above hold for finite, moderate ones."""
     norm = torch.linalg.vector_norm(x, dim=1)                        # (n)
-    bad = torch.where(~(norm < 2.0 ** 60))[0]                        # not a number neither
-    if len(bad):
-        i = int(bad[0])
-        raise InputError(f"{name} {first + i} (from 0) is of length {float(norm[i])}; give finite, "
-                         "moderate numbers")
+    if not bool((norm < 2.0 ** 60).all()):                           # nor is one that is not a number
+        raise InputError("a vector is not finite, or too long to be compared; encode its text again")
     return norm
 
 

@@ -26,7 +26,7 @@ from toys import beir_folder, command, records, small_model
 
 import train
 from engine import files, runs, scale
-from engine.scale import blockwise_loss, cached_backward, derive_seed, micro_batches
+from engine.scale import blockwise_loss, cached_backward, derive_seed, own_parts
 from gecko import load, save, truncate_dim
 from train import TrainConfig
 
@@ -82,11 +82,14 @@ def test_every_tensor_is_made_on_the_device_of_the_vectors():
 
 def test_micro_batches_hold_like_lengths_and_like_many_tokens():
     lengths = [random.Random(i).randint(3, 60) for i in range(200)]
-    parts = micro_batches(lengths, 16)
+    ids, tokens = torch.arange(200)[None], [range(length) for length in lengths]
+    parts = own_parts(ids, slice(0, 200), tokens, 16)
     assert sorted(torch.cat(parts).tolist()) == list(range(200))
     padded = [len(part) * max(lengths[i] for i in part) for part in parts]
     assert max(padded) <= 16 * np.mean(lengths) and sum(padded) < 1.15 * sum(lengths)
-    assert len(micro_batches(lengths, 0)) == 1 and micro_batches(lengths[:0], 16) == []
+    assert len(own_parts(ids, slice(0, 200), tokens, 0)) == 1 and own_parts(ids, slice(0, 0), tokens, 16) == []
+    ids = torch.tensor([[0, 1, 2, 3], [4, -1, 6, 7]])                # of rows 1 and 2 one text is missing
+    assert sorted(torch.cat(own_parts(ids, slice(1, 3), tokens, 1)).tolist()) == [1, 2, 6]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,9 +158,7 @@ def caching(toy, ids, micro_batch, seed=(0, 2), loss=toy_loss):
 
 def parts_of(ids, micro_batch):
     """The texts of each micro-batch, by their places in ids."""
-    places = (ids.flatten() >= 0).nonzero()[:, 0]
-    lengths = [len(TEXTS[i]) for i in ids.flatten()[places].tolist()]
-    return [places[part] for part in micro_batches(lengths, micro_batch)]
+    return own_parts(ids, slice(0, B), TEXTS, micro_batch)
 
 
 @pytest.mark.ex9
@@ -296,13 +297,13 @@ def spec_gradient(stage, dims, duplicates, missing, micro_batch, size, seed=0, l
     sides = ids[:2 if stage == "prefinetune" else 3]
     x = {}
     for rank in range(size):
-        mine = range(B * rank // size, B * (rank + 1) // size)
-        place = [(s, i) for s in range(len(sides)) for i in mine if sides[s, i] >= 0]
-        texts = [TOKENS[sides[s, i]] for s, i in place]
-        for n, part in enumerate(micro_batches([len(t) for t in texts], micro_batch)):
+        mine = slice(B * rank // size, B * (rank + 1) // size)
+        for n, part in enumerate(own_parts(sides, mine, TOKENS, micro_batch)):
             torch.manual_seed(derive_seed(seed, STEP, rank, n))
-            for k, vector in zip(part, model.embed([texts[k] for k in part]), strict=True):
-                x[place[k]] = vector
+            vectors = model.embed([TOKENS[i] for i in sides.flatten()[part].tolist()])
+            for place, vector in zip(part.tolist(), vectors, strict=True):
+                x[divmod(place, B)] = vector                         # of side and row
+    assert len(x) == (sides >= 0).sum()
     zero = torch.zeros(8, dtype=torch.float64) + 0.1
     rows = [[x.get((s, i), zero) for i in range(B)] for s in range(len(sides))]
     if stage == "prefinetune":

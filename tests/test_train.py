@@ -464,7 +464,7 @@ def test_texts_are_tokenised_in_parts(monkeypatch, capsys):
     monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", 7)
     parts = tokenised(small_model(), [rows], 12)
     assert parts[0] == whole[0] and (parts[1] == whole[1]).all()
-    assert capsys.readouterr().err == said and "texts are cut at 12 tokens" in said
+    assert capsys.readouterr().err == said and "texts were cut at 12 tokens" in said
 
 
 def no_negatives():
@@ -537,7 +537,7 @@ def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
         assert said in capsys.readouterr().out
     command(train.main, "finetune", tmp_path / "a.jsonl", "--init", tmp_path / "model", "--out",
             tmp_path / "run", "--max-length", "20")
-    assert "2 of 13 texts are cut at 20 tokens" in capsys.readouterr().err
+    assert "2 of 13 texts were cut at 20 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags,message", [
