@@ -7,6 +7,7 @@ each against the keys and values of its prefix.
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -54,6 +55,8 @@ class Local(Strings):
         self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
         end = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+        names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"   # as transformers' versions have it
         self.stop: list[Any] = [*stop, *filter(None, map(self.tokenizer.decode, ends))]
 
     def tokens(self, text: str) -> Tokens:
@@ -161,11 +164,9 @@ class Local(Strings):
         valid = ids >= 0                                             # (B, K)
         place = valid.cumsum(dim=1).sub(1).clamp(min=0)              # (B, K)
         seen = cache.get_seq_length()
-        # a transformers that calls the cache otherwise fills none: nothing was seen then, which is slow and right
         new = ids[:, seen:].clamp(min=0)                             # (B, K - seen)
-        answer = self.model(new, attention_mask=valid, position_ids=place[:, seen:], cache=cache,
-                            logits_to_keep=last)
-        return answer.logits.float()
+        settings = {self.cache_name: cache, "attention_mask": valid, "position_ids": place[:, seen:]}
+        return self.model(new, logits_to_keep=last, **settings).logits.float()
 
 
 def of_rows(cache: Any, rows: Sequence[int]) -> Any:

@@ -98,11 +98,18 @@ def test_negative_control_padding_that_is_read_changes_scores(model, monkeypatch
     assert model.log_likelihood(PAIRS) != pytest.approx(together, abs=1e-2)
 
 
-def test_a_transformers_that_takes_no_cache_by_that_name_is_slow_and_right(model, monkeypatch):
-    together, forward = model.log_likelihood(PAIRS), model.model.forward
-    model.answers.clear()
-    monkeypatch.setattr(model.model, "forward", lambda *args, cache=None, **rest: forward(*args, **rest))
-    assert model.log_likelihood(PAIRS) == pytest.approx(together, abs=1e-4)
+def test_a_transformers_that_calls_the_cache_otherwise_is_as_fast_and_right(folder, model, monkeypatch):
+    """Older versions say past_key_values: what is read once is still read once."""
+    together, kind = model.log_likelihood(PAIRS), type(model.model)
+    forward, seen = kind.forward, []
+
+    def older(self, input_ids, past_key_values=None, **rest):
+        seen.append(past_key_values.get_seq_length())
+        return forward(self, input_ids, cache=past_key_values, **rest)
+
+    monkeypatch.setattr(kind, "forward", older)
+    assert Local(folder).log_likelihood(PAIRS) == pytest.approx(together, abs=1e-4)
+    assert max(seen) > 0
 
 
 def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
