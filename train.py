@@ -333,7 +333,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
         held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
     print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
     if isinstance(author, llm.LanguageModel):
-        author.strings.scored_by(o.rank, author.score)                # an error now where it cannot rank
+        author.strings.scored_by(o.rank, author.score)               # an error now where it cannot rank
         counting = llm.LanguageModel(DryRun(), chars=o.chars)
         print(f"asked of {o.llm}: {cost(counting, corpus, draws, o.rank)}")
     if o.dry_run:
