@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.corpus import Corpus, Passage, documentation, paragraphs, passage, quiet_import, sentences, spoken
+from engine.corpus import Corpus, Passage, documentation, paragraphs, passage, sentences, spoken
 
 LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
     torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
@@ -43,7 +43,7 @@ def builtin_pairs(
     """
     rng = np.random.default_rng(seed)
     source = source_texts()
-    libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
+    libraries = documentation(LIBRARIES)
     libraries += [passage(name, text) for name, text in source["docstring"]]
     pieces = {"own": chunks(corpus), "library": chunks(libraries)}
     calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
