@@ -102,16 +102,10 @@ class Offline:
 
 @functools.cache
 def thesaurus() -> dict[str, list[str]]:
-    """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
+    """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small. Longest terms first."""
     text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
-    rows = re.findall("^([^#:]+): (.+)$", text, re.MULTILINE)
-    return {term: phrases.split(", ") for term, phrases in rows}
-
-
-@functools.cache
-def thesaurus_pattern() -> re.Pattern[str]:
-    longest_first = sorted(map(re.escape, thesaurus()), key=len, reverse=True)
-    return re.compile(rf"\b({'|'.join(longest_first)})\b")
+    rows = dict(re.findall("^([^#:]+): (.+)$", text, re.MULTILINE))
+    return {term: rows[term].split(", ") for term in sorted(rows, key=len, reverse=True)}
 
 
 def everyday(text: str, rng: random.Random, p: float) -> str:
@@ -121,7 +115,7 @@ def everyday(text: str, rng: random.Random, p: float) -> str:
             return rng.choice(thesaurus()[match[1]])
         return match[1]
 
-    return thesaurus_pattern().sub(exchange, text)
+    return re.sub(rf"\b({'|'.join(thesaurus())})\b", exchange, text)
 
 
 # --------------------------------------------------------------------------------------------------
