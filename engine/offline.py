@@ -136,7 +136,6 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
     sentence = re.sub(r"\([^()]*\)|[`*'\"]", " ", sentence).lower()
     words = sentence.strip(" .:").split() or terms(p["title"])
     text = " ".join(words)
-    exchanged = 0.6                                                  # share of the thesaurus's terms
     task = rng.choice(tasks)
     if task == "question answering":
         text = re.sub("^returns? (true|false)( if| iff| when)", "check whether", text)
@@ -146,11 +145,9 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
         n = rng.randint(2, 5)
         start = rng.randrange(max(1, len(content) - n + 1))
         text = " ".join(content[start:start + n])
-    elif task == "fact checking":
-        exchanged = 0.3
-    else:                                                            # sentence similarity
+    elif task == "sentence similarity":
         text = " ".join(w for w in words if rng.random() > 0.25)
-    query = everyday(text, rng, exchanged)
+    query = everyday(text, rng, 0.3 if task == "fact checking" else 0.6)
     if task == "question answering":
         query = rng.choice(ASKED).format(" ".join(query.split()[:14]))
     return task, query.strip() or " ".join(words)
