@@ -169,7 +169,8 @@ def objects(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
         return
     for member_name, member in inside:
         member = getattr(member, "__func__", member)                 # a static, class or bound method's function
-        if not member_name.startswith("_") and (callable(member) or inspect.isdatadescriptor(member)):
+        documented = callable(member) or inspect.isdatadescriptor(member)
+        if documented and not member_name.startswith("_"):
             yield from objects(f"{name}.{member_name}", member)
 
 

@@ -15,7 +15,7 @@ import functools
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,11 @@ class Offline:
         for p in corpus:
             self.counts[p["_id"]] = Counter(terms(f"{p['title']}\n{p['text']}"))
             self.collection.update(self.counts[p["_id"]])
-        self.total = max(1, sum(self.collection.values()))
-        self.paraphrased: dict[str, set[str]] = {}                   # everyday word -> words it says
+        self.total = max(1, self.collection.total())
+        self.paraphrased = defaultdict[str, set[str]](set)           # everyday word -> words it says
         for word, phrases in thesaurus().items():
             for everyday_word in set(terms(" ".join(phrases))) - STOP:
-                self.paraphrased.setdefault(everyday_word, set()).update(terms(word))
+                self.paraphrased[everyday_word].update(terms(word))
 
     def generate(self, passages: Corpus) -> Answers:
         answers: Answers = []
@@ -71,12 +71,14 @@ class Offline:
         return answers
 
     def query_likelihood(self, pairs: Pairs) -> LogProbs:
-        return [self.log_likelihood(terms(q), self.counts[p["_id"]]) for q, p in pairs]
+        return [self.log_likelihood(q, p) for q, p in pairs]
 
-    def log_likelihood(self, query: Sequence[str], counts: Counter[str]) -> float:
+    def log_likelihood(self, query: str, passage: Passage) -> float:
         """sum over the query's words of log p(w | passage)."""
-        length, total = sum(counts.values()), 0.0
-        for w in query:
+        counts = self.counts[passage["_id"]]
+        length = counts.total()
+        total = 0.0
+        for w in terms(query):
             paraphrased = sum(counts[u] for u in self.paraphrased.get(w, ()))
             tf = counts[w] + self.lam * paraphrased
             p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
@@ -93,7 +95,8 @@ class Offline:
         vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
         q = np.stack([vectors[query] for query, _ in pairs])         # (pairs, d)
         p = np.stack([self.vectors[passage["_id"]] for _, passage in pairs])  # (pairs, d)
-        return exact_dot(torch.from_numpy(q), torch.from_numpy(p)).tolist()
+        scores = exact_dot(torch.from_numpy(q), torch.from_numpy(p))  # (pairs)
+        return scores.tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -102,10 +105,11 @@ class Offline:
 
 @functools.cache
 def thesaurus() -> dict[str, list[str]]:
-    """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small. Longest terms first."""
+    """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
     text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
     rows = dict(re.findall("^([^#:]+): (.+)$", text, re.MULTILINE))
-    return {term: rows[term].split(", ") for term in sorted(rows, key=len, reverse=True)}
+    longest_first = sorted(rows, key=len, reverse=True)              # `everyday` takes the first that fits
+    return {term: rows[term].split(", ") for term in longest_first}
 
 
 def everyday(text: str, rng: random.Random, p: float) -> str:
@@ -142,7 +146,8 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
         text = re.sub("^returns? ", "get ", text)
     query = everyday(text, rng, 0.3 if task == "fact checking" else 0.6)
     if task == "question answering":
-        query = rng.choice(ASKED).format(" ".join(query.split()[:14]))
+        query = " ".join(query.split()[:14])
+        query = rng.choice(ASKED).format(query)
     return task, query.strip() or " ".join(words)
 
 

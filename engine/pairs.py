@@ -88,15 +88,16 @@ def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, s
     found = sentences(text)
     kind = rng.random()
     if kind >= 0.7 and len(words) > 3:
-        n = int(rng.integers(3, min(11, len(words))))
-        start = int(rng.integers(len(words) - n + 1))
+        n = rng.integers(3, min(11, len(words)))
+        start = rng.integers(len(words) - n + 1)
         query = " ".join(words[start:start + n])
         if rng.random() < 0.5:
             del words[start:start + n]
             text = " ".join(words)
         return query, title, text
     if kind >= 0.4 and len(found) > 1:
-        query = found.pop(0 if rng.random() < 0.5 else int(rng.integers(len(found))))
+        i = 0 if rng.random() < 0.5 else rng.integers(len(found))
+        query = found.pop(i)
         return query, title if rng.random() < 0.7 else "", " ".join(found)
     query = spoken(title)
     if rng.random() >= 0.5:
