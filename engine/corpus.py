@@ -6,17 +6,14 @@ The corpus is read from the running interpreter: the same Python gives the same 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import io
-import itertools
 import pkgutil
 import re
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -50,19 +47,15 @@ def terms(text: str) -> list[str]:
     >>> terms("csv.DictReader reads"), terms("Größe 北京")
     (['csv', 'dict', 'reader', 'reads'], ['größe', '北', '京', '北京'])
     """
-    text = spoken(text).lower()
-    if text.isascii():
-        return re.findall("[a-z0-9]+", text)
-    found = []
-    # letters, digits, and marks on them: the vowels of many scripts are marks
-    characters = unicodedata.normalize("NFKC", text)
-    letters = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in characters)
-    for word in re.findall(f"[{UNSPACED}]+|[^{UNSPACED} ]+", letters):
-        if re.match(f"[{UNSPACED}]", word):
-            found += [*word, *(a + b for a, b in itertools.pairwise(word))]
-        else:
-            found.append(word)
-    return found
+    text = unicodedata.normalize("NFKC", spoken(text).lower())
+    text = re.sub(r"[^\w\s]|_", mark_or_space, text)
+    words = re.findall(rf"[{UNSPACED}]|[^\s{UNSPACED}]+", text)
+    return words + re.findall(f"(?=([{UNSPACED}]{{2}}))", text)      # pairs overlap
+
+
+def mark_or_space(character: re.Match[str]) -> str:
+    """A mark belongs to its word: the vowels of many scripts are marks. Other signs part words."""
+    return character[0] if unicodedata.category(character[0]).startswith("M") else " "
 
 
 def spoken(name: str) -> str:
@@ -71,7 +64,14 @@ def spoken(name: str) -> str:
     >>> spoken("csv.DictReader.line_num")
     'csv Dict Reader line num'
     """
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).replace(".", " ").replace("_", " ")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|[._]", " ", name)
+
+
+BLANK_LINES = r"\n\s*\n"
+
+
+def paragraphs(text: str) -> list[str]:
+    return re.split(BLANK_LINES, text)
 
 
 def sentences(text: str) -> list[str]:
@@ -80,17 +80,11 @@ def sentences(text: str) -> list[str]:
     >>> sentences("Return x. This is the smallest\\ninteger. It may be big!")
     ['This is the smallest integer.', 'It may be big!']
     """
-    found = []
-    for paragraph in paragraphs(text):
-        line = " ".join(paragraph.split())
-        # a sentence begins with no small Latin letter; those of Chinese and Japanese need no space
-        found += re.split(r"(?<=[.!?:])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])", line)
+    # a sentence begins with no small Latin letter; those of Chinese and Japanese need no space
+    ends = rf"{BLANK_LINES}|(?<=[.!?:])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])"
+    found = [" ".join(part.split()) for part in re.split(ends, text)]
     long_enough = re.compile(rf"\S+\s+\S+\s+\S|[{UNSPACED}]{{4}}")
     return [sentence for sentence in found if long_enough.search(sentence)]
-
-
-def paragraphs(text: str) -> list[str]:
-    return re.split(r"\n\s*\n", text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -99,8 +93,6 @@ def paragraphs(text: str) -> list[str]:
 # Importing these does something (prints, opens a browser, patches), or they hold no public names.
 NOT_IMPORTED = set("""antigravity distutils encodings ensurepip idlelib lib2to3 nt ntpath pydoc_data
     test this turtledemo venv""".split())
-# The same objects under names that nobody types: os and os.path are preferred.
-LAST = ("posix", "posixpath", "genericpath")
 
 
 def builtin_corpus() -> list[Passage]:
@@ -120,118 +112,103 @@ def passage(name: str, text: str) -> Passage:
     return {"_id": name, "title": name, "text": text.strip()}
 
 
-def stdlib_modules() -> dict[str, ModuleType]:
-    """Every public module of the standard library that can be imported here, by name."""
-    found: dict[str, ModuleType] = {}
+def stdlib_modules() -> Iterator[str]:
+    """Names of the public modules of the standard library that can be imported here."""
     for name in sorted(sys.stdlib_module_names):
         if not name.startswith("_") and name not in NOT_IMPORTED:
-            found.update(with_submodules(name))
-    found["os.path"] = quiet_import("os.path")
-    return found
+            yield from with_submodules(name)
+    yield "os.path"
 
 
-def with_submodules(name: str) -> Iterator[tuple[str, ModuleType]]:
+def with_submodules(name: str) -> Iterator[str]:
     try:
-        module = quiet_import(name)
+        module = importlib.import_module(name)
     except ImportError:                                              # another platform's module
         return
-    yield name, module
+    yield name
     for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
         if not child.name.startswith("_") and child.name not in ("test", "tests"):
             yield from with_submodules(f"{name}.{child.name}")
 
 
-def quiet_import(name: str) -> ModuleType:
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        return importlib.import_module(name)
-
-
-def documentation(modules: dict[str, ModuleType]) -> list[Passage]:
+def documentation(modules: Iterable[str]) -> list[Passage]:
     """What pydoc would show of each public object, once, under its shortest public name."""
     rows: dict[str, Passage] = {}                                    # name -> row
     texts: set[str] = set()
-    seen: dict[int, Any] = {}                                        # keeps objects alive, so that ids stay unique
+    seen: set[int] = set()                                           # ids of objects, which `things` keeps alive
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                              # deprecated names, on access
-        for name, thing in sorted(objects(modules), key=lambda pair: name_order(pair[0])):
-            thing = getattr(thing, "__func__", thing)                # a bound method's function
-            text = doc_text(name, thing, modules)
+        warnings.simplefilter("ignore")                              # deprecated modules and names
+        things = list[tuple[str, Any]]()
+        # subtle: all are imported first, since a submodule may take the name of a function
+        for module in list(modules):
+            things += objects(module, importlib.import_module(module))
+        for name, thing in sorted(things, key=name_order):
+            text = doc_text(name, thing)
             if text and text not in texts and name not in rows and id(thing) not in seen:
                 rows[name] = passage(name, text)
                 texts.add(text)
-            seen[id(thing)] = thing
+            seen.add(id(thing))
     return [rows[name] for name in sorted(rows)]
 
 
-def name_order(name: str) -> tuple[Any, ...]:
+def name_order(named: tuple[str, Any]) -> tuple[Any, ...]:
     """Of several names for one object the corpus keeps the first in this order."""
-    last, builtin = name.split(".")[0] in LAST, name.startswith("builtins.")
-    return last, name.count("."), not builtin, len(name), name
+    name = named[0]
+    hardly_typed = name.startswith(("posix", "genericpath"))         # but os and os.path
+    return hardly_typed, name.count("."), not name.startswith("builtins."), len(name), name
 
 
-def objects(modules: dict[str, ModuleType]) -> Iterator[tuple[str, Any]]:
-    """(qualified name, object) of modules, their public functions and classes, and methods."""
-    for module_name, module in modules.items():
-        yield module_name, module
-        for name in public_names(module_name, module):
-            thing = getattr(module, name, None)
-            if callable(thing):
-                yield f"{module_name}.{name}", thing
-            if inspect.isclass(thing):
-                yield from members(f"{module_name}.{name}", thing)
+def objects(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
+    """(qualified name, object) of a module or a class and of what is public in it, or of a function."""
+    yield name, thing
+    if inspect.ismodule(thing):
+        inside = module_members(name, thing)
+    elif inspect.isclass(thing):
+        inside = class_members(thing)
+    else:
+        return
+    for member_name, member in inside:
+        member = getattr(member, "__func__", member)                 # a static, class or bound method's function
+        documented = callable(member) or inspect.isdatadescriptor(member)
+        if documented and not member_name.startswith("_"):
+            yield from objects(f"{name}.{member_name}", member)
 
 
-def public_names(module_name: str, module: ModuleType) -> list[str]:
-    """`__all__`, or else what the module (or a private one behind it) defines itself."""
-    names = getattr(module, "__all__", None)
-    if names is None:
-        names = [name for name, thing in vars(module).items() if defined_in(module_name, thing)]
-    return sorted(name for name in names if not name.startswith("_"))
+def module_members(module_name: str, module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """`__all__`, or else what the module's own package, or a private module behind it, defines."""
+    all_is_own = hasattr(module, "__all__") or module_name == "builtins"
+    own = module_name.split(".")[0], "builtins"
+    for name in getattr(module, "__all__", list(vars(module))):
+        thing = getattr(module, name, None)
+        home = (getattr(thing, "__module__", None) or "builtins").split(".")[0]
+        if all_is_own or home in own or home.startswith("_"):
+            yield name, thing
 
 
-def defined_in(module_name: str, thing: Any) -> bool:
-    """Whether the object was made in the module's own package, or in a private module behind it."""
-    home = getattr(thing, "__module__", None)
-    if not isinstance(home, str) or module_name == "builtins":
-        return True
-    package, own_package = home.split(".")[0], module_name.split(".")[0]
-    return package in (own_package, "builtins") or package.startswith("_")
-
-
-def members(class_name: str, cls: type) -> Iterator[tuple[str, Any]]:
-    """Public methods, properties and nested classes of a class, and of private classes behind it."""
+def class_members(cls: type) -> Iterator[tuple[str, Any]]:
+    """What stands in a class, and in private classes behind it; of other classes those made within it."""
     for base in cls.__mro__:
-        private = base.__name__.startswith("_") or str(base.__module__).startswith("_")
-        if base is not cls and not private:
-            continue
-        for name, thing in sorted(vars(base).items()):
-            thing = getattr(thing, "__func__", thing)                # static and class methods
-            if name.startswith("_"):
-                continue
-            if not inspect.isclass(thing):
-                if callable(thing) or inspect.isdatadescriptor(thing):
-                    yield f"{class_name}.{name}", thing
-            elif thing.__qualname__.startswith(cls.__qualname__ + "."):
-                yield f"{class_name}.{name}", thing
-                yield from members(f"{class_name}.{name}", thing)
+        private = base.__name__.startswith("_") or base.__module__.startswith("_")
+        if base is cls or private:
+            for name, thing in vars(base).items():
+                if not inspect.isclass(thing) or thing.__qualname__.startswith(f"{cls.__qualname__}."):
+                    yield name, thing
 
 
-def doc_text(name: str, thing: Any, modules: dict[str, ModuleType]) -> str:
+def doc_text(name: str, thing: Any) -> str:
     """The docstring; a class may have it on __init__; an exported name without one, its signature."""
     doc = getattr(thing, "__doc__", None)
     if inspect.isclass(thing):                                       # its own, not an inherited one
         own = vars(thing)
         doc = own.get("__doc__") or getattr(own.get("__init__"), "__doc__", None)
     text = inspect.cleandoc(doc) if isinstance(doc, str) else ""
-    if not text.strip():
-        text = signature(name, thing, modules)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", text).strip()           # addresses differ from run to run
+    text = text.strip() or signature(name, thing)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)                   # addresses differ from run to run
 
 
-def signature(name: str, thing: Any, modules: dict[str, ModuleType]) -> str:
+def signature(name: str, thing: Any) -> str:
     module, _, last = name.rpartition(".")
-    if last not in getattr(modules.get(module), "__all__", ()):
+    if last not in getattr(sys.modules.get(module), "__all__", ()):
         return ""
     try:
         text = f"{last}{inspect.signature(thing)}"

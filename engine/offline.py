@@ -15,7 +15,7 @@ import functools
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,11 @@ class Offline:
         for p in corpus:
             self.counts[p["_id"]] = Counter(terms(f"{p['title']}\n{p['text']}"))
             self.collection.update(self.counts[p["_id"]])
-        self.total = max(1, sum(self.collection.values()))
-        self.paraphrased: dict[str, set[str]] = {}                   # everyday word -> words it says
+        self.total = max(1, self.collection.total())
+        self.paraphrased = defaultdict[str, set[str]](set)           # everyday word -> words it says
         for word, phrases in thesaurus().items():
             for everyday_word in set(terms(" ".join(phrases))) - STOP:
-                self.paraphrased.setdefault(everyday_word, set()).update(terms(word))
+                self.paraphrased[everyday_word].update(terms(word))
 
     def generate(self, passages: Corpus) -> Answers:
         answers: Answers = []
@@ -71,12 +71,14 @@ class Offline:
         return answers
 
     def query_likelihood(self, pairs: Pairs) -> LogProbs:
-        return [self.log_likelihood(terms(q), self.counts[p["_id"]]) for q, p in pairs]
+        return [self.log_likelihood(q, p) for q, p in pairs]
 
-    def log_likelihood(self, query: Sequence[str], counts: Counter[str]) -> float:
+    def log_likelihood(self, query: str, passage: Passage) -> float:
         """sum over the query's words of log p(w | passage)."""
-        length, total = sum(counts.values()), 0.0
-        for w in query:
+        counts = self.counts[passage["_id"]]
+        length = counts.total()
+        total = 0.0
+        for w in terms(query):
             paraphrased = sum(counts[u] for u in self.paraphrased.get(w, ()))
             tf = counts[w] + self.lam * paraphrased
             p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
@@ -93,7 +95,8 @@ class Offline:
         vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
         q = np.stack([vectors[query] for query, _ in pairs])         # (pairs, d)
         p = np.stack([self.vectors[passage["_id"]] for _, passage in pairs])  # (pairs, d)
-        return exact_dot(torch.from_numpy(q), torch.from_numpy(p)).tolist()
+        scores = exact_dot(torch.from_numpy(q), torch.from_numpy(p))  # (pairs)
+        return scores.tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -104,14 +107,9 @@ class Offline:
 def thesaurus() -> dict[str, list[str]]:
     """{"directory": ["folder"], ...}: what an LLM knows of everyday words, in very small."""
     text = Path(__file__).with_name("thesaurus.txt").read_text(encoding="utf-8")
-    rows = re.findall("^([^#:]+): (.+)$", text, re.MULTILINE)
-    return {term: phrases.split(", ") for term, phrases in rows}
-
-
-@functools.cache
-def thesaurus_pattern() -> re.Pattern[str]:
-    longest_first = sorted(map(re.escape, thesaurus()), key=len, reverse=True)
-    return re.compile(rf"\b({'|'.join(longest_first)})\b")
+    rows = dict(re.findall("^([^#:]+): (.+)$", text, re.MULTILINE))
+    longest_first = sorted(rows, key=len, reverse=True)              # `everyday` takes the first that fits
+    return {term: rows[term].split(", ") for term in longest_first}
 
 
 def everyday(text: str, rng: random.Random, p: float) -> str:
@@ -121,7 +119,7 @@ def everyday(text: str, rng: random.Random, p: float) -> str:
             return rng.choice(thesaurus()[match[1]])
         return match[1]
 
-    return thesaurus_pattern().sub(exchange, text)
+    return re.sub(rf"\b({'|'.join(thesaurus())})\b", exchange, text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,24 +139,15 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
     sentence = re.split("-+>", sentence)[-1]                         # "f(x) -> what it returns"
     sentence = re.sub(r"\([^()]*\)|[`*'\"]", " ", sentence).lower()
     words = sentence.strip(" .:").split() or terms(p["title"])
-    text = " ".join(words)
-    exchanged = 0.6                                                  # share of the thesaurus's terms
     task = rng.choice(tasks)
+    text = " ".join(shortened(words, task, rng))
     if task == "question answering":
         text = re.sub("^returns? (true|false)( if| iff| when)", "check whether", text)
         text = re.sub("^returns? ", "get ", text)
-    elif task == "search result":
-        content = [w for w in words if w not in STOP] or words
-        n = rng.randint(2, 5)
-        start = rng.randrange(max(1, len(content) - n + 1))
-        text = " ".join(content[start:start + n])
-    elif task == "fact checking":
-        exchanged = 0.3
-    else:                                                            # sentence similarity
-        text = " ".join(w for w in words if rng.random() > 0.25)
-    query = everyday(text, rng, exchanged)
+    query = everyday(text, rng, 0.3 if task == "fact checking" else 0.6)
     if task == "question answering":
-        query = rng.choice(ASKED).format(" ".join(query.split()[:14]))
+        query = " ".join(query.split()[:14])
+        query = rng.choice(ASKED).format(query)
     return task, query.strip() or " ".join(words)
 
 
@@ -168,17 +157,21 @@ def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     statements = sentences(text) or [text]
     if title.count(" ") > 2:
         statements.append(title)
-    statement = rng.choice(statements)
-    statement = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", statement)
+    statement = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", rng.choice(statements))
     words = statement.strip(" .;:,").split() or text.split()
     words = words[:18]
     # a question would need grammar; a statement is said twice as often as the others
     task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
+    return task, " ".join(shortened(words, task, rng) or words)
+
+
+def shortened(words: list[str], task: str, rng: random.Random) -> list[str]:
+    """What is said for a task: a few words that say something, most of the words, or all."""
+    if task == "search result":
+        content = [w for w in words if w.lower() not in STOP] or words
+        n = rng.randint(2, 5)
+        start = rng.randrange(max(1, len(content) - n + 1))
+        return content[start:start + n]
     if task == "sentence similarity":
-        words = [w for w in words if rng.random() > 0.2] or words
-    elif task == "search result":
-        words = [w for w in words if w.lower() not in STOP] or words
-        start = rng.randrange(max(1, len(words) - 4))
-        stop = start + rng.randint(3, 6)
-        words = words[start:stop]
-    return task, " ".join(words)
+        return [w for w in words if rng.random() > 0.25]
+    return words

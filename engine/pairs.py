@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import itertools
 import re
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.corpus import Corpus, Passage, documentation, paragraphs, passage, quiet_import, sentences, spoken
+from engine.corpus import Corpus, Passage, documentation, paragraphs, passage, sentences, spoken
 
 LIBRARIES = """numpy numpy.linalg numpy.fft numpy.random numpy.ma numpy.char numpy.polynomial torch
     torch.nn torch.nn.functional torch.nn.init torch.linalg torch.fft torch.special torch.optim
     torch.optim.lr_scheduler torch.distributions torch.utils.data torch.autograd""".split()
 Texts = tuple[str, str]  # what people write about code, and the code
-# Packages whose source is read as text; those that torch does not bring here are skipped.
-SOURCES = ("stdlib", "numpy", "torch", "networkx", "sympy")
+# Their source is read as text, with all that lies beside or below it: csv's folder is the standard library.
+SOURCES = ("csv", "numpy", "torch", "networkx", "sympy")
 
 
 def builtin_pairs(
@@ -43,13 +42,13 @@ def builtin_pairs(
     """
     rng = np.random.default_rng(seed)
     source = source_texts()
-    libraries = documentation({name: quiet_import(name) for name in LIBRARIES})
+    libraries = documentation(LIBRARIES)
     libraries += [passage(name, text) for name, text in source["docstring"]]
     pieces = {"own": chunks(corpus), "library": chunks(libraries)}
     calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
-    shares = [0.4, 0.15, 0.15, 0.3] if all(calling) else [0.5, 0.3, 0.2, 0]
-    for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=shares):
+    kinds = ["own", "library", "commented", "calling"]
+    for kind in rng.choice(kinds, size=count, p=[0.4, 0.15, 0.15, 0.3]):
         title = ""
         if kind in pieces:
             query, title, text = title_body_pair(pick(pieces[kind], rng), rng)
@@ -73,14 +72,12 @@ def chunks(corpus: Corpus) -> list[Passage]:
     """Long passages in pieces of whole paragraphs that a small encoder can read, under their titles."""
     found = []
     for row in corpus:
-        piece = ""
+        pieces = [""]
         for paragraph in filter(str.strip, paragraphs(row["text"])):
-            longer = f"{piece}\n\n{paragraph}"
-            if piece and len(longer.split()) > 60:                   # words
-                found.append(passage(row["title"], piece))
-                longer = paragraph
-            piece = longer
-        found.append(passage(row["title"], piece))
+            if pieces[-1] and len(f"{pieces[-1]} {paragraph}".split()) > 60:  # words
+                pieces.append("")
+            pieces[-1] += f"\n\n{paragraph}"
+        found += [passage(row["title"], piece) for piece in pieces]
     return found
 
 
@@ -91,14 +88,16 @@ def title_body_pair(row: Passage, rng: np.random.Generator) -> tuple[str, str, s
     found = sentences(text)
     kind = rng.random()
     if kind >= 0.7 and len(words) > 3:
-        n = int(rng.integers(3, min(11, len(words))))
-        start = int(rng.integers(len(words) - n + 1))
-        stop = start + n
+        n = rng.integers(3, min(11, len(words)))
+        start = rng.integers(len(words) - n + 1)
+        query = " ".join(words[start:start + n])
         if rng.random() < 0.5:
-            text = " ".join(words[:start] + words[stop:])
-        return " ".join(words[start:stop]), title, text
+            del words[start:start + n]
+            text = " ".join(words)
+        return query, title, text
     if kind >= 0.4 and len(found) > 1:
-        query = found.pop(0 if rng.random() < 0.5 else int(rng.integers(len(found))))
+        i = 0 if rng.random() < 0.5 else rng.integers(len(found))
+        query = found.pop(i)
         return query, title if rng.random() < 0.7 else "", " ".join(found)
     query = spoken(title)
     if rng.random() >= 0.5:
@@ -125,13 +124,10 @@ def source_texts() -> dict[str, list[Texts]]:
 
 def source_files() -> Iterator[Path]:
     for name in SOURCES:
-        if name == "stdlib":
-            root = Path(sysconfig.get_paths()["stdlib"])
-        else:
-            spec = importlib.util.find_spec(name)
-            if spec is None or spec.origin is None:                  # a package that is not here
-                continue
-            root = Path(spec.origin).parent
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:                      # torch does not bring it here
+            continue
+        root = Path(spec.origin).parent
         for path in sorted(root.rglob("*.py")):
             if "site-packages" not in path.relative_to(root).parts:
                 yield path
@@ -157,10 +153,10 @@ def comments(lines: list[str]) -> Iterator[Texts]:
 def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
     """Of each function and class, read from its first lines, by the kinds of `source_texts`."""
     for i, line in enumerate(lines):
-        start = re.match(r"(\s*)(?:async def|def|(class)) (\w+)", line)
+        start = re.match(r"(\s*)(async def|def|class) (\w+)", line)
         if start is None:
             continue
-        indent, is_class, name = start.groups()
+        indent, keyword, name = start.groups()
         inside = re.compile(rf"\s{{{len(indent) + 1}}}|\s*$")      # deeper, or blank
         body = "\n".join(itertools.takewhile(inside.match, lines[i + 1:i + 30]))
         before, _, rest = body.partition('"""')
@@ -168,7 +164,7 @@ def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
         if before.strip() not in ("", "r"):                          # a text further down, no docstring
             doc, code = "", body
         first = " ".join(paragraphs(doc.strip())[0].split())
-        if not is_class:
+        if keyword != "class":
             yield "function", spoken(name).strip(), code
             if len(first.split()) >= 4:
                 yield "function", first, code
@@ -192,21 +188,18 @@ def with_calls(corpus: Corpus, pairs: Sequence[Texts]) -> list[tuple[str, list[i
         passages[name] = [i]
         passages.setdefault("." + name.rpartition(".")[2], []).append(i)
     modules = {name.partition(".")[0] for name in passages} - set(TYPES)
-    for method, same in passages.items():
-        if method.startswith("."):
-            likely = [passages[kind + method] for kind in TYPES if kind + method in passages]
-            if likely:
-                passages[method] = likely[0]
-            elif len(same) > 2:                                      # many classes have it
-                passages[method] = []
     found = []
     for words, code in pairs:
         called = {}                                                  # each once, in order
         for call in re.findall(r"([A-Za-z_][\w.]*)\(", code):
             first, dot, _ = call.partition(".")
             if call not in passages and dot and first not in modules:
-                call = "." + call.rpartition(".")[2]
-            called.update(dict.fromkeys(passages.get(call, [])))
+                method = "." + call.rpartition(".")[2]
+                likely = [kind + method for kind in TYPES if kind + method in passages]
+                call = likely[0] if likely else method
+            same = passages.get(call, [])
+            if len(same) <= 2:                                       # else many classes have it
+                called.update(dict.fromkeys(same))
         if 0 < len(called) <= 6:
             found.append((words, list(called)))
     return found
