@@ -139,11 +139,18 @@ def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str
     sentence = re.split("-+>", sentence)[-1]                         # "f(x) -> what it returns"
     sentence = re.sub(r"\([^()]*\)|[`*'\"]", " ", sentence).lower()
     words = sentence.strip(" .:").split() or terms(p["title"])
+    text = " ".join(words)
     task = rng.choice(tasks)
-    text = " ".join(shortened(words, task, rng))
     if task == "question answering":
         text = re.sub("^returns? (true|false)( if| iff| when)", "check whether", text)
         text = re.sub("^returns? ", "get ", text)
+    elif task == "search result":
+        content = [w for w in words if w not in STOP] or words
+        n = rng.randint(2, 5)
+        start = rng.randrange(max(1, len(content) - n + 1))
+        text = " ".join(content[start:start + n])
+    elif task == "sentence similarity":
+        text = " ".join(w for w in words if rng.random() > 0.25)
     query = everyday(text, rng, 0.3 if task == "fact checking" else 0.6)
     if task == "question answering":
         query = " ".join(query.split()[:14])
@@ -157,21 +164,17 @@ def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
     statements = sentences(text) or [text]
     if title.count(" ") > 2:
         statements.append(title)
-    statement = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", rng.choice(statements))
+    statement = rng.choice(statements)
+    statement = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", statement)
     words = statement.strip(" .;:,").split() or text.split()
     words = words[:18]
     # a question would need grammar; a statement is said twice as often as the others
     task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
-    return task, " ".join(shortened(words, task, rng) or words)
-
-
-def shortened(words: list[str], task: str, rng: random.Random) -> list[str]:
-    """What is said for a task: a few words that say something, most of the words, or all."""
-    if task == "search result":
-        content = [w for w in words if w.lower() not in STOP] or words
-        n = rng.randint(2, 5)
-        start = rng.randrange(max(1, len(content) - n + 1))
-        return content[start:start + n]
     if task == "sentence similarity":
-        return [w for w in words if rng.random() > 0.25]
-    return words
+        words = [w for w in words if rng.random() > 0.2] or words
+    elif task == "search result":
+        words = [w for w in words if w.lower() not in STOP] or words
+        start = rng.randrange(max(1, len(words) - 4))
+        stop = start + rng.randint(3, 6)
+        words = words[start:stop]
+    return task, " ".join(words)
