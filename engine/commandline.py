@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ def parsed(parser: argparse.ArgumentParser) -> Arguments:
     """The command line; InputError for a number that no command takes, before anything is read or written."""
     args = parser.parse_args()
     for name, value in vars(args).items():
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):  # as Python reads bytes that are none
+            raise InputError(f"{name} {value!a} is not UTF-8; set the terminal to it")
         if not isinstance(value, int | float) or name in ("first", "positive_from"):
             continue
         if not 0 <= value < math.inf or value == 0 and name in ABOVE_0:

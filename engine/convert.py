@@ -88,22 +88,23 @@ NLI = {"0": "entailment", "1": "neutral", "2": "contradiction", "-1": "-"}   # t
 
 def nli(paths: Iterable[str], left_out: Counter[str], *_: Any) -> Iterator[Row]:
     """SNLI, MNLI and their like: a premise, what it entails, what contradicts it."""
-    entailed: list[tuple[str, str]] = []
+    entailed: dict[tuple[str, str], None] = {}                       # each once
     against = defaultdict[str, list[Passage]](list)
     for where, row in read_table(paths):
         label = label_in(where, row, "gold_label", "label").lower()
         label = NLI.get(label, label)
-        premise = text_in(where, row, "sentence1", "premise")
-        hypothesis = text_in(where, row, "sentence2", "hypothesis")
         if label not in NLI.values():
             raise InputError(f"{where}: label {label!r}; want {', '.join(NLI.values())} or {', '.join(NLI)}")
+        left_out[f"rows of the label {label}"] += label in ("neutral", "-")
+        if label == "-":
+            continue
+        premise = text_in(where, row, "sentence1", "premise")
+        hypothesis = text_in(where, row, "sentence2", "hypothesis")
         if label == "entailment":
-            entailed.append((premise, hypothesis))
+            entailed[premise, hypothesis] = None
         elif label == "contradiction":
             against[premise].append(text_only(hypothesis))
-        else:
-            left_out[f"rows of the label {label}"] += 1
-    left_out["premises that entail nothing"] += len(against.keys() - dict(entailed))
+    left_out["premises that entail nothing"] += len(against.keys() - {premise for premise, _ in entailed})
     for premise, hypothesis in entailed:
         yield Row(premise, text_only(hypothesis), against[premise], symmetric=True)
 
@@ -179,8 +180,10 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
 
     Negatives are kept where a file has them; a row with a label is a pair only if its label says so.
     """
+    labels = set()                                                   # columns
     for where, row in read_table(paths):
         label = next((name for name in LABELS if name in row), None)
+        labels.add(label or "none, where all rows are pairs")
         if label and not is_pair(where, label, row[label], c.positive_from):
             left_out[f"rows whose {label} says that they are no pair"] += 1
             continue
@@ -192,6 +195,7 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
             left_out["queries without a positive"] += 1
         for positive in positives:
             yield Row(query, positive, negatives, symmetric=name in ("sentence2", "question2"))
+    print(f"  the column that says what is a pair: {', '.join(sorted(labels))}")
 
 
 def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:

@@ -167,11 +167,12 @@ def bm25(corpus: Corpus) -> Callable[[str], np.ndarray]:
     for passage, count in enumerate(counts):
         for term, tf in count.items():
             postings[term].append((passage, tf))
+    columns = {term: np.array(rows).T for term, rows in postings.items()}   # (2, n) each
 
     def scores_of(query: str) -> np.ndarray:
         scores = np.zeros(P)
-        for term in filter(postings.__contains__, terms(query)):
-            passages, tf = np.array(postings[term]).T                # (n) twice
+        for term in filter(columns.__contains__, terms(query)):
+            passages, tf = columns[term]                             # (n) twice
             n = len(tf)
             idf = math.log(1 + (P - n + 0.5) / (n + 0.5))
             scores[passages] += idf * (tf * (K1 + 1) / (tf + norm[passages]))

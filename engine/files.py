@@ -31,7 +31,7 @@ class InputError(ValueError):
 def read_json(path: Path, kind: type = object) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({first_line(error)}); write or copy it again"
                          ) from error
     if not isinstance(content, kind):
@@ -122,7 +122,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
                 if "\\ud" in line.lower():                           # the escape of a half, or of both
                     json.dumps(row, ensure_ascii=False).encode()
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{where}: not JSON ({error}); one JSON object a line") from error
             if not isinstance(row, dict):
                 raise InputError(f"{where}: not a JSON object; one JSON object a line")

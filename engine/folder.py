@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,14 +42,15 @@ FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decode
 NUMBERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
            "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
            "attention_probs_dropout_prob", "pad_token_id")
-# the encoder's parameters, with the prefix that they have in a checkpoint with heads
+# the encoder's parameters, with the prefix that they have in a checkpoint with heads; parts that no vector needs
 PARAMETER = r"(?:bert\.|roberta\.)?((?:embeddings|encoder)\..+(?<!_ids))"
+UNUSED = r"(?:bert\.|roberta\.)?(?:pooler|cls|lm_head|classifier|qa_outputs)\..+|.+_ids"
 # settings of tokenizer_config.json that transformers puts over those of tokenizer.json, and their names there
 OVERRIDES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents",
              "tokenize_chinese_chars": "handle_chinese_chars", "add_prefix_space": "add_prefix_space"}
 # what is fetched from the hub
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "modules.json",
-         "1_Pooling/config.json", "gecko.json", "sentence_*_config.json", "config_sentence_transformers.json")
+         "*_Pooling/config.json", "gecko.json", "sentence_*_config.json", "config_sentence_transformers.json")
 
 
 def fetch(name: str | Path) -> Path:
@@ -96,7 +98,7 @@ def read_folder(path: Path) -> Folder:
                              "supported, and a .bin is a pickle and is never opened")
     with readable(path):
         config = read_config(path / "config.json")
-        settings, ours = read_optional(path / "tokenizer_config.json"), read_optional(path / "gecko.json")
+        settings = read_optional(path / "tokenizer_config.json")
         sentence: Json = {}
         for file in path.glob("sentence_*_config.json"):             # named after the encoder by older versions
             sentence = read_json(file, dict)
@@ -104,15 +106,21 @@ def read_folder(path: Path) -> Folder:
         if sentence.get("do_lower_case"):
             parts = [normalizers.Lowercase(), tokenizer.normalizer]
             tokenizer.normalizer = normalizers.Sequence([part for part in parts if part])
-        length = sentence.get("max_seq_length") or settings.get("model_max_length")
+        wanted = sentence.get("max_seq_length") or settings.get("model_max_length") or math.inf
+        length = int(min(wanted, config["max_position_embeddings"]))
+        if length <= tokenizer.num_special_tokens_to_add(False):
+            raise InputError(f"{path}: a length of {length} tokens leaves none for the text")
+        dims = list(read_json(path / "config.json").get("matryoshka_dimensions") or [])
+        if not all(1 <= dim <= config["hidden_size"] for dim in dims):
+            raise InputError(f"{path}: dims {dims} are not all from 1 to {config['hidden_size']}")
         return Folder(
             config=config,
             weights=read_weights(path / "model.safetensors"),
             tokenizer=tokenizer,
-            max_length=int(length or config["max_position_embeddings"]),
-            dims=list(read_json(path / "config.json").get("matryoshka_dimensions") or []),
+            max_length=length,
+            dims=dims,
             prompts=read_prompts(path / "config_sentence_transformers.json", check_modules(path)),
-            formats=ours["formats"] if ours else None,
+            formats=read_formats(path / "gecko.json"),
         )
 
 
@@ -128,10 +136,11 @@ def read_config(path: Path) -> Json:
     config = {"model_type": kind, "pad_token_id": 0 if kind == "bert" else 1}
     for key in NUMBERS:
         value = raw.get(key)
-        if isinstance(value, (int, float)):
+        kinds = (int, float) if key.endswith(("_eps", "_prob")) else (int,)
+        if type(value) in kinds and value >= 0:
             config[key] = value
         elif value is not None:
-            raise InputError(f"{path}: {key} is {value!r}, not a number; save the model again")
+            raise InputError(f"{path}: {key} is {value!r}, not a number that it may be; save the model again")
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads == 0 or d % heads):
         raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")
@@ -140,13 +149,18 @@ def read_config(path: Path) -> Json:
 
 def check_modules(path: Path) -> bool:
     """modules.json and 1_Pooling: encoder, mean over all tokens; true where vectors are made of length 1."""
-    listed, pooling = path / "modules.json", path / "1_Pooling/config.json"
-    kinds = ["Transformer", "Pooling"]
+    listed = path / "modules.json"
+    modules = [{"type": "Transformer"}, {"type": "Pooling", "path": "1_Pooling"}]
     if listed.is_file():
-        kinds = [str(module.get("type")).split(".")[-1] for module in read_json(listed, list)]
+        modules = read_json(listed, list)
+    kinds = [str(module.get("type")).split(".")[-1] for module in modules]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
                          "Transformer, Pooling and Normalize, in this order, are")
+    place = str(modules[1].get("path"))
+    if not re.fullmatch(r"\w[\w.-]*", place):
+        raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")
+    pooling = path / place / "config.json"
     if listed.is_file() or pooling.is_file():
         raw = read_json(pooling, dict)
         flags = [key for key, on in raw.items() if key.startswith("pooling_mode_") and on]   # of older versions
@@ -165,6 +179,8 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             parameter = re.fullmatch(PARAMETER, name)
             if parameter:
                 weights[parameter[1]] = x
+            elif not re.fullmatch(UNUSED, name):
+                raise InputError(f"{file}: the weights hold {name}, which is no part of this encoder")
     return weights
 
 
@@ -203,6 +219,17 @@ def read_prompts(path: Path, normalised: bool) -> dict[str, str]:
     prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text}
     default = prompts.get(settings.get("default_prompt_name"), "")
     return {"query": default, "corpus": default, **prompts}
+
+
+def read_formats(path: Path) -> dict[str, str] | None:
+    """Ours, of queries and passages; None where another made the folder."""
+    if not path.is_file():
+        return None
+    stated = read_json(path, dict)["formats"]
+    formats = {name: str(stated[name]) for name in ("query", "passage")}
+    if not all("{text}" in form for form in formats.values()):
+        raise InputError(f"{path}: a format without {{text}} makes all texts one; give it a place")
+    return formats
 
 
 # --------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
             good = all(c["id"] for c in row["candidates"]) and scores and all(map(math.isfinite, scores))
         except (LookupError, TypeError, OverflowError):
             good = False
-        if not good:
+        if not good or not row.keys() >= {"seed_id", "positive_id", "negative_id", "negative", "symmetric"}:
             raise InputError(f"{where}: no record with candidates; give a file that `llm.py mine` wrote")
         check_record(where, row)
         relabelled = row["positive_id"] != row["seed_id"]

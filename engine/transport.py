@@ -40,9 +40,9 @@ class RetryableError(Exception):
     """What the server says may pass."""
 
 
-# the request fails, or the reply is malformed
-MAY_PASS = (RetryableError, OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
-            ArithmeticError, RecursionError)
+NO_REPLY = (RetryableError, OSError, http.client.HTTPException)
+# or the reply is malformed
+MAY_PASS = (*NO_REPLY, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Connection(threading.local):
@@ -123,11 +123,12 @@ class Server:
                 raise
             except MAY_PASS as error:
                 reason = self.quoted(f"no sound reply ({type(error).__name__}: {error})")
+                replied = self.ready or not isinstance(error, NO_REPLY)
                 if isinstance(error, TimeoutError) and not self.ready:
                     break
             self.connection.http.close()                             # which may be in the midst of a reply
             self.stopped.wait(pause)
-        if self.ready:
+        if replied:
             raise CallFailed(f"{reason}, {len(PAUSES)} times")
         raise LLMError(f"{self.url} does not answer: {reason}; is it busy, or loading its model? "
                        f"(--timeout {self.timeout:g})")

@@ -1,7 +1,7 @@
 """The vectors of a corpus, kept on disk: a text is encoded once, and again only by another model, or where another
 corpus of the same name has been searched since.
 
-The file holds each text's vector under a key made of the text and the model: another model's vectors are never
+The file holds a vector of each text, and a key made of the text and the model: another model's vectors are never
 found. A file that is torn counts for nothing and is written anew.
 """
 
@@ -25,21 +25,25 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     folder = folder.resolve()
     path = folder.with_name(f"{folder.name}.vectors") / f"{corpus.resolve().name}.safetensors"
     made_by = model_key(model)
-    keys = [hashlib.blake2b(text.encode(), digest_size=16, key=made_by).hexdigest() for text in texts]
-    known: dict[str, np.ndarray] = {}                                # (d) each
-    with contextlib.suppress(OSError, SafetensorError):              # no file yet, or a torn one
-        known = load_file(path)
+    keys = [hashlib.blake2b(text.encode(), digest_size=16, key=made_by).digest() for text in texts]
+    known: dict[bytes, np.ndarray] = {}                              # (d) each
+    with contextlib.suppress(OSError, SafetensorError, KeyError):    # no file yet, a torn one, or another's
+        kept = load_file(path)
+        known.update(zip(map(bytes, kept["keys"]), kept["vectors"], strict=True))
     new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
     if new:
         x = model.encode(list(new.values()), progress="passages")    # (new, d)
         say_lost(model, "passages")
         known.update(zip(new, x, strict=True))
+    vectors = np.stack([known[key] for key in keys])                 # (len(texts), d)
+    if new:
+        numbers = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
         try:                                                         # else the next search takes as long as this
             with file_beside(path) as file:
-                save_file({key: known[key] for key in keys}, file)
+                save_file({"keys": numbers, "vectors": vectors}, file)
         except (OSError, SafetensorError) as error:
             say(vectors=f"not kept ({first_line(error)})")
-    return np.stack([known[key] for key in keys])                    # (len(texts), d)
+    return vectors
 
 
 def rows_to_encode(path: str, passages: bool) -> Iterator[tuple[str, str]]:

@@ -115,6 +115,7 @@ class FakeServer:
         self.kind, self.faults, self.latency, self.rng = kind, faults, latency, random.Random(seed)
         self.bodies: list[tuple[str, Any]] = []
         self.keys: set[str] = set()
+        self.models: Any = {"data": [{"id": "tiny"}]}
         self.script: list[str] = []                      # faults to come, before the random ones
         self.spoiled: dict[str, int] = {}
         fake = self
@@ -124,7 +125,7 @@ class FakeServer:
 
             def do_GET(self) -> None:
                 fake.keys.add(self.headers.get("Authorization", ""))
-                self.reply(200, {"data": [{"id": "tiny"}]})
+                self.reply(200, fake.models)
 
             def do_POST(self) -> None:
                 data = self.rfile.read(int(self.headers["Content-Length"]))

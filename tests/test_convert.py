@@ -145,6 +145,13 @@ def two_texts(*labels, name="label"):
     return [{"sentence1": f"a{i}", "sentence2": f"b{i}", name: label} for i, label in enumerate(labels)]
 
 
+def test_what_was_taken_for_the_label_is_said(tmp_path, command):
+    for name, said in (("is_duplicate", "what is a pair: is_duplicate"),
+                       ("something", "what is a pair: none, where all rows are pairs")):
+        path = lines(tmp_path / "in.jsonl", *two_texts(1, name=name))
+        assert said in command("pairs", path)[2]
+
+
 @pytest.mark.parametrize("name, labels", [
     ("label", [1, 0]), ("label", [True, False]), ("label", ["1", "0"]), ("is_duplicate", [1, 0]),
     ("label", ["paraphrase", "not_paraphrase"]), ("label", ["entailment", "not_entailment"])])

@@ -477,3 +477,13 @@ def test_that_proxies_are_not_used_is_said(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             llm.main()
         assert re.search(r"HTTPS?.*_PROXY\s+(and\s+HTTPS_PROXY\s+are|is)\s+not\s+used", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("models", [{"data": []}, [], b"<html>"], ids=["empty", "bare", "html"])
+def test_a_list_of_models_that_is_none_stops_nothing(models, monkeypatch):
+    """It answers, so it is there; the model's name stays empty."""
+    monkeypatch.setattr(transport, "PAUSES", (0, 0))
+    with FakeServer("vllm") as server:
+        server.models = models
+        model = endpoint(server, model="")
+        assert model.can("complete") and model.model == ""

@@ -43,11 +43,11 @@ def test_a_damaged_gz_is_one_line(tmp_path):
         list(files.read_jsonl(path))
 
 
-def test_a_row_that_python_alone_can_hold_is_one_line(tmp_path):
+@pytest.mark.parametrize("line", [r'{"text": "half a pair: \ud83d"}', "[" * 100_000], ids=["half a pair", "deep"])
+def test_a_row_that_python_alone_can_hold_is_one_line(line, tmp_path):
     """JSON may write half a surrogate pair, which is no text; a whole pair is one."""
     path = tmp_path / "in.jsonl"
-    path.write_text(r'''{"text": "a whole pair: \uD83D\ude00"}
-{"text": "half a pair: \ud83d"}''')
+    path.write_text(r'{"text": "a whole pair: \uD83D\ude00"}' + f"\n{line}\n")
     rows = files.read_jsonl(path)
     assert next(rows)[1] == {"text": "a whole pair: 😀"}
     with pytest.raises(files.InputError, match="in.jsonl:2: not JSON .*; one JSON object a line$"):

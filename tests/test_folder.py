@@ -184,7 +184,7 @@ def test_default_prompt_is_for_what_has_none_of_its_own(bert, tmp_path):
 def test_parameters_of_heads_are_left_out(bert, tmp_path):
     """As transformers does, whatever a head is called."""
     shutil.copytree(bert, tmp_path / "m")
-    weights(tmp_path / "m", lambda w: w.update({"my_head.up": torch.ones(2)}))
+    weights(tmp_path / "m", lambda w: w.update({"bert.pooler.dense.bias": torch.ones(2), "cls.up": torch.ones(2)}))
     np.testing.assert_array_equal(gecko.load(tmp_path / "m").encode(TEXTS), gecko.load(bert).encode(TEXTS))
 
 
@@ -286,9 +286,9 @@ def raw(folder, change):
     path.write_bytes(change(path.read_bytes()))
 
 
-def modules(folder, *kinds):
+def modules(folder, *kinds, path="1_Pooling"):
     write(folder / "modules.json", [{"idx": i, "name": str(i), "type": f"sentence_transformers.models.{k}",
-                                     "path": f"{i}_{k}" if i else ""} for i, k in enumerate(kinds)])
+                                     "path": path if i else ""} for i, k in enumerate(kinds)])
     write(folder / "1_Pooling/config.json", {"word_embedding_dimension": 24, "pooling_mode_mean_tokens": True})
 
 
@@ -310,7 +310,7 @@ REFUSED = {
     "odd heads": (lambda m: edit(m, "config.json", num_attention_heads=5), "num_attention_heads 5"),
     "no heads": (lambda m: edit(m, "config.json", num_attention_heads=0), "num_attention_heads 0"),
     "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "layer_norm_eps is .small., not a"),
-    "width below 0": (lambda m: edit(m, "config.json", hidden_size=-24), "negative dimension -24"),
+    "width below 0": (lambda m: edit(m, "config.json", hidden_size=-24), "hidden_size is -24"),
     "vast": (lambda m: edit(m, "config.json", vocab_size=10 ** 15), "not a readable checkpoint"),
     "config a list": (lambda m: write(m / "config.json", []), "config.json: not a JSON dict"),
     "fewer layers": (lambda m: edit(m, "config.json", num_hidden_layers=1), "Unexpected key.*encoder.layer.1"),
@@ -320,6 +320,8 @@ REFUSED = {
     "a weight cut": (lambda m: weights(m, lambda w: w.update({WORD: w[WORD][:9].clone()})), "size mismatch for"),
     "a weight too many": (lambda m: weights(m, lambda w: w.update({"bert.encoder.adapter.up": torch.ones(2)})),
                           "Unexpected key.*encoder.adapter.up"),
+    "a projection": (lambda m: weights(m, lambda w: w.update({"linear.weight": torch.ones(2)})),
+                     "hold linear.weight, which is no part of this encoder"),
     "truncated": (lambda m: raw(m, lambda b: b[:-100]), "not a readable checkpoint"),
     "header only": (lambda m: raw(m, lambda b: b[:50]), "not a readable checkpoint"),
     "tampered header": (lambda m: raw(m, lambda b: b"\xff" * 8 + b[8:]), "not a readable checkpoint"),
@@ -366,6 +368,20 @@ REFUSED = {
     "made for distances": (lambda m: write(m / "config_sentence_transformers.json", {
         "similarity_fn_name": "manhattan"}), "similarity_fn_name 'manhattan'"),
     "dense": (lambda m: modules(m, "Transformer", "Pooling", "Dense"), "modules Transformer, Pooling, Dense"),
+    "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "'../x' is not a name"),
+    "pooling elsewhere": (lambda m: (modules(m, "Transformer", "Pooling", path="9_Pooling"), write(
+        m / "9_Pooling/config.json", {"pooling_mode": "cls"})), "9_Pooling/config.json: pooling 'cls'"),
+    "format of no text": (lambda m: write(m / "gecko.json", {"formats": {**gecko.FORMATS, "query": "{query}"}}),
+                          "gecko.json: a format without {text}"),
+    "formats null": (lambda m: write(m / "gecko.json", {"formats": None}), "not a readable checkpoint"),
+    "formats a list": (lambda m: write(m / "gecko.json", {"formats": ["a", "b"]}), "not a readable checkpoint"),
+    "one format": (lambda m: write(m / "gecko.json", {"formats": {"query": "{text}"}}),
+                   "not a readable checkpoint"),
+    "dims of text": (lambda m: edit(m, "config.json", matryoshka_dimensions=["8"]), "not a readable checkpoint"),
+    "dims too many": (lambda m: edit(m, "config.json", matryoshka_dimensions=[8, 25]), "not all from 1 to 24"),
+    "heads true": (lambda m: edit(m, "config.json", num_attention_heads=True), "num_attention_heads is True"),
+    "heads in part": (lambda m: edit(m, "config.json", num_attention_heads=2.0), "num_attention_heads is 2.0"),
+    "no room": (lambda m: write(m / "sentence_bert_config.json", {"max_seq_length": 2}), "leaves none for"),
     "no pooling": (lambda m: (modules(m, "Transformer", "Pooling"), (m / "1_Pooling/config.json").unlink()),
                    "1_Pooling/config.json: not readable"),
     "modules misshapen": (lambda m: write(m / "modules.json", [1]), "not a readable checkpoint"),

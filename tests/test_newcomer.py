@@ -161,6 +161,13 @@ def test_ctrl_c_in_any_stage_of_the_recipe(stage, project, tmp_path, monkeypatch
     assert not half_written(tmp_path)
 
 
+@pytest.mark.parametrize("words", ["search \udcff", "search red --task \udcff"])
+def test_bytes_that_are_no_text_are_refused(words, project, tmp_path, monkeypatch, capsys):
+    """As Python gives them to a program whose caller typed another encoding."""
+    code, said = run(f"gecko.py {words} --model IN/retriever", project, tmp_path, monkeypatch, capsys)
+    assert code == 2 and "is not UTF-8" in said
+
+
 @pytest.mark.parametrize("words, message", [
     ("encode OUT/c.jsonl OUT/c.jsonl", "c.jsonl: it is an input too; name another file"),
     ("encode OUT/c.jsonl OUT", ": a folder stands there; name a file"),
