@@ -59,6 +59,11 @@ class Local(Strings):
         self.cache_name = "cache" if "cache" in names else "past_key_values"   # as transformers' versions have it
         self.stop: list[Any] = [*stop, *filter(None, map(self.tokenizer.decode, ends))]
 
+    def describe(self, call: str) -> str:
+        if call != "complete":
+            return self.name
+        return f"{self.name}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
+
     def tokens(self, text: str) -> Tokens:
         return self.tokenizer(text)["input_ids"]
 
