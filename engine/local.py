@@ -54,10 +54,12 @@ class Local(Strings):
         super().__init__(f"hf:{folder} in {str(self.model.dtype).removeprefix('torch.')}")
         self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
         end = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])} - {None}
+        ends = end if isinstance(end, list) else [end]
         names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"   # as transformers' versions have it
-        self.stop: list[Any] = [*stop, *filter(None, map(self.tokenizer.decode, ends))]
+        # no special token is part of an answer: a small model runs on after one
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.stop: list[Any] = [*stop, *special, *map(self.tokenizer.decode, filter(None, ends))]
 
     def describe(self, call: str) -> str:
         if call != "complete":

@@ -120,6 +120,13 @@ def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
         assert model.log_likelihood([(prompt, token)])[0] == pytest.approx(log_p, abs=1e-4)
 
 
+def test_a_special_token_ends_an_answer(folder):
+    """Also one that generation_config.json does not name: a small model runs on after it."""
+    model = Local(folder, stop=())
+    for token in ("<s>", "</s>", "<unk>"):
+        assert model.until_stop(f"what is tea{token} To: more") == "what is tea"
+
+
 def test_greedy_answers_are_those_of_generate(folder):
     """Temperature 0, rows of different lengths, with and without a shared head."""
     model = Local(folder, temperature=0.0, max_tokens=12, stop=())
