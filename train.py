@@ -238,10 +238,10 @@ def train(
     d = model.encoder.config.hidden_size
     dims = read_dims(c.dims, d)
     S = 2 if stage == "prefinetune" else 3                           # sides of a row: eq. 2 has no hard negative
-    rows = ((formatted(row, model.formats), row["query"]) for row in itertools.chain(*sets))
-    tokens, text_ids = tokenised(model, rows, c.max_length)          # text_ids: (rows, 3)
-    steps = c.steps or max(1, int(c.epochs * len(text_ids) / c.batch_size))
+    steps = c.steps or max(1, int(c.epochs * sum(map(len, sets)) / c.batch_size))
     plan = batches(sets, weights, c.mix, c.batch_size, steps, c.seed)  # row numbers of every step
+    rows = ((formatted(row, model.formats), row["query"]) for row in itertools.chain(*sets))
+    tokens, text_ids = tokenised(model, rows, c.max_length, plan)    # text_ids: (rows, 3)
     check_negatives(functools.partial(batch_loss, stage, 1.0), S, text_ids, plan)  # else nothing is learned
 
     # the optimiser, and the run's folder; `key` holds all that decides the result, so that nothing else resumes it

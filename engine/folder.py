@@ -136,11 +136,14 @@ def read_config(path: Path) -> Json:
     config = {"model_type": kind, "pad_token_id": 0 if kind == "bert" else 1}
     for key in NUMBERS:
         value = raw.get(key)
-        kinds = (int, float) if key.endswith(("_eps", "_prob")) else (int,)
+        kinds: list[type] = [int]
+        what = "whole number"
+        if key.endswith(("_eps", "_prob")):
+            kinds, what = [int, float], "number"
         if type(value) in kinds and value >= 0:
             config[key] = value
         elif value is not None:
-            raise InputError(f"{path}: {key} is {value!r}, not a number that it may be; save the model again")
+            raise InputError(f"{path}: {key} is {value!r}, not a {what} from 0 on; save the model again")
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads == 0 or d % heads):
         raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")

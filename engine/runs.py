@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +113,8 @@ class Run:
 
 
 def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_length: int,
-              ) -> tuple[TokenIds, np.ndarray]:
-    """The tokens of every distinct text, and the ids of the texts of all rows, (rows, 3).
+              plan: Sequence[np.ndarray]) -> tuple[TokenIds, np.ndarray]:
+    """The tokens of every distinct text in the plan's rows, and the ids of the texts of all rows, (rows, 3).
 
     A row is its input, positive and hard negative (or None) as the encoder sees them, and its query alone. Equal
     texts have equal ids, their places among the tokens; -1: none. A hard negative that is its row's own query, or
@@ -136,10 +137,16 @@ def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_
             left_out += 1
     if left_out:
         say_first(f"{left_out} of {hard} hard negatives are left out: each answers its query or is it")
-    tokens = model.tokens(list(ids), max_length)
+    text_ids = np.array(table)                                       # (rows, 3)
+    used = np.unique(text_ids[np.concatenate(plan)])
+    used = used[used >= 0]
+    texts = list(ids)
+    tokens = [array("i")] * len(texts)                               # of a text in no batch: none
+    for i, row in zip(used, model.tokens([texts[i] for i in used], max_length), strict=True):
+        tokens[i] = row
     if model.lost():
         say_first(model.lost())
-    return tokens, np.array(table)                                   # (rows, 3)
+    return tokens, text_ids
 
 
 def say_first(line: str) -> None:

@@ -425,7 +425,7 @@ def test_same_seed_same_bytes(micro_batch):
 
 def tokenised(model, sets, max_length):
     rows = [(data.formatted(row, model.formats), row["query"]) for rows in sets for row in rows]
-    return train.tokenised(model, rows, max_length)
+    return train.tokenised(model, rows, max_length, [np.arange(len(rows))])
 
 
 def test_micro_batches_train_the_same_model_without_dropout():
@@ -465,6 +465,17 @@ def test_texts_are_tokenised_in_parts(monkeypatch, capsys):
     parts = tokenised(small_model(), [rows], 12)
     assert parts[0] == whole[0] and (parts[1] == whole[1]).all()
     assert capsys.readouterr().err == said and "texts were cut at 12 tokens" in said
+
+
+def test_what_no_batch_holds_is_not_tokenised():
+    """Its id stands, and what it says of others' hard negatives; the tokens of those drawn are the same."""
+    rows = [(data.formatted(row, data.FORMATS), row["query"]) for row in records(6)]
+    all_tokens, all_ids = train.tokenised(small_model(), rows, 12, [np.arange(6)])
+    some, ids = train.tokenised(small_model(), rows, 12, [np.array([1, 2]), np.array([2, 4])])
+    assert (ids == all_ids).all()
+    used = set(ids[[1, 2, 4]].ravel().tolist()) - {-1}
+    for i, row in enumerate(some):
+        assert list(row) == (list(all_tokens[i]) if i in used else [])
 
 
 def no_negatives():

@@ -61,7 +61,7 @@ def pushes(model: Gecko, rows: list, label: dict[str, str], c: TrainConfig) -> s
     """
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:8 * c.batch_size]]
     texts = [(formatted(row, model.formats), row["query"]) for row in rows]
-    tokens, sides = train.tokenised(model, texts, c.max_length)
+    tokens, sides = train.tokenised(model, texts, c.max_length, [np.arange(len(texts))])
     names = [label[re.sub(r" \[\d+\]$", "", row["query"])] for row in rows]
     shares = np.zeros(4)                                             # x-, same label, other labels, x+
     for a in range(0, len(rows) - c.batch_size + 1, c.batch_size):
