@@ -57,13 +57,13 @@ class Strings:
 
     def ask(self, call: str, items: Items) -> list[Any]:
         """The answers to items: each item is asked for once, and only if its answer is not known."""
-        different = set(items)
+        keys = {item: self.key(call, item) for item in set(items)}
         # sorted: prompts that share their beginning follow each other, which a prefix cache makes cheap
-        new = sorted(item for item in different if self.key(call, item) not in self.answers)
-        self.found += len(different) - len(new)
+        new = sorted(item for item, key in keys.items() if key not in self.answers)
+        self.found += len(keys) - len(new)
         if new:
             self.ask_new(call, new)
-        return [self.answers.get(self.key(call, item)) for item in items]
+        return [self.answers.get(keys[item]) for item in items]
 
     # ----------------------------------------------------------------------------------------------
     # What an LLM is

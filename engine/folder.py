@@ -100,7 +100,8 @@ def read_folder(path: Path) -> Folder:
         config = read_config(path / "config.json")
         settings = read_optional(path / "tokenizer_config.json")
         sentence: Json = {}
-        for file in path.glob("sentence_*_config.json"):             # named after the encoder by older versions
+        # named after the encoder by older versions; of several, the first by name
+        for file in sorted(path.glob("sentence_*_config.json"), reverse=True):
             sentence = read_json(file, dict)
         tokenizer = read_tokenizer(path / "tokenizer.json", settings, config["vocab_size"])
         if sentence.get("do_lower_case"):

@@ -188,6 +188,14 @@ def test_parameters_of_heads_are_left_out(bert, tmp_path):
     np.testing.assert_array_equal(gecko.load(tmp_path / "m").encode(TEXTS), gecko.load(bert).encode(TEXTS))
 
 
+def test_of_several_lengths_the_first_by_name_stands(bert, tmp_path):
+    """sentence-transformers looks for its own name first, too; a folder's order on disk decides nothing."""
+    shutil.copytree(bert, tmp_path / "m")
+    for name, length in (("xlm-roberta", 9), ("bert", 12), ("roberta", 10)):
+        write(tmp_path / f"m/sentence_{name}_config.json", {"max_seq_length": length})
+    assert gecko.load(tmp_path / "m").max_length == 12
+
+
 def test_length_is_kept_under_an_old_name(folder, tmp_path):
     """sentence-transformers once named the file after the family; it reads it still."""
     shutil.copytree(folder, tmp_path / "m")
