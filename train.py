@@ -355,7 +355,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
         author.embedder = retriever                                  # its second ranking
     known = author.candidates if isinstance(author, Recorded) else None    # in the place of those found
     N = min(20, len(corpus))
-    mined = llm.mine(author, retriever, corpus, [*queries, *held], N, rank=o.rank, choose=known)
+    mined = llm.mine(author, retriever, corpus, [*queries, *held], N, o.negative, o.rank, o.seed, choose=known)
     write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
     rows, asked = held_apart(out / "fret.jsonl", held)                # to train on, and held out
     print(example(rows))
@@ -366,7 +366,8 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     stages = {"BM25": None, "as it came": pre}
     if start is not pre:
         stages = {"untrained": start, "BM25": None, "pre-finetuned": pre}
-    stages |= {"+ (q, p_seed)": retriever, "+ FRet (p_1, p_20)": gecko}
+    p_neg = "p_20" if o.negative == "last" else o.negative
+    stages |= {"+ (q, p_seed)": retriever, f"+ FRet (p_1, {p_neg})": gecko}
     results(out, corpus, stages, asked, labelled, o.keep, save)
 
 

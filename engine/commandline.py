@@ -20,6 +20,7 @@ from engine.transport import server_address
 Arguments = argparse.Namespace
 
 PRECISIONS = ("float32", "bf16")
+NEGATIVES = ("last", "sampled", "none")
 RANKINGS = ("ql,rc", "ql", "rc", "ql,retriever", "rc,retriever", "ql,rc,retriever")
 
 
@@ -55,6 +56,7 @@ class Recipe(Options):
     queries: int = flag(0, "to generate; 0: all that are recorded, else one a passage")
     rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc",
                      RANKINGS)
+    negative: str = flag("last", "p-: p_20, one of the 20 without p+, or none", NEGATIVES)
     held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
     eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
     keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")
@@ -163,7 +165,7 @@ def llm_arguments(page: str | None) -> Arguments:
     add("fret", help="JSONL to write")
     add("--model-dir", required=True, help="the initial retriever's folder")
     add("-N", type=int, default=20, help="candidates a query (%(default)s, the paper's)")
-    add("--negative", choices=("last", "sampled", "none"), default="last",
+    add("--negative", choices=NEGATIVES, default="last",
         help="p_N, one of P without p+, or none (%(default)s)")
     add("--rank", choices=RANKINGS, default="ql,rc",
         help="the rankings that R sums over; rc alone where prompts cannot be scored (%(default)s)")

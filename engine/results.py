@@ -196,7 +196,7 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
     asked: the mined rows of held-out queries, none of the built-in corpus. keep: the share of the weights before
     training in a mean with those after it.
     """
-    gecko = stages["+ FRet (p_1, p_20)"]
+    *_, gecko = stages.values()
     if keep:
         stages[f"{keep:g} as it came"] = mean_of(stages["as it came"], gecko, keep)
     if asked:

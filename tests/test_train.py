@@ -814,6 +814,20 @@ def test_the_recipe_on_own_documents_from_a_pretrained_encoder(documents):
     assert before == {path: path.stat().st_mtime_ns for path in out.glob("*/checkpoint-*")}
 
 
+def test_the_recipes_hard_negative_is_last_or_sampled(documents):
+    """From one file of candidates; the table names the negative; the initial retriever, which has none, stays."""
+    negatives, retrievers = [], []
+    for name, stage in (("last", "+ FRet (p_1, p_20)"), ("sampled", "+ FRet (p_1, sampled)")):
+        code, _, err = own(documents, "--negative", name)
+        assert code == 0, err
+        assert list(json.loads((documents / "out/results.json").read_text()))[-1] == stage
+        rows = data.read_records(documents / "out/fret.jsonl")
+        assert all(row["negative_id"] != row["positive_id"] for row in rows)
+        negatives.append([row["negative_id"] for row in rows])
+        retrievers.append(weights_of(gecko.load(documents / "out/retriever")))
+    assert sum(a != b for a, b in zip(*negatives)) > 0.7 * len(rows) and retrievers[0] == retrievers[1]
+
+
 def test_tiny_learns_from_the_documents_own_headings(documents):
     code, said, err = Command(train.main, "--corpus", documents / "docs", "--llm", "offline", "--out",
                               documents / "out").result()
