@@ -56,7 +56,8 @@ class Recipe(Options):
     queries: int = flag(0, "to generate; 0: all that are recorded, else one a passage")
     rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc",
                      RANKINGS)
-    negative: str = flag("last", "p-: p_20, one of the 20 without p+, or none", NEGATIVES)
+    negative: str = flag("", "p-: the last (p_20), one of the others, or none; empty: last, but sampled for an --init "
+                         "that learns from what is recorded", NEGATIVES)
     held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
     eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
     keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")
@@ -71,6 +72,9 @@ class Recipe(Options):
         if self.keep >= 1 or self.keep and self.init == "tiny":
             raise InputError(f"--keep {self.keep}: give a share below 1, and an --init that was trained before")
         self.rank = self.rank or ("ql" if self.llm == "recorded" else "ql,rc")
+        # chosen on the dev questions, as the ranking is
+        recorded_init = self.llm == "recorded" and self.init != "tiny"
+        self.negative = self.negative or ("sampled" if recorded_init else "last")
         if self.llm == "recorded" and "rc" in self.rank:
             raise InputError(f"--rank {self.rank}: no relevance is recorded; give ql or ql,retriever")
         super().__post_init__()

@@ -30,6 +30,7 @@ import gecko
 import llm
 import train
 from engine import files, tokens
+from engine.commandline import Recipe
 from engine.files import InputError
 from train import TrainConfig, main_loss, mrl_loss, pre_loss
 
@@ -816,6 +817,8 @@ def test_the_recipe_on_own_documents_from_a_pretrained_encoder(documents):
 
 def test_the_recipes_hard_negative_is_last_or_sampled(documents):
     """From one file of candidates; the table names the negative; the initial retriever, which has none, stays."""
+    assert Recipe().negative == Recipe(init="m", corpus="d", llm="offline").negative == "last"
+    assert Recipe(init="m").negative == "sampled" and Recipe(init="m", negative="last").negative == "last"
     negatives, retrievers = [], []
     for name, stage in (("last", "+ FRet (p_1, p_20)"), ("sampled", "+ FRet (p_1, sampled)")):
         code, _, err = own(documents, "--negative", name)
