@@ -81,7 +81,7 @@ def sentences(text: str) -> list[str]:
     ['This is the smallest integer.', 'It may be big!']
     """
     # a sentence begins with no small Latin letter; those of Chinese and Japanese need no space
-    ends = rf"{BLANK_LINES}|(?<=[.!?:])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])"
+    ends = rf"{BLANK_LINES}|(?<=[.!?:।؟۔።])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])"
     found = [" ".join(part.split()) for part in re.split(ends, text)]
     long_enough = re.compile(rf"\S+\s+\S+\s+\S|[{UNSPACED}]{{4}}")
     return [sentence for sentence in found if long_enough.search(sentence)]
