@@ -116,33 +116,23 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
     near = near_equal([row["query"] for row in train], [row["query"] for row in held])
-    kept = [row for row, left_out in zip(train, near, strict=True) if not left_out]
-    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(near)} that "
-          "nearly equal a held-out one or one above")
-    return kept, held
+    print(f"{len(held)} queries of {len(names)} passages are held out; {len(near) - sum(near)} train, less "
+          f"{sum(near)} that nearly equal a held-out one or one above")
+    if all(near):
+        raise InputError("no query is left to train on; give more documents, or change --held-out or --seed")
+    return [row for row, left_out in zip(train, near, strict=True) if not left_out], held
 
 
 def held_apart(path: Path, held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The mined rows of a FRet file: those to train on, which then alone stand in it, and the held-out ones."""
     names = {row["_id"] for row in held}
-    rows: list[Row] = []
-    asked: list[Row] = []
-    for _, row in read_jsonl(path):
-        side = asked if row["_id"] in names else rows
-        side.append(row)
+    mined = [row for _, row in read_jsonl(path)]
+    rows = [row for row in mined if row["_id"] not in names]
+    asked = [row for row in mined if row["_id"] in names]
     if held:
         write_jsonl(path, rows)
         write_jsonl(path.with_name("held_out.jsonl"), asked)
     return rows, asked
-
-
-def example(rows: Sequence[Row]) -> str:
-    """The first record whose positive is not the passage that its query was written for."""
-    for row in rows:
-        if row["positive_id"] != row["seed_id"]:
-            return (f'the first: "{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, '
-                    f'p- {row["negative_id"]}')
-    return "p+ is p_seed in all records"
 
 
 def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
@@ -159,12 +149,12 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     columns: dict[str, Columns] = {}
     chosen, shown = {}, {}                                           # nDCG@10 of either half, with both right
     for stage, model in stages.items():
-        ranked = list(found(model, beir)[None].items())
-        first, second = dict(ranked[:half]), dict(ranked[half:])
-        columns[stage] = {"p_seed": retrieval_scores(second, p_seed), "p_1": retrieval_scores(second, p_1)}
+        ranked = found(model, beir)[None]
+        ndcg = retrieval_scores(ranked, both)["ndcg@10"]
         if model is not None:
-            chosen[stage] = means(retrieval_scores(first, both))["ndcg@10"]
-            shown[stage] = means(retrieval_scores(second, both))["ndcg@10"]
+            chosen[stage], shown[stage] = np.mean(ndcg[:half]), np.mean(ndcg[half:])
+        second = dict(list(ranked.items())[half:])
+        columns[stage] = {"p_seed": retrieval_scores(second, p_seed), "p_1": retrieval_scores(second, p_1)}
         if labelled:
             columns[stage]["labels"] = retrieval_scores(found(model, labelled)[None], labelled.qrels)
     title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right "

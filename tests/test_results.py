@@ -19,7 +19,6 @@ from engine.cache import DryRun
 from engine.files import InputError, read_jsonl, write_jsonl
 from engine.results import (
     cost,
-    example,
     found,
     held_apart,
     held_out_results,
@@ -73,18 +72,17 @@ def test_a_share_that_leaves_nothing_is_refused(share):
         hold_out(rows(8, 1), share, 0)
 
 
+def test_no_query_left_to_train_on_is_refused():
+    same = [{**row, "query": "where is it"} for row in rows()]
+    with pytest.raises(InputError, match="no query is left to train on; give more documents"):
+        hold_out(same, 0.25, 0)
+
+
 def test_the_fret_file_keeps_what_trains(tmp_path):
     write_jsonl(tmp_path / "fret.jsonl", rows())
     train, asked = held_apart(tmp_path / "fret.jsonl", rows()[:3])
     assert [row for _, row in read_jsonl(tmp_path / "fret.jsonl")] == train == rows()[3:]
     assert [row for _, row in read_jsonl(tmp_path / "held_out.jsonl")] == asked == rows()[:3]
-
-
-def test_the_example_is_the_first_that_was_relabelled():
-    records = [{"query": f"q{n}", "seed_id": "a", "positive_id": "b" if n in (2, 3) else "a", "negative_id": None}
-               for n in range(8)]
-    assert example(records).startswith('the first: "q2", written for a, has p+ b')
-    assert example(records[:2]) == "p+ is p_seed in all records"
 
 
 class Pointing:
