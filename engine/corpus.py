@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import pkgutil
 import re
 import sys
@@ -133,9 +134,8 @@ def with_submodules(name: str) -> Iterator[str]:
 
 def documentation(modules: Iterable[str]) -> list[Passage]:
     """What pydoc would show of each public object, once, under its shortest public name."""
-    rows: dict[str, Passage] = {}                                    # name -> row
-    texts: set[str] = set()
-    seen: set[int] = set()                                           # ids of objects, which `things` keeps alive
+    rows = []
+    seen = set[object]()                                             # names, texts, ids of `things`, which keeps them
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # deprecated modules and names
         things = list[tuple[str, Any]]()
@@ -144,11 +144,11 @@ def documentation(modules: Iterable[str]) -> list[Passage]:
             things += objects(module, importlib.import_module(module))
         for name, thing in sorted(things, key=name_order):
             text = doc_text(name, thing)
-            if text and text not in texts and name not in rows and id(thing) not in seen:
-                rows[name] = passage(name, text)
-                texts.add(text)
+            if text and seen.isdisjoint((name, text, id(thing))):
+                rows.append(passage(name, text))
+                seen.update((name, text))
             seen.add(id(thing))
-    return [rows[name] for name in sorted(rows)]
+    return sorted(rows, key=operator.itemgetter("_id"))
 
 
 def name_order(named: tuple[str, Any]) -> tuple[Any, ...]:
