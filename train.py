@@ -345,7 +345,9 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
     write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
     queries = read_queries(out / "queries.jsonl", corpus)
-    queries, held = hold_out(queries, o.held_out if o.corpus else 0.0, o.seed)
+    held: list[Record] = []
+    if o.corpus:
+        queries, held = hold_out(queries, o.held_out, o.seed)
 
     print("3.2  The initial retriever, trained on (q, p_seed), beside the pairs of 3.1 if there are any")
     retriever = trained(pre, "prefinetune", [queries, *pairs], WEIGHTS, c, out / "retriever")

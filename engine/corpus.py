@@ -135,7 +135,7 @@ def with_submodules(name: str) -> Iterator[str]:
 def documentation(modules: Iterable[str]) -> list[Passage]:
     """What pydoc would show of each public object, once, under its shortest public name."""
     rows = []
-    seen = set[object]()                                             # names, texts, ids of `things`, which keeps them
+    seen = set[object]()                                             # names and texts, and ids of `things`
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # deprecated modules and names
         things = list[tuple[str, Any]]()

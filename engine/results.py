@@ -110,8 +110,6 @@ def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], l
 
     Near-equal queries are left out: of two in training the second, of training and held out the former.
     """
-    if not share:
-        return list(rows), []
     names = held_passages([row["seed_id"] for row in rows], share, seed)
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
