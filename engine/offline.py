@@ -72,19 +72,19 @@ class Offline:
         return answers
 
     def query_likelihood(self, pairs: Pairs) -> LogProbs:
-        return [self.log_likelihood(q, p) for q, p in pairs]
-
-    def log_likelihood(self, query: str, passage: Passage) -> float:
-        """sum over the query's words of log p(w | passage)."""
-        counts = self.counts[passage["_id"]]
-        length = counts.total()
-        total = 0.0
-        for w in terms(query):
-            paraphrased = sum(counts[u] for u in self.paraphrased.get(w, ()))
-            tf = counts[w] + self.lam * paraphrased
-            p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
-            total += math.log((tf + self.mu * p_collection) / (length + self.mu))
-        return total
+        """sum over the query's words of log p(w | passage), for each pair."""
+        sums: LogProbs = []
+        for query, passage in pairs:
+            counts = self.counts[passage["_id"]]
+            length = counts.total()
+            total = 0.0
+            for w in terms(query):
+                paraphrased = sum(counts[u] for u in self.paraphrased.get(w, ()))
+                tf = counts[w] + self.lam * paraphrased
+                p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
+                total += math.log((tf + self.mu * p_collection) / (length + self.mu))
+            sums.append(total)
+        return sums
 
     def relevance(self, pairs: Pairs) -> LogProbs:
         """The cosine of each query and its passage, which is encoded once."""

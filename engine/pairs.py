@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import itertools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def source_texts() -> dict[str, list[Texts]]:
 
     {"comment": (words, code), "function": (its name or docstring, its body), "docstring": (name, text)}
     """
-    found: dict[str, dict[Texts, None]] = {"comment": {}, "function": {}, "docstring": {}}
+    found = defaultdict[str, dict[Texts, None]](dict)
     for path in source_files():
         try:
             text = path.read_text(encoding="utf-8")
