@@ -69,12 +69,12 @@ def read_documents(root: Path) -> list[Passage]:
         left_out[f"files without a word that is UTF-8, such as {', '.join(unread[:3])} (iconv -f LATIN1 -t UTF-8 "
                  "converts another encoding)"] = len(unread)
     counts = ", ".join(f"{count} {what}" for what, count in left_out.most_common())
-    said = one_line(f"{root}: left out: {counts or 'nothing'}", 5000)  # a file's name may hold a line break
+    said = one_line(f"left out: {counts or 'nothing'}", 5000)        # a file's name may hold a line break
     if not by_words:
-        raise InputError(f"{said}; no .txt, .md or .rst file with words in it; name another folder, or convert "
-                         "what is there")
+        raise InputError(f"{root}: no .txt, .md or .rst file with words in it; name another folder, or convert what "
+                         f"is there ({said})")
     if left_out:
-        print(said, file=sys.stderr)
+        print(f"{root}: {said}", file=sys.stderr)
     return list(by_words.values())
 
 
