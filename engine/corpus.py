@@ -93,7 +93,7 @@ def sentences(text: str) -> list[str]:
 
 # Importing these does something (prints, opens a browser, patches), or they hold no public names.
 NOT_IMPORTED = set("""antigravity distutils encodings ensurepip idlelib lib2to3 nt ntpath pydoc_data
-    test this turtledemo venv""".split())
+    test tests this turtledemo venv""".split())
 
 
 def builtin_corpus() -> list[Passage]:
@@ -116,20 +116,21 @@ def passage(name: str, text: str) -> Passage:
 def stdlib_modules() -> Iterator[str]:
     """Names of the public modules of the standard library that can be imported here."""
     for name in sorted(sys.stdlib_module_names):
-        if not name.startswith("_") and name not in NOT_IMPORTED:
-            yield from with_submodules(name)
+        yield from with_submodules(name)
     yield "os.path"
 
 
 def with_submodules(name: str) -> Iterator[str]:
+    last = name.rpartition(".")[2]
+    if last.startswith("_") or last in NOT_IMPORTED:
+        return
     try:
         module = importlib.import_module(name)
     except ImportError:                                              # another platform's module
         return
     yield name
     for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        if not child.name.startswith("_") and child.name not in ("test", "tests"):
-            yield from with_submodules(f"{name}.{child.name}")
+        yield from with_submodules(f"{name}.{child.name}")
 
 
 def documentation(modules: Iterable[str]) -> list[Passage]:

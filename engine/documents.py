@@ -71,8 +71,8 @@ def read_documents(root: Path) -> list[Passage]:
     counts = ", ".join(f"{count} {what}" for what, count in left_out.most_common())
     said = one_line(f"left out: {counts or 'nothing'}", 5000)        # a file's name may hold a line break
     if not by_words:
-        raise InputError(f"{root}: no .txt, .md or .rst file with words in it; name another folder, or convert what "
-                         f"is there ({said})")
+        raise InputError(f"{root}: no .txt, .md or .rst file with words in it; name another folder, or convert "
+                         f"what is there ({said})")
     if left_out:
         print(f"{root}: {said}", file=sys.stderr)
     return list(by_words.values())

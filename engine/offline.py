@@ -89,8 +89,7 @@ class Offline:
     def relevance(self, pairs: Pairs) -> LogProbs:
         """The cosine of each query and its passage, which is encoded once."""
         new = {p["_id"]: p for _, p in pairs if p["_id"] not in self.vectors}
-        texts, titles = texts_and_titles(list(new.values()))
-        P = self.embedder.encode_passages(texts, titles)             # (new, d)
+        P = self.embedder.encode_passages(*texts_and_titles(list(new.values())))  # (new, d)
         self.vectors.update(zip(new, P, strict=True))
         queries = list(dict.fromkeys(q for q, _ in pairs))
         vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))

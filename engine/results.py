@@ -207,9 +207,8 @@ def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Ra
     q, P = encode_beir(model, beir, "question answering")            # (Q, d) and (P, d)
     ranked = {}
     for dim in dims:
-        short = P[:, :dim]                                           # (P, dim), of length 1 again
-        short = short / np.linalg.norm(short, axis=1, keepdims=True)
-        ranked[dim] = rankings(beir, q[:, :dim], short)              # the length of q orders nothing
+        norms = np.linalg.norm(P[:, :dim], axis=1, keepdims=True)    # (P, 1)
+        ranked[dim] = rankings(beir, q[:, :dim], P[:, :dim] / norms)  # the length of q orders nothing
     return ranked
 
 
