@@ -98,8 +98,8 @@ def documents_below(root: Path, left_out: Counter[str]) -> list[Path]:
             left_out[f"{ending or 'nameless'} files{CONVERTERS.get(ending, '')}"] += 1
     total = sum(path.stat().st_size for path in paths)
     if total > MAX_BYTES:
-        raise InputError(f"{root}: {len(paths)} documents of {total / 1e9:.1f} GB, and at most "
-                         f"{MAX_BYTES / 1e9:.0f} GB is held in memory; name a folder within it")
+        raise InputError(f"{root}: {total:,} bytes of documents, and at most {MAX_BYTES:,} are held in memory; "
+                         "name a folder within it")
     return paths
 
 

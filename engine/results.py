@@ -75,8 +75,7 @@ def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> st
             llm.query_likelihood(pairs)
         if "rc" in rank:
             llm.relevance(pairs)
-    minutes = llm.strings.size / 4 / 1000 / 60
-    return f"{llm.strings.report()}; {minutes:,.0f} minutes at 1,000 tokens a second"
+    return llm.strings.report()
 
 
 def mean_of(a: Any, b: Any, share: float) -> Any:

@@ -275,7 +275,7 @@ def test_too_much_is_said_before_any_is_read(folder, monkeypatch):
     monkeypatch.setattr(documents, "MAX_BYTES", 500)
     monkeypatch.setattr(documents, "passages_of", lambda name, text: pytest.fail("it was read"))
     write(folder, "big.md", "word " * 200)
-    with pytest.raises(InputError, match="4 documents of 0.0 GB, and at most 0 GB is held in memory"):
+    with pytest.raises(InputError, match="1,440 bytes of documents, and at most 500 are held in memory"):
         read_documents(folder)
 
 
