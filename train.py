@@ -329,8 +329,9 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
         draws = author.draws()[:o.queries or None]
     else:
         draws = llm.seed_draws(corpus, o.queries or len(corpus), o.seed)
+    names = set[str]()                                               # of passages whose queries are held out
     if o.corpus:                                                     # an error now, before anything is spent
-        held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
+        names = held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
     print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
     if isinstance(author, llm.LanguageModel):
         author.strings.scored_by(o.rank, author.score)               # an error now where it cannot rank
@@ -345,9 +346,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
     write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
     queries = read_queries(out / "queries.jsonl", corpus)
-    held: list[Record] = []
-    if o.corpus:
-        queries, held = hold_out(queries, o.held_out, o.seed)
+    queries, held = hold_out(queries, names)
 
     print("3.2  The initial retriever, trained on (q, p_seed), beside the pairs of 3.1 if there are any")
     retriever = trained(pre, "prefinetune", [queries, *pairs], WEIGHTS, c, out / "retriever")

@@ -143,8 +143,9 @@ def near_equal(queries: Sequence[str], others: Sequence[str]) -> list[bool]:
         rarest = sorted(words, key=lambda word: (counts[word], word))
         rarest = rarest[:len(words) // 5 + 1]                        # one more than the fifth that may differ
         candidates = itertools.chain.from_iterable(by_word[word] for word in rarest)
-        answers.append(any(len(words & other) >= NEAR * len(words | other) for other in candidates))
-        if i < len(others) or not answers[i]:
+        near = i >= len(others) and any(len(words & other) >= NEAR * len(words | other) for other in candidates)
+        if not near:
             for word in rarest:
                 by_word[word].append(words)
+        answers.append(near)
     return answers[len(others):]

@@ -51,11 +51,10 @@ class Offline:
         self.embedder, self.tasks, self.seed = embedder, tasks, seed
         self.vectors: dict[str, np.ndarray] = {}                     # of passages, by their ids
         self.drawn = Counter[str]()                                  # queries so far, by the passage's id
-        self.counts: dict[str, Counter[str]] = {}
+        self.counts = {p["_id"]: Counter(terms(f"{p['title']}\n{p['text']}")) for p in corpus}
         self.collection = Counter[str]()
-        for p in corpus:
-            self.counts[p["_id"]] = Counter(terms(f"{p['title']}\n{p['text']}"))
-            self.collection.update(self.counts[p["_id"]])
+        for counts in self.counts.values():
+            self.collection.update(counts)
         self.total = max(1, self.collection.total())
         self.paraphrased = defaultdict[str, set[str]](set)           # everyday word -> words it says
         for word, phrases in thesaurus().items():

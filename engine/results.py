@@ -99,17 +99,18 @@ def held_passages(seeds: Sequence[str], share: float, seed: int) -> set[str]:
     order = sorted(set(seeds), key=lambda name: random.Random(f"held out {seed} {name}").random())
     held = round(share * len(order))
     if not 2 <= held <= len(order) - 2:
-        raise InputError(f"{len(order)} passages with queries, {held} of them held out: two are needed on each "
+        raise InputError(f"{len(order)} passages to ask about, {held} of them held out: two are needed on each "
                          "side; give more documents, raise --queries, or change --held-out")
     return set(order[:held])
 
 
-def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Queries to train on, and those of a share of the passages, which are asked and never trained on.
+def hold_out(rows: Sequence[Row], names: set[str]) -> tuple[list[Row], list[Row]]:
+    """Queries to train on, and those of the passages of these names, which are asked and never trained on.
 
     Near-equal queries are left out: of two in training the second, of training and held out the former.
     """
-    names = held_passages([row["seed_id"] for row in rows], share, seed)
+    if not names:                                                    # the built-in corpus has questions of its own
+        return list(rows), []
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
     near = near_equal([row["query"] for row in train], [row["query"] for row in held])

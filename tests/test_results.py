@@ -22,6 +22,7 @@ from engine.results import (
     found,
     held_apart,
     held_out_results,
+    held_passages,
     hold_out,
     mean_of,
     results_table,
@@ -39,28 +40,32 @@ def rows(count=16, of=2):
             for n in range(count) for k in range(of)]
 
 
+def split(queries, share, seed):
+    return hold_out(queries, held_passages([row["seed_id"] for row in queries], share, seed))
+
+
 def test_each_passage_is_on_one_side_and_one_added_later_moves_no_other(capsys):
-    train, held = hold_out(rows(), 0.25, 0)
+    train, held = split(rows(), 0.25, 0)
     assert len({row["seed_id"] for row in held}) == 4 and len(train) + len(held) == 32
     assert not {row["seed_id"] for row in train} & {row["seed_id"] for row in held}
     assert "8 queries of 4 passages are held out; 24 train" in capsys.readouterr().out
-    fewer_train, fewer_held = hold_out(rows(15), 0.25, 0)            # round(0.25 * 15) is 4 too
+    fewer_train, fewer_held = split(rows(15), 0.25, 0)            # round(0.25 * 15) is 4 too
     moved = {row["seed_id"] for row in held} ^ {row["seed_id"] for row in fewer_held}
     assert moved <= {"p15"} or len(moved) == 2
-    assert [row["_id"] for row in hold_out(rows(), 0.25, 0)[1]] == [row["_id"] for row in held]
-    assert hold_out(rows(), 0.25, 1)[1] != held
+    assert [row["_id"] for row in split(rows(), 0.25, 0)[1]] == [row["_id"] for row in held]
+    assert split(rows(), 0.25, 1)[1] != held and hold_out(rows(), set()) == (rows(), [])
 
 
 def test_near_equal_queries_train_nothing(capsys):
     """One that a held-out query nearly equals, and one that stands in training already."""
     all_rows = rows()
-    _, held = hold_out(all_rows, 0.25, 0)
+    _, held = split(all_rows, 0.25, 0)
     known = {row["seed_id"] for row in held}
     training = [row for row in all_rows if row["seed_id"] not in known]
     training[0]["query"] = held[0]["query"].upper() + "?"
     training[1]["query"] = training[2]["query"] + "!"
     capsys.readouterr()
-    train, again = hold_out(all_rows, 0.25, 0)
+    train, again = split(all_rows, 0.25, 0)
     assert again == held
     assert "22 train, less 2 that nearly equal a held-out one or one above" in capsys.readouterr().out
     assert training[0] not in train and training[1] in train and training[2] not in train
@@ -69,13 +74,13 @@ def test_near_equal_queries_train_nothing(capsys):
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.99])
 def test_a_share_that_leaves_nothing_is_refused(share):
     with pytest.raises(InputError, match="two are needed on each side; give more documents, raise --queries"):
-        hold_out(rows(8, 1), share, 0)
+        split(rows(8, 1), share, 0)
 
 
 def test_no_query_left_to_train_on_is_refused():
     same = [{**row, "query": "where is it"} for row in rows()]
     with pytest.raises(InputError, match="no query is left to train on; give more documents"):
-        hold_out(same, 0.25, 0)
+        split(same, 0.25, 0)
 
 
 def test_the_fret_file_keeps_what_trains(tmp_path):
