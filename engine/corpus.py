@@ -156,7 +156,7 @@ def name_order(named: tuple[str, Any]) -> tuple[Any, ...]:
     """Of several names for one object the corpus keeps the first in this order."""
     name = named[0]
     hardly_typed = name.startswith(("posix", "genericpath"))         # but os and os.path
-    return hardly_typed, name.count("."), not name.startswith("builtins."), len(name), name
+    return hardly_typed, not name.startswith("builtins."), len(name), name
 
 
 def objects(name: str, thing: Any) -> Iterator[tuple[str, Any]]:

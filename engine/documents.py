@@ -10,18 +10,16 @@ import itertools
 import os
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from engine.corpus import Corpus, Passage, sentences, terms
+from engine.corpus import Corpus, Passage, terms
 from engine.files import InputError, one_line, read_passages
 from engine.markup import passages_of
 from engine.pairs import chunks, title_body_pair
-
-MAX_BYTES = 1_000_000_000    # of all files: their passages are held in memory, in about three times as much
 
 ENDINGS = (".md", ".markdown", ".rst", ".txt")
 FOR_PANDOC = ".html .htm .docx .odt .epub .tex .ipynb".split()
@@ -48,10 +46,9 @@ def read_corpus(path: str | Path) -> list[Passage]:
 def read_documents(root: Path) -> list[Passage]:
     """The passages of all documents below a folder, or of one file. What is left out is said, to stderr."""
     left_out = Counter[str]()                                        # how many of what
-    paths = documents_below(root, left_out)
     by_words = dict[str, Passage]()
     unread = []
-    for path in tqdm(paths, desc="documents", unit="file", delay=2):
+    for path in tqdm(list(documents_below(root, left_out)), desc="documents", unit="file", delay=2):
         name = path.name if path == root else path.relative_to(root).as_posix()
         name = name.encode(errors="backslashreplace").decode()       # no file can hold what is not UTF-8
         try:
@@ -78,11 +75,10 @@ def read_documents(root: Path) -> list[Passage]:
     return list(by_words.values())
 
 
-def documents_below(root: Path, left_out: Counter[str]) -> list[Path]:
+def documents_below(root: Path, left_out: Counter[str]) -> Iterator[Path]:
     """The files to read, in the order of their names; what else is there is counted, with what converts it."""
     if not root.exists():
         raise InputError(f"{root}: no such folder or file; check the path")
-    paths = []
     for path in sorted(root.rglob("*")) or [root]:                   # no link to a folder is followed
         parts = path.relative_to(root).parts
         ending = path.suffix.lower()
@@ -93,33 +89,25 @@ def documents_below(root: Path, left_out: Counter[str]) -> list[Path]:
         elif not path.is_file():
             left_out["links to folders, or what cannot be opened"] += 1  # a dead link, a pipe
         elif ending in ENDINGS:
-            paths.append(path)
+            yield path
         else:
             left_out[f"{ending or 'nameless'} files{CONVERTERS.get(ending, '')}"] += 1
-    total = sum(path.stat().st_size for path in paths)
-    if total > MAX_BYTES:
-        raise InputError(f"{root}: {total:,} bytes of documents, and at most {MAX_BYTES:,} are held in memory; "
-                         "name a folder within it")
-    return paths
 
 
 # --------------------------------------------------------------------------------------------------
 # What trains an encoder, and what it must not have seen
 
 
-DRAWS = 4                    # of sentences, spans of words and names, from each piece that a small encoder reads
+DRAWS = 5                    # of sentences, spans of words and names, from each piece that a small encoder reads
 
 
 def heading_pairs(passages: Corpus) -> list[tuple[str, str, str]]:
-    """(query, title, text) for pre-finetuning: a heading, a first sentence, parts that are drawn, and the rest."""
+    """(query, title, text) for pre-finetuning: a title, its heading, and parts that are drawn, against the rest."""
     rng = np.random.default_rng(0)
     pairs = []
     for piece in chunks(passages):
         title, text = piece["title"], piece["text"]
-        heading = title.rpartition(": ")[2]
-        pairs += [(title, "", text), (heading, "", text)]
-        first_sentence, *rest = sentences(text) or [""]
-        pairs.append((first_sentence, title, " ".join(rest)))
+        pairs += [(title, "", text), (title.rpartition(": ")[2], "", text)]
         pairs += [title_body_pair(piece, rng) for _ in range(DRAWS)]
     return [pair for pair in dict.fromkeys(pairs) if pair[0].strip() and pair[2].strip()]
 

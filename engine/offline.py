@@ -113,12 +113,8 @@ def thesaurus() -> dict[str, list[str]]:
 
 def everyday(text: str, rng: random.Random, p: float) -> str:
     """Each term of the thesaurus exchanged for everyday words with probability p."""
-    def exchange(match: re.Match[str]) -> str:
-        if rng.random() < p:
-            return rng.choice(thesaurus()[match[1]])
-        return match[1]
-
-    return re.sub(rf"\b({'|'.join(thesaurus())})\b", exchange, text)
+    known = rf"\b({'|'.join(thesaurus())})\b"
+    return re.sub(known, lambda term: rng.choice(thesaurus()[term[0]]) if rng.random() < p else term[0], text)
 
 
 # --------------------------------------------------------------------------------------------------

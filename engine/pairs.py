@@ -42,9 +42,8 @@ def builtin_pairs(
     """
     rng = np.random.default_rng(seed)
     source = source_texts()
-    libraries = documentation(LIBRARIES)
-    libraries += [passage(name, text) for name, text in source["docstring"]]
-    pieces = {"own": chunks(corpus), "library": chunks(libraries)}
+    docstrings = [passage(name, text) for name, text in source["docstring"]]
+    pieces = {"own": chunks(corpus), "library": chunks(documentation(LIBRARIES) + docstrings)}
     calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
     kinds = ["own", "library", "commented", "calling"]

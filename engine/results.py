@@ -69,8 +69,8 @@ def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> st
         seeds = draws[start:start + 256]
         llm.generate([corpus[i] for i in seeds])
         # which passages will be found is not known yet; their number and mean length are
-        query = "such as a person types who looks for"
-        pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in seeds for n in range(N)]
+        pairs = [(f"such as a person types who looks for {i}", corpus[(i + n) % len(corpus)])
+                 for i in seeds for n in range(N)]
         if "ql" in rank:
             llm.query_likelihood(pairs)
         if "rc" in rank:
@@ -196,8 +196,8 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
         ranked = found(model, test, gecko.dims)
         columns[stage] = {str(dim): retrieval_scores(lists, test.qrels) for dim, lists in ranked.items()}
     dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
-    title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
-    results_table(out / "results.json", title, columns)
+    results_table(out / "results.json", f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}",
+                  columns)
 
 
 def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Rankings]:

@@ -271,14 +271,6 @@ def test_nothing_to_read_is_one_line(tmp_path, make, message):
     assert "\n" not in str(error.value) and str(tmp_path / "docs") in str(error.value)
 
 
-def test_too_much_is_said_before_any_is_read(folder, monkeypatch):
-    monkeypatch.setattr(documents, "MAX_BYTES", 500)
-    monkeypatch.setattr(documents, "passages_of", lambda name, text: pytest.fail("it was read"))
-    write(folder, "big.md", "word " * 200)
-    with pytest.raises(InputError, match="1,440 bytes of documents, and at most 500 are held in memory"):
-        read_documents(folder)
-
-
 def test_read_corpus_takes_documents_beir_and_jsonl(folder, tmp_path, capsys):
     write(folder, "x.pdf", b"%PDF")
     assert ids(read_corpus(folder)) == ids(read_documents(folder))
@@ -303,7 +295,8 @@ def test_heading_pairs_are_of_the_passage_itself():
     rows = passages_of("a.md", f"# Tea\n## Milk\n{LONG}\n## Salt\n{LONG} Never salt it.\n")
     pairs = heading_pairs(rows)
     assert pairs == heading_pairs(rows) and len(set(pairs)) == len(pairs) > 8
-    assert pairs[:3] == [("Tea: Milk", "", LONG), ("Milk", "", LONG), (LONG[:39], "Tea: Milk", LONG[40:])]
+    assert pairs[:2] == [("Tea: Milk", "", LONG), ("Milk", "", LONG)]
+    assert (LONG[:39], "Tea: Milk", LONG[40:]) in pairs
     for query, title, text in pairs:
         assert any(set(words(text)) <= set(words(row["text"])) and title in ("", row["title"])
                    and set(words(query)) <= set(words(row["title"] + " " + row["text"])) for row in rows)
