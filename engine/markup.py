@@ -26,8 +26,8 @@ FEW_WORDS = 20               # a shorter piece joins its neighbour
 TARGET = r"(?:\((?:[^()\s]|\([^()\s]*\))*(?:\s[^()]*)?\)|\[[^\[\]]*\])"   # (address "title") or [name]
 # Directives of reStructuredText that hold no text
 EMPTY = "image|figure|toctree|contents|include|literalinclude|raw|index|highlight|meta|currentmodule|auto\\w+"
-TAGS = "a|img|span|center|code|kbd|[bi]|em|strong|su[bp]|details|summary"
 PARTING_TAGS = "p|div|br|hr|d[ldt]|[ou]l|li|pre|table|t[hdr]|h\\d"      # words on either side are two
+TAGS = f"{PARTING_TAGS}|a|img|span|center|code|kbd|[bi]|em|strong|su[bp]|details|summary"
 # The marks of Markdown, reStructuredText and HTML: the last group of each stays, else nothing. They are tried in
 # this order at every place, and what one has taken no other one sees: code stays as it is.
 MARKUP = [
@@ -47,8 +47,8 @@ MARKUP = [
     r"(?::[\w+-]+){1,3}:`[~!]?([^`<]*[^`<\s])\s*(?:<[^`>]*>)?`",     # :role:`text <name>`
     r"`([^`<]*[^`<\s])\s*(?:<[^`>]+>)?`__?",                         # `text <address>`_
     r"(`{1,3}[^`\n]+`{1,3})",                                        # code within a line
+    rf"(?P<parting>(?<=\S)</?(?:{PARTING_TAGS})\b[^<>]*>(?=\S))",
     rf"</?(?:{TAGS})\b[^<>]*>",
-    rf"(?P<parting></?(?:{PARTING_TAGS})\b[^<>]*>)",
     r"^(?:[^\w\n(){}\[\]]|_)+\n",                                    # a line that is drawn
     r"(:):$",                                                        # a colon above code
     r"\\([_*#<>`\[\]])",
