@@ -122,16 +122,16 @@ def everyday(text: str, rng: random.Random, p: float) -> str:
 
 
 def templated_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
-    """A sentence of the passage or some of its words: of documentation in everyday words, for one of the tasks.
+    """One of the tasks, and for it a sentence of the passage or some words: of documentation in everyday words.
 
-    Its title is its id, a qualified name. Of other passages no question is made, which would need grammar.
+    Of other passages no question is made, which would need grammar.
     """
+    documentation = p["title"] == p["_id"]                           # a qualified name
     found = sentences(p["text"][:1500]) or [p["text"][:200]]
-    sentence = found[0] if rng.random() < 0.6 else rng.choice(found)
+    sentence = found[0] if documentation and rng.random() < 0.6 else rng.choice(found)
     sentence = re.split("-+>", sentence)[-1]                         # "f(x) -> what it returns"
     sentence = re.sub(r"\([^()]*\)|[`*'\"]", " ", sentence).lower()
     words = sentence.strip(" .:").split() or terms(p["title"])
-    documentation = p["title"] == p["_id"]
     if not documentation:
         words, tasks = words[:18], PROSE_TASKS
     query = " ".join(words)
