@@ -116,8 +116,9 @@ def hold_out(rows: Sequence[Row], names: set[str]) -> tuple[list[Row], list[Row]
     near = near_equal([row["query"] for row in train], [row["query"] for row in held])
     print(f"{len(held)} queries of {len(names)} passages are held out; {len(near) - sum(near)} train, less "
           f"{sum(near)} that nearly equal a held-out one or one above")
-    if all(near):
-        raise InputError("no query is left to train on; give more documents, or change --held-out or --seed")
+    if len(held) < 2 or all(near):                                   # where the LLM failed, or repeats itself
+        raise InputError("no query is left to train on, or not two to hold out; give more documents, or change "
+                         "--held-out or --seed")
     return [row for row, left_out in zip(train, near, strict=True) if not left_out], held
 
 

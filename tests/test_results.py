@@ -79,8 +79,10 @@ def test_a_share_that_leaves_nothing_is_refused(share):
 
 def test_no_query_left_to_train_on_is_refused():
     same = [{**row, "query": "where is it"} for row in rows()]
-    with pytest.raises(InputError, match="no query is left to train on; give more documents"):
+    with pytest.raises(InputError, match="no query is left to train on, or not two to hold out; give more"):
         split(same, 0.25, 0)
+    with pytest.raises(InputError, match="not two to hold out"):
+        hold_out(rows(), {"a passage that got no query"})
 
 
 def test_the_fret_file_keeps_what_trains(tmp_path):
