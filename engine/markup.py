@@ -36,8 +36,8 @@ MARKUP = [
     r"(?P<heading>^#{1,6} +|<h[1-6]\b[^<>]*>(?:\s|<[^<>]*>)*"
     r"|(?<=[\n=~*#>-]\n) *(?=[^\s|+-].{,99}\n[=\-~^\"'#*+.:_]{3,}$))",
     r"<!--(?:(?!<!--)[\s\S])*?-->",
-    # a comment, an address or a directive without text, with the lines that belong to it
-    rf"^(?P<indent> *)\.\.(?: (?:(?:{EMPTY}) ?::|(?![\w:+-]+ ?::|\[)).*)?\n(?:(?:(?P=indent) +\S.*| *)\n)*",
+    # a comment, an address or a directive without text, with the lines that belong to it; none to an empty comment
+    rf"^(?P<indent> *)\.\.(?!\n\n)(?: (?:(?:{EMPTY}) ?::|(?![\w:+-]+ ?::|\[)).*)?\n(?:(?:(?P=indent) +\S.*| *)\n)*",
     r"^ *\.\. (?:(?:code|source|only)[\w-]* ?::.*|[\w:+-]+ ?:: ?)",    # the name of another directive
     r"^ *:[a-z-]+:(?: \S+)?$",                                       # an option of one
     rf"^ *(?:[*+-]|\d+\.) +\[[^\[\]]*\]{TARGET}\n",                  # an item that is a link alone

@@ -78,6 +78,7 @@ def test_headings_without_text_and_code_that_looks_like_one():
     ("a.md", "<p>One</p>\n<ul>\n<li>two<br>\nthree</li></ul>", "One\n\ntwo\nthree"),
     ("a.md", "The [thing](https://x/Thing_(x)) is `[here](x)`.\n\n<details>", "The thing is `[here](x)`."),
     ("a.rst", ":orphan:\n\n.. code-block:: python\n   :linenos:\n\n   print(1)\n", "   print(1)"),
+    ("a.rst", "One.\n\n..\n\n   A quote.\n\n..\n   A comment.\n\n.. image:: x\n\n", "One.\n\n   A quote."),
     ("a.rst", ".. note ::\n\n  Mind it.\n\n.. image :: x.png\n", "  Mind it."),
     ("a.md", "<table><tr><td>tea</td><td>oil<br/>salt</td></table> H<sub>2</sub>O", "  tea  oil salt  H2O"),
     ("a.md", "Words first.\n\n- [One](#one)\n- [Two](#two)\n\n![x](x)\n", "Words first."),
