@@ -47,7 +47,7 @@ from engine.mteb import evaluate_command
 from engine.offline import Offline
 from engine.packed import autocast
 from engine.recorded import Recorded
-from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
+from engine.results import cost, held_apart, held_passages, hold_out, on_dev, results
 from engine.runs import Run, check_negatives, run_key, save_into, tokenised
 from engine.scale import blockwise_loss, cached_backward, derive_seed, processes, start_processes, stop_processes
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
@@ -329,8 +329,9 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
         draws = author.draws()[:o.queries or None]
     else:
         draws = llm.seed_draws(corpus, o.queries or len(corpus), o.seed)
+    names = set[str]()                                               # of passages whose queries are held out
     if o.corpus:                                                     # an error now, before anything is spent
-        held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
+        names = held_passages([corpus[i]["_id"] for i in draws], o.held_out, o.seed)
     print(f"{len(corpus):,} passages, {len(draws):,} queries; LLM {o.llm}, encoder {o.init}")
     if isinstance(author, llm.LanguageModel):
         author.strings.scored_by(o.rank, author.score)               # an error now where it cannot rank
@@ -345,7 +346,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
     write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
     queries = read_queries(out / "queries.jsonl", corpus)
-    queries, held = hold_out(queries, o.held_out if o.corpus else 0.0, o.seed)
+    queries, held = hold_out(queries, names)
 
     print("3.2  The initial retriever, trained on (q, p_seed), beside the pairs of 3.1 if there are any")
     retriever = trained(pre, "prefinetune", [queries, *pairs], WEIGHTS, c, out / "retriever")
@@ -358,7 +359,6 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     mined = llm.mine(author, retriever, corpus, [*queries, *held], N, o.negative, o.rank, o.seed, choose=known)
     write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
     rows, asked = held_apart(out / "fret.jsonl", held)                # to train on, and held out
-    print(example(rows))
 
     print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
     gecko = trained(pre, "finetune", [rows, *pairs], WEIGHTS, c, out / "gecko")  # from pre again

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import pkgutil
 import re
 import sys
@@ -81,7 +82,7 @@ def sentences(text: str) -> list[str]:
     ['This is the smallest integer.', 'It may be big!']
     """
     # a sentence begins with no small Latin letter; those of Chinese and Japanese need no space
-    ends = rf"{BLANK_LINES}|(?<=[.!?:])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])"
+    ends = rf"{BLANK_LINES}|(?<=[.!?:।؟۔።])\s+(?=[^\W\d_a-z]|[`\"'(])|(?<=[。！？])"
     found = [" ".join(part.split()) for part in re.split(ends, text)]
     long_enough = re.compile(rf"\S+\s+\S+\s+\S|[{UNSPACED}]{{4}}")
     return [sentence for sentence in found if long_enough.search(sentence)]
@@ -92,7 +93,7 @@ def sentences(text: str) -> list[str]:
 
 # Importing these does something (prints, opens a browser, patches), or they hold no public names.
 NOT_IMPORTED = set("""antigravity distutils encodings ensurepip idlelib lib2to3 nt ntpath pydoc_data
-    test this turtledemo venv""".split())
+    test tests this turtledemo venv""".split())
 
 
 def builtin_corpus() -> list[Passage]:
@@ -115,27 +116,27 @@ def passage(name: str, text: str) -> Passage:
 def stdlib_modules() -> Iterator[str]:
     """Names of the public modules of the standard library that can be imported here."""
     for name in sorted(sys.stdlib_module_names):
-        if not name.startswith("_") and name not in NOT_IMPORTED:
-            yield from with_submodules(name)
+        yield from with_submodules(name)
     yield "os.path"
 
 
 def with_submodules(name: str) -> Iterator[str]:
+    last = name.rpartition(".")[2]
+    if last.startswith("_") or last in NOT_IMPORTED:
+        return
     try:
         module = importlib.import_module(name)
     except ImportError:                                              # another platform's module
         return
     yield name
     for child in pkgutil.iter_modules(getattr(module, "__path__", [])):
-        if not child.name.startswith("_") and child.name not in ("test", "tests"):
-            yield from with_submodules(f"{name}.{child.name}")
+        yield from with_submodules(f"{name}.{child.name}")
 
 
 def documentation(modules: Iterable[str]) -> list[Passage]:
     """What pydoc would show of each public object, once, under its shortest public name."""
-    rows: dict[str, Passage] = {}                                    # name -> row
-    texts: set[str] = set()
-    seen: set[int] = set()                                           # ids of objects, which `things` keeps alive
+    rows = []
+    seen = set[object]()                                             # names and texts, and ids of `things`
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                              # deprecated modules and names
         things = list[tuple[str, Any]]()
@@ -144,18 +145,18 @@ def documentation(modules: Iterable[str]) -> list[Passage]:
             things += objects(module, importlib.import_module(module))
         for name, thing in sorted(things, key=name_order):
             text = doc_text(name, thing)
-            if text and text not in texts and name not in rows and id(thing) not in seen:
-                rows[name] = passage(name, text)
-                texts.add(text)
+            if text and seen.isdisjoint((name, text, id(thing))):
+                rows.append(passage(name, text))
+                seen.update((name, text))
             seen.add(id(thing))
-    return [rows[name] for name in sorted(rows)]
+    return sorted(rows, key=operator.itemgetter("_id"))
 
 
 def name_order(named: tuple[str, Any]) -> tuple[Any, ...]:
     """Of several names for one object the corpus keeps the first in this order."""
     name = named[0]
     hardly_typed = name.startswith(("posix", "genericpath"))         # but os and os.path
-    return hardly_typed, name.count("."), not name.startswith("builtins."), len(name), name
+    return hardly_typed, not name.startswith("builtins."), len(name), name
 
 
 def objects(name: str, thing: Any) -> Iterator[tuple[str, Any]]:

@@ -26,8 +26,8 @@ FEW_WORDS = 20               # a shorter piece joins its neighbour
 TARGET = r"(?:\((?:[^()\s]|\([^()\s]*\))*(?:\s[^()]*)?\)|\[[^\[\]]*\])"   # (address "title") or [name]
 # Directives of reStructuredText that hold no text
 EMPTY = "image|figure|toctree|contents|include|literalinclude|raw|index|highlight|meta|currentmodule|auto\\w+"
-TAGS = ("a|p|div|img|br|hr|span|center|code|d[ldt]|[ou]l|li|pre|kbd|table|t[hdr]|h\\d|[bi]|em|strong|su[bp]"
-        "|details|summary")
+PARTING_TAGS = "p|div|br|hr|d[ldt]|[ou]l|li|pre|table|t[hdr]|h\\d"      # words on either side are two
+TAGS = f"{PARTING_TAGS}|a|img|span|center|code|kbd|[bi]|em|strong|su[bp]|details|summary"
 # The marks of Markdown, reStructuredText and HTML: the last group of each stays, else nothing. They are tried in
 # this order at every place, and what one has taken no other one sees: code stays as it is.
 MARKUP = [
@@ -36,9 +36,9 @@ MARKUP = [
     r"(?P<heading>^#{1,6} +|<h[1-6]\b[^<>]*>(?:\s|<[^<>]*>)*"
     r"|(?<=[\n=~*#>-]\n) *(?=[^\s|+-].{,99}\n[=\-~^\"'#*+.:_]{3,}$))",
     r"<!--(?:(?!<!--)[\s\S])*?-->",
-    # a comment, an address or a directive without text, with the lines that belong to it
-    rf"^(?P<indent> *)\.\.(?: (?:(?:{EMPTY})::|(?![\w:+-]+::|\[)).*)?\n(?:(?:(?P=indent) +\S.*| *)\n)*",
-    r"^ *\.\. (?:(?:code|source|only)[\w-]*::.*|[\w:+-]+:: ?)",      # the name of another directive
+    # a comment, an address or a directive without text, with the lines that belong to it; none to an empty comment
+    rf"^(?P<indent> *)\.\.(?!\n\n)(?: (?:(?:{EMPTY}) ?::|(?![\w:+-]+ ?::|\[)).*)?\n(?:(?:(?P=indent) +\S.*| *)\n)*",
+    r"^ *\.\. (?:(?:code|source|only)[\w-]* ?::.*|[\w:+-]+ ?:: ?)",    # the name of another directive
     r"^ *:[a-z-]+:(?: \S+)?$",                                       # an option of one
     rf"^ *(?:[*+-]|\d+\.) +\[[^\[\]]*\]{TARGET}\n",                  # an item that is a link alone
     rf"\[?!\[[^\[\]]*\]{TARGET}(?:\]{TARGET})?",                     # an image, which may be a link
@@ -47,13 +47,15 @@ MARKUP = [
     r"(?::[\w+-]+){1,3}:`[~!]?([^`<]*[^`<\s])\s*(?:<[^`>]*>)?`",     # :role:`text <name>`
     r"`([^`<]*[^`<\s])\s*(?:<[^`>]+>)?`__?",                         # `text <address>`_
     r"(`{1,3}[^`\n]+`{1,3})",                                        # code within a line
+    rf"(?P<parting>(?<=\S)</?(?:{PARTING_TAGS})\b[^<>]*>(?=\S))",
     rf"</?(?:{TAGS})\b[^<>]*>",
     r"^(?:[^\w\n(){}\[\]]|_)+\n",                                    # a line that is drawn
     r"(:):$",                                                        # a colon above code
     r"\\([_*#<>`\[\]])",
 ]
+INSTEAD = {"heading": "\f", "parting": " "}
 FRONT_MATTER = (r"\A(---|\+\+\+)\n(?=#|\w[\w -]*[:=])"
-                r"(?>(?:(?!\1\n).*\n)*?title *[:=] *(.*)\n)?(?:(?!\1\n).*\n)*\1\n")
+                r"(?>(?:(?!\1\n).*\n)*?[Tt]itle *[:=] *(?:[>|][+-]?\n *)?(.*)\n)?(?:(?!\1\n).*\n)*\1\n")
 
 
 def visible(text: str) -> str:
@@ -66,8 +68,8 @@ def visible(text: str) -> str:
 
 def staying(markup: re.Match[str]) -> str:
     """What a reader sees of it."""
-    if markup.lastgroup == "heading":
-        return "\f"
+    if markup.lastgroup in INSTEAD:
+        return INSTEAD[markup.lastgroup]
     return markup[markup.lastindex] if markup.lastindex else ""
 
 
@@ -76,7 +78,8 @@ def staying(markup: re.Match[str]) -> str:
 
 # What an encoder will read as a token, nearly: a word of common length, a character, a punctuation mark
 TOKEN = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]{{1,12}}|[^\w\s]|_")
-WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_]{{2,}}")
+# A letter alone is no word, but with a mark, as in many scripts
+WORD = re.compile(rf"[{UNSPACED}]|[^\W\d_](?:[^\W\d_]+|[\u0300-\uffff])")
 
 
 def size(text: str) -> int:
@@ -92,7 +95,7 @@ def passages_of(name: str, text: str) -> list[Passage]:
     if name.lower().endswith(".txt"):
         text = re.sub("(?m)^#", " #", text)                          # a comment, no heading
     above, *parts = visible(text).split("\f")
-    title = re.sub("[-_]+", " ", Path(name).stem)
+    title = re.sub(r"[-_\s]+", " ", Path(name).stem)
     if parts and size(above) < FEW_WORDS:
         title = headed(parts[0])[0] or title
     rows = list[Passage]()
@@ -125,7 +128,8 @@ def joins(above: str, below: str) -> bool:
 
 # Where to cut what is too long, the best places first: below a paragraph that announces nothing, above an item of a
 # list, after a sentence, between lines
-CUTS = (r"(?<=[^:]\n\n)", r"(?<=\n)(?= *(?:[-*+•|]|\d+[.)]) )", r"(?<=[^\d\s][.!?]\s)|(?<=[。！？])", r"(?<=\n)")
+CUTS = (r"(?<=[^:]\n\n)", r"(?<=\n)(?= *(?:[-*+•|]|\d+[.)]) )", r"(?<=[^\d\s][.!?।؟۔።]\s)|(?<=[。！？])",
+        r"(?<=\n)")
 
 
 def cut(text: str, cuts: Sequence[str] = CUTS) -> list[str]:

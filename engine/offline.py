@@ -33,6 +33,7 @@ STOP = set("a an the of to is in it if and or for this that with be are by on as
            "when can will has its one into than".split())
 ASKED = ("how do i {}", "how to {}", "{}", "what can i use to {}", "i want to {}",
          "is there a way to {}?", "{} in python")
+PROSE_TASKS = "fact checking", "sentence similarity", "search result"
 
 
 class Offline:
@@ -50,11 +51,10 @@ class Offline:
         self.embedder, self.tasks, self.seed = embedder, tasks, seed
         self.vectors: dict[str, np.ndarray] = {}                     # of passages, by their ids
         self.drawn = Counter[str]()                                  # queries so far, by the passage's id
-        self.counts: dict[str, Counter[str]] = {}
+        self.counts = {p["_id"]: Counter(terms(f"{p['title']}\n{p['text']}")) for p in corpus}
         self.collection = Counter[str]()
-        for p in corpus:
-            self.counts[p["_id"]] = Counter(terms(f"{p['title']}\n{p['text']}"))
-            self.collection.update(self.counts[p["_id"]])
+        for counts in self.counts.values():
+            self.collection.update(counts)
         self.total = max(1, self.collection.total())
         self.paraphrased = defaultdict[str, set[str]](set)           # everyday word -> words it says
         for word, phrases in thesaurus().items():
@@ -71,25 +71,24 @@ class Offline:
         return answers
 
     def query_likelihood(self, pairs: Pairs) -> LogProbs:
-        return [self.log_likelihood(q, p) for q, p in pairs]
-
-    def log_likelihood(self, query: str, passage: Passage) -> float:
-        """sum over the query's words of log p(w | passage)."""
-        counts = self.counts[passage["_id"]]
-        length = counts.total()
-        total = 0.0
-        for w in terms(query):
-            paraphrased = sum(counts[u] for u in self.paraphrased.get(w, ()))
-            tf = counts[w] + self.lam * paraphrased
-            p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
-            total += math.log((tf + self.mu * p_collection) / (length + self.mu))
-        return total
+        """sum over the query's words of log p(w | passage), for each pair."""
+        sums: LogProbs = []
+        for query, passage in pairs:
+            counts = self.counts[passage["_id"]]
+            length = counts.total()
+            total = 0.0
+            for w in terms(query):
+                paraphrased = sum(counts[u] for u in self.paraphrased.get(w, ()))
+                tf = counts[w] + self.lam * paraphrased
+                p_collection = (self.collection[w] + 0.5) / self.total   # 0.5: a word never seen
+                total += math.log((tf + self.mu * p_collection) / (length + self.mu))
+            sums.append(total)
+        return sums
 
     def relevance(self, pairs: Pairs) -> LogProbs:
         """The cosine of each query and its passage, which is encoded once."""
         new = {p["_id"]: p for _, p in pairs if p["_id"] not in self.vectors}
-        texts, titles = texts_and_titles(list(new.values()))
-        P = self.embedder.encode_passages(texts, titles)             # (new, d)
+        P = self.embedder.encode_passages(*texts_and_titles(list(new.values())))  # (new, d)
         self.vectors.update(zip(new, P, strict=True))
         queries = list(dict.fromkeys(q for q, _ in pairs))
         vectors = dict(zip(queries, self.embedder.encode_queries(queries), strict=True))
@@ -114,12 +113,8 @@ def thesaurus() -> dict[str, list[str]]:
 
 def everyday(text: str, rng: random.Random, p: float) -> str:
     """Each term of the thesaurus exchanged for everyday words with probability p."""
-    def exchange(match: re.Match[str]) -> str:
-        if rng.random() < p:
-            return rng.choice(thesaurus()[match[1]])
-        return match[1]
-
-    return re.sub(rf"\b({'|'.join(thesaurus())})\b", exchange, text)
+    known = rf"\b({'|'.join(thesaurus())})\b"
+    return re.sub(known, lambda term: rng.choice(thesaurus()[term[0]]) if rng.random() < p else term[0], text)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -127,54 +122,33 @@ def everyday(text: str, rng: random.Random, p: float) -> str:
 
 
 def templated_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
-    if re.fullmatch(r"[\w.-]+", p["title"]):                         # a qualified name: documentation
-        return api_query(p, tasks, rng)
-    return prose_query(p, rng)
+    """One of the tasks, and for it a sentence of the passage or some words: of documentation in everyday words.
 
-
-def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
-    """One of the tasks and a query for it, from the documentation of a function or class."""
+    Of other passages no question is made, which would need grammar.
+    """
+    documentation = p["title"] == p["_id"]                           # a qualified name
     found = sentences(p["text"][:1500]) or [p["text"][:200]]
-    sentence = found[0] if rng.random() < 0.6 else rng.choice(found)
+    sentence = found[0] if documentation and rng.random() < 0.6 else rng.choice(found)
     sentence = re.split("-+>", sentence)[-1]                         # "f(x) -> what it returns"
     sentence = re.sub(r"\([^()]*\)|[`*'\"]", " ", sentence).lower()
     words = sentence.strip(" .:").split() or terms(p["title"])
-    text = " ".join(words)
+    if not documentation:
+        words, tasks = words[:18], PROSE_TASKS
+    query = " ".join(words)
     task = rng.choice(tasks)
     if task == "question answering":
-        text = re.sub("^returns? (true|false)( if| iff| when)", "check whether", text)
-        text = re.sub("^returns? ", "get ", text)
+        query = re.sub("^returns? (true|false)( if| iff| when)", "check whether", query)
+        query = re.sub("^returns? ", "get ", query)
     elif task == "search result":
         content = [w for w in words if w not in STOP] or words
         n = rng.randint(2, 5)
         start = rng.randrange(max(1, len(content) - n + 1))
-        text = " ".join(content[start:start + n])
+        query = " ".join(content[start:start + n])
     elif task == "sentence similarity":
-        text = " ".join(w for w in words if rng.random() > 0.25)
-    query = everyday(text, rng, 0.3 if task == "fact checking" else 0.6)
+        query = " ".join(w for w in words if rng.random() > 0.25)
+    if documentation:
+        query = everyday(query, rng, 0.3 if task == "fact checking" else 0.6)
     if task == "question answering":
         query = " ".join(query.split()[:14])
         query = rng.choice(ASKED).format(query)
     return task, query.strip() or " ".join(words)
-
-
-def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
-    """A query for an article: its title or a sentence, without brackets, cut short."""
-    title, text = p["title"], p["text"] or p["title"]
-    statements = sentences(text) or [text]
-    if title.count(" ") > 2:
-        statements.append(title)
-    statement = rng.choice(statements)
-    statement = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", statement)
-    words = statement.strip(" .;:,").split() or text.split()
-    words = words[:18]
-    # a question would need grammar; a statement is said twice as often as the others
-    task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
-    if task == "sentence similarity":
-        words = [w for w in words if rng.random() > 0.2] or words
-    elif task == "search result":
-        words = [w for w in words if w.lower() not in STOP] or words
-        start = rng.randrange(max(1, len(words) - 4))
-        stop = start + rng.randint(3, 6)
-        words = words[start:stop]
-    return task, " ".join(words)

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import itertools
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,8 @@ def builtin_pairs(
     """
     rng = np.random.default_rng(seed)
     source = source_texts()
-    libraries = documentation(LIBRARIES)
-    libraries += [passage(name, text) for name, text in source["docstring"]]
-    pieces = {"own": chunks(corpus), "library": chunks(libraries)}
+    docstrings = [passage(name, text) for name, text in source["docstring"]]
+    pieces = {"own": chunks(corpus), "library": chunks(documentation(LIBRARIES) + docstrings)}
     calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
     kinds = ["own", "library", "commented", "calling"]
@@ -110,16 +109,15 @@ def source_texts() -> dict[str, list[Texts]]:
 
     {"comment": (words, code), "function": (its name or docstring, its body), "docstring": (name, text)}
     """
-    found: dict[str, list[Texts]] = {"comment": [], "function": [], "docstring": []}
+    found = defaultdict[str, dict[Texts, None]](dict)
     for path in source_files():
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):                        # some tests of the library; a dead link
             continue
-        found["comment"] += comments(lines)
-        for kind, words, code in functions(lines):
-            found[kind].append((words, code))
-    return {kind: list(dict.fromkeys(pairs)) for kind, pairs in found.items()}
+        for kind, words, code in itertools.chain(comments(text), functions(text)):
+            found[kind][words, code] = None
+    return {kind: list(texts) for kind, texts in found.items()}
 
 
 def source_files() -> Iterator[Path]:
@@ -133,32 +131,26 @@ def source_files() -> Iterator[Path]:
                 yield path
 
 
-COMMENT, CODE = re.compile(r"\s*#"), re.compile(r"\s*[^\s#]")
+# Lines of a comment, and up to six lines of code below them
+COMMENTED = re.compile(r"((?:^[^\S\n]*#.*\n)+)((?:[^\S\n]*[^\s#].*\n){1,6})", re.MULTILINE)
 
 
-def comments(lines: list[str]) -> Iterator[Texts]:
-    """A block of comment lines with up to six lines of code below it."""
-    block = []
-    for i, line in enumerate(lines):
-        if COMMENT.match(line):
-            block.append(line.strip().lstrip("#! "))
-            continue
-        code = list(itertools.takewhile(CODE.match, lines[i:i + 6]))
-        words = " ".join(block)
-        if code and 3 <= len(re.findall(r"[a-z]{2,}", words)) <= 60:
-            yield words, " ".join(map(str.strip, code))[:400]
-        block = []
+def comments(text: str) -> Iterator[tuple[str, str, str]]:
+    """Of each block, by the kinds of `source_texts`."""
+    for block, code in COMMENTED.findall(f"{text}\n"):
+        words = " ".join(line.strip().lstrip("#! ") for line in block.strip().split("\n"))
+        if 3 <= len(re.findall(r"[a-z]{2,}", words)) <= 60:
+            yield "comment", words, " ".join(map(str.strip, code.strip().split("\n")))[:400]
 
 
-def functions(lines: list[str]) -> Iterator[tuple[str, str, str]]:
+# The indent, kind and name of a function or class, and up to 29 lines below it that are deeper, or blank
+DEFINED = re.compile(r"^([^\S\n]*)(async def|def|class) (\w+).*\n(?=((?:(?:\1[^\S\n].*|[^\S\n]*)\n){,29}))", re.M)
+
+
+def functions(text: str) -> Iterator[tuple[str, str, str]]:
     """Of each function and class, read from its first lines, by the kinds of `source_texts`."""
-    for i, line in enumerate(lines):
-        start = re.match(r"(\s*)(async def|def|class) (\w+)", line)
-        if start is None:
-            continue
-        indent, keyword, name = start.groups()
-        inside = re.compile(rf"\s{{{len(indent) + 1}}}|\s*$")      # deeper, or blank
-        body = "\n".join(itertools.takewhile(inside.match, lines[i + 1:i + 30]))
+    for _, keyword, name, body in DEFINED.findall(f"{text}\n"):
+        body = body.removesuffix("\n")
         before, _, rest = body.partition('"""')
         doc, _, code = rest.partition('"""')
         if before.strip() not in ("", "r"):                          # a text further down, no docstring
@@ -195,8 +187,7 @@ def with_calls(corpus: Corpus, pairs: Sequence[Texts]) -> list[tuple[str, list[i
             first, dot, _ = call.partition(".")
             if call not in passages and dot and first not in modules:
                 method = "." + call.rpartition(".")[2]
-                likely = [kind + method for kind in TYPES if kind + method in passages]
-                call = likely[0] if likely else method
+                call = next((kind + method for kind in TYPES if kind + method in passages), method)
             same = passages.get(call, [])
             if len(same) <= 2:                                       # else many classes have it
                 called.update(dict.fromkeys(same))

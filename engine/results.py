@@ -69,14 +69,13 @@ def cost(llm: Any, corpus: Sequence[Row], draws: Sequence[int], rank: str) -> st
         seeds = draws[start:start + 256]
         llm.generate([corpus[i] for i in seeds])
         # which passages will be found is not known yet; their number and mean length are
-        query = "such as a person types who looks for"
-        pairs = [(f"{query} {i}", corpus[(i + n) % len(corpus)]) for i in seeds for n in range(N)]
+        pairs = [(f"such as a person types who looks for {i}", corpus[(i + n) % len(corpus)])
+                 for i in seeds for n in range(N)]
         if "ql" in rank:
             llm.query_likelihood(pairs)
         if "rc" in rank:
             llm.relevance(pairs)
-    minutes = llm.strings.size / 4 / 1000 / 60
-    return f"{llm.strings.report()}; {minutes:,.0f} minutes at 1,000 tokens a second"
+    return llm.strings.report()
 
 
 def mean_of(a: Any, b: Any, share: float) -> Any:
@@ -100,49 +99,39 @@ def held_passages(seeds: Sequence[str], share: float, seed: int) -> set[str]:
     order = sorted(set(seeds), key=lambda name: random.Random(f"held out {seed} {name}").random())
     held = round(share * len(order))
     if not 2 <= held <= len(order) - 2:
-        raise InputError(f"{len(order)} passages with queries, {held} of them held out: two are needed on each "
+        raise InputError(f"{len(order)} passages to ask about, {held} of them held out: two are needed on each "
                          "side; give more documents, raise --queries, or change --held-out")
     return set(order[:held])
 
 
-def hold_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Queries to train on, and those of a share of the passages, which are asked and never trained on.
+def hold_out(rows: Sequence[Row], names: set[str]) -> tuple[list[Row], list[Row]]:
+    """Queries to train on, and those of the passages of these names, which are asked and never trained on.
 
     Near-equal queries are left out: of two in training the second, of training and held out the former.
     """
-    if not share:
+    if not names:                                                    # the built-in corpus has questions of its own
         return list(rows), []
-    names = held_passages([row["seed_id"] for row in rows], share, seed)
     held = [row for row in rows if row["seed_id"] in names]
     train = [row for row in rows if row["seed_id"] not in names]
     near = near_equal([row["query"] for row in train], [row["query"] for row in held])
-    kept = [row for row, left_out in zip(train, near, strict=True) if not left_out]
-    print(f"{len(held)} queries of {len(names)} passages are held out; {len(kept)} train, less {sum(near)} that "
-          "nearly equal a held-out one or one above")
-    return kept, held
+    print(f"{len(held)} queries of {len(names)} passages are held out; {len(near) - sum(near)} train, less "
+          f"{sum(near)} that nearly equal a held-out one or one above")
+    if len(held) < 2 or all(near):                                   # where the LLM failed, or repeats itself
+        raise InputError("no query is left to train on, or not two to hold out; give more documents, or change "
+                         "--held-out or --seed")
+    return [row for row, left_out in zip(train, near, strict=True) if not left_out], held
 
 
 def held_apart(path: Path, held: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     """The mined rows of a FRet file: those to train on, which then alone stand in it, and the held-out ones."""
     names = {row["_id"] for row in held}
-    rows: list[Row] = []
-    asked: list[Row] = []
-    for _, row in read_jsonl(path):
-        side = asked if row["_id"] in names else rows
-        side.append(row)
+    mined = [row for _, row in read_jsonl(path)]
+    rows = [row for row in mined if row["_id"] not in names]
+    asked = [row for row in mined if row["_id"] in names]
     if held:
         write_jsonl(path, rows)
         write_jsonl(path.with_name("held_out.jsonl"), asked)
     return rows, asked
-
-
-def example(rows: Sequence[Row]) -> str:
-    """The first record whose positive is not the passage that its query was written for."""
-    for row in rows:
-        if row["positive_id"] != row["seed_id"]:
-            return (f'the first: "{row["query"]}", written for {row["seed_id"]}, has p+ {row["positive_id"]}, '
-                    f'p- {row["negative_id"]}')
-    return "p+ is p_seed in all records"
 
 
 def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
@@ -159,12 +148,12 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     columns: dict[str, Columns] = {}
     chosen, shown = {}, {}                                           # nDCG@10 of either half, with both right
     for stage, model in stages.items():
-        ranked = list(found(model, beir)[None].items())
-        first, second = dict(ranked[:half]), dict(ranked[half:])
-        columns[stage] = {"p_seed": retrieval_scores(second, p_seed), "p_1": retrieval_scores(second, p_1)}
+        ranked = found(model, beir)[None]
+        ndcg = retrieval_scores(ranked, both)["ndcg@10"]
         if model is not None:
-            chosen[stage] = means(retrieval_scores(first, both))["ndcg@10"]
-            shown[stage] = means(retrieval_scores(second, both))["ndcg@10"]
+            chosen[stage], shown[stage] = np.mean(ndcg[:half]), np.mean(ndcg[half:])
+        second = dict(list(ranked.items())[half:])
+        columns[stage] = {"p_seed": retrieval_scores(second, p_seed), "p_1": retrieval_scores(second, p_1)}
         if labelled:
             columns[stage]["labels"] = retrieval_scores(found(model, labelled)[None], labelled.qrels)
     title = (f"Generated questions, held out ({few}): nDCG@10 and recall@100 where p_seed is taken for right "
@@ -179,9 +168,7 @@ def held_out_results(path: Path, corpus: Corpus, asked: Sequence[Row],
     best = max(chosen, key=chosen.__getitem__)
     start = next(iter(chosen))
     print(f"kept: {best}, best on the other {half} held-out questions (nDCG@10 with both right {chosen[best]:.3f}; "
-          f"{start} {chosen[start]:.3f})")
-    if shown[best] < shown[start]:
-        print(f"on the questions of the table it is worse: {shown[best]:.3f}, {start} {shown[start]:.3f}")
+          f"{start} {chosen[start]:.3f}); on those of the table {shown[best]:.3f}; {start} {shown[start]:.3f}")
     return best
 
 
@@ -210,8 +197,8 @@ def results(out: Path, corpus: Corpus, stages: dict[str, Any], asked: Sequence[R
         ranked = found(model, test, gecko.dims)
         columns[stage] = {str(dim): retrieval_scores(lists, test.qrels) for dim, lists in ranked.items()}
     dims = " and ".join(f"d = {dim}" for dim in gecko.dims)
-    title = f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}"
-    results_table(out / "results.json", title, columns)
+    results_table(out / "results.json", f"Test questions ({len(test.queries)}), nDCG@10 and recall@100 at {dims}",
+                  columns)
 
 
 def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Rankings]:
@@ -221,9 +208,8 @@ def found(model: Any, beir: Beir, dims: Sequence[Any] = (None,)) -> dict[Any, Ra
     q, P = encode_beir(model, beir, "question answering")            # (Q, d) and (P, d)
     ranked = {}
     for dim in dims:
-        short = P[:, :dim]                                           # (P, dim), of length 1 again
-        short = short / np.linalg.norm(short, axis=1, keepdims=True)
-        ranked[dim] = rankings(beir, q[:, :dim], short)              # the length of q orders nothing
+        norms = np.linalg.norm(P[:, :dim], axis=1, keepdims=True)    # (P, 1)
+        ranked[dim] = rankings(beir, q[:, :dim], P[:, :dim] / norms)  # the length of q orders nothing
     return ranked
 
 

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.corpus import Corpus
 from engine.files import InputError, check_outputs, file_beside, one_line, read_jsonl, read_passages
 from engine.table import check_record
 
+KEYS = set("_id seed_id positive_id negative_id negative symmetric".split())   # of a mined row, beside a record's
 Row = dict[str, Any]
 Texts = dict[str, tuple[str, str]]  # title and text, cut, by id
 Ranks = Callable[[Sequence[float]], list[int]]
@@ -27,11 +27,15 @@ def show(args: Any, ranks: Ranks) -> None:
     source = Path(args.corpus or Path(args.fret).parent / "corpus.jsonl")
     check_outputs([args.html], args.fret, source)
     rows, about = first_rows(args.fret, args.changed, args.limit or (10_000 if args.html else 5))
+    corpus = read_passages(source) if args.corpus or source.is_file() else []
+    passages: Row = {p["_id"]: p for p in corpus}
+    shown = set[str]()
     for row in rows:
         row["candidates"] = in_order(row["candidates"], ranks)
-    shown = {candidate["id"] for row in rows for candidate in row["candidates"]}
-    corpus = read_passages(source) if args.corpus or source.is_file() else []
-    texts = known_texts(shown, rows, corpus)
+        shown.update(candidate["id"] for candidate in row["candidates"])
+        for name in ("positive", "negative"):                        # the page holds each text once
+            passages[row[f"{name}_id"]] = row.pop(name)
+    texts = {key: (p.get("title") or "", one_line(p["text"], 1000)) for key, p in passages.items() if key in shown}
     if args.html:
         # subtle: a "<" in the data could end the script element that holds it
         data = json.dumps({"about": about, "passages": texts, "records": rows}).replace("<", "\\u003c")
@@ -53,11 +57,11 @@ def first_rows(path: str, changed: bool, limit: int) -> tuple[list[Row], str]:
     total = moved = 0
     for where, row in read_jsonl(path):
         try:
-            scores = [c[name] or 0.0 for c in row["candidates"] for name in ("R", "ql", "rc")]
-            good = all(c["id"] for c in row["candidates"]) and scores and all(map(math.isfinite, scores))
+            scores = [c["R"] + (c[name] or 0.0) for c in row["candidates"] for name in ("ql", "rc")]
+            good = all({c["id"] for c in row["candidates"]}) and scores and all(map(math.isfinite, scores))
         except (LookupError, TypeError, OverflowError):
             good = False
-        if not good or not row.keys() >= {"seed_id", "positive_id", "negative_id", "negative", "symmetric"}:
+        if not good or not row.keys() >= KEYS:
             raise InputError(f"{where}: no record with candidates; give a file that `llm.py mine` wrote")
         check_record(where, row)
         relabelled = row["positive_id"] != row["seed_id"]
@@ -78,19 +82,6 @@ def in_order(candidates: list[Row], ranks: Ranks) -> list[Row]:
         for candidate, place in zip(candidates, places, strict=True):
             candidate[f"r_{name}"] = place
     return sorted(candidates, key=operator.itemgetter("R"), reverse=True)
-
-
-def known_texts(shown: set[str], rows: Sequence[Row], corpus: Corpus) -> Texts:
-    """Of the passages that are shown, those of the corpus, and those in the rows, which lose them."""
-    passages: Row = {p["_id"]: p for p in corpus}
-    for row in rows:
-        for name in ("positive", "negative"):
-            passages[row[f"{name}_id"]] = row.pop(name)
-    texts = {}
-    for key, p in passages.items():
-        if key in shown:
-            texts[key] = p.get("title") or "", one_line(p["text"], 1000)
-    return texts
 
 
 def as_lines(row: Row, texts: Texts) -> Iterator[str]:

@@ -31,6 +31,7 @@ def test_ascii_words_are_runs_of_letters_and_digits(rows):
 
 @pytest.mark.parametrize("text, count", [
     ("Коты пьют молоко. Собаки едят мясо утром!", 2),
+    ("भारत एक देश है। इसकी राजधानी नई दिल्ली है।", 2), ("هل هذا كتاب؟ نعم هو كتاب.", 2),
     ("茶在热水里泡开。咖啡在冷水里也可以！", 2), ("短。也短。", 0)])
 def test_sentences_of_other_scripts(text, count):
     assert len(corpus.sentences(text)) == count

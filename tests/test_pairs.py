@@ -36,7 +36,7 @@ def test_pairs_are_seeded_and_never_their_own_answer(small, monkeypatch):
 def test_functions_pair_with_their_bodies():
     lines = ["class A:", "    def tear_down(self):", '        """Delete the whole folder.', "", '        Slow."""',
              "        shutil.rmtree(self.folder)", "x = 1"]
-    found = list(pairs.functions(lines))
+    found = list(pairs.functions("\n".join(lines)))
     assert [pair[:2] for pair in found] == [
         ("function", "tear down"), ("function", "Delete the whole folder."), ("docstring", "tear_down")]
     assert "shutil.rmtree" in found[1][2] and "x = 1" not in found[1][2]
@@ -45,7 +45,8 @@ def test_functions_pair_with_their_bodies():
 
 def test_comments_pair_with_the_code_below():
     lines = ["x = 1", "# round the number up to a whole one", "y = math.ceil(x)", "", "# no code follows here"]
-    assert list(pairs.comments(lines)) == [("round the number up to a whole one", "y = math.ceil(x)")]
+    assert list(pairs.comments("\n".join(lines))) == [
+        ("comment", "round the number up to a whole one", "y = math.ceil(x)")]
 
 
 @pytest.mark.parametrize("code, called", [

@@ -84,7 +84,8 @@ def test_text_of_a_hostile_record_controls_no_terminal(tmp_path, monkeypatch, ca
     ({"candidates": None}, "no record with candidates; give a file"),
     ({"candidates": []}, "no record with candidates; give a file"),
     *(({"candidates": [{"id": "a", **broken}]}, "no record with candidates; give a file") for broken in (
-        {}, {"ql": 0, "rc": 0, "R": float("nan")}, {"ql": 0, "rc": 0, "R": 10 ** 400})),
+        {}, {"ql": 0, "rc": 0, "R": float("nan")}, {"ql": 0, "rc": 0, "R": 10 ** 400},
+        {"ql": 0, "rc": 0, "R": None}, {"id": [], "ql": 0, "rc": 0, "R": 1})),
     ({"query": 3}, 'no "query"; a record has'), ({"positive": "text"}, '"positive" has no text'),
     ({"query": "half a pair: \ud83d"}, "not JSON")])
 def test_a_file_of_another_kind_is_one_line(tmp_path, monkeypatch, broken, message):
