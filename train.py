@@ -47,7 +47,7 @@ from engine.mteb import evaluate_command
 from engine.offline import Offline
 from engine.packed import autocast
 from engine.recorded import Recorded
-from engine.results import cost, held_apart, held_passages, hold_out, on_dev, results
+from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
 from engine.runs import Run, check_negatives, run_key, save_into, tokenised
 from engine.scale import blockwise_loss, cached_backward, derive_seed, processes, start_processes, stop_processes
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
@@ -359,6 +359,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     mined = llm.mine(author, retriever, corpus, [*queries, *held], N, o.negative, o.rank, o.seed, choose=known)
     write_kept(out / "fret.jsonl", mined, len(queries) + len(held), "mine", author)
     rows, asked = held_apart(out / "fret.jsonl", held)                # to train on, and held out
+    print(example(rows))
 
     print("3.3  Fine-tuning on the mixture of FRet and pairs (eq. 3, Matryoshka)")
     gecko = trained(pre, "finetune", [rows, *pairs], WEIGHTS, c, out / "gecko")  # from pre again

@@ -33,7 +33,6 @@ STOP = set("a an the of to is in it if and or for this that with be are by on as
            "when can will has its one into than".split())
 ASKED = ("how do i {}", "how to {}", "{}", "what can i use to {}", "i want to {}",
          "is there a way to {}?", "{} in python")
-PROSE_TASKS = "fact checking", "sentence similarity", "search result"
 
 
 class Offline:
@@ -122,33 +121,54 @@ def everyday(text: str, rng: random.Random, p: float) -> str:
 
 
 def templated_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
-    """One of the tasks, and for it a sentence of the passage or some words: of documentation in everyday words.
+    if p["title"] == p["_id"]:                                       # a qualified name: documentation
+        return api_query(p, tasks, rng)
+    return prose_query(p, rng)
 
-    Of other passages no question is made, which would need grammar.
-    """
-    documentation = p["title"] == p["_id"]                           # a qualified name
+
+def api_query(p: Passage, tasks: Sequence[str], rng: random.Random) -> tuple[str, str]:
+    """One of the tasks and a query for it, from the documentation of a function or class."""
     found = sentences(p["text"][:1500]) or [p["text"][:200]]
-    sentence = found[0] if documentation and rng.random() < 0.6 else rng.choice(found)
+    sentence = found[0] if rng.random() < 0.6 else rng.choice(found)
     sentence = re.split("-+>", sentence)[-1]                         # "f(x) -> what it returns"
     sentence = re.sub(r"\([^()]*\)|[`*'\"]", " ", sentence).lower()
     words = sentence.strip(" .:").split() or terms(p["title"])
-    if not documentation:
-        words, tasks = words[:18], PROSE_TASKS
-    query = " ".join(words)
+    text = " ".join(words)
     task = rng.choice(tasks)
     if task == "question answering":
-        query = re.sub("^returns? (true|false)( if| iff| when)", "check whether", query)
-        query = re.sub("^returns? ", "get ", query)
+        text = re.sub("^returns? (true|false)( if| iff| when)", "check whether", text)
+        text = re.sub("^returns? ", "get ", text)
     elif task == "search result":
         content = [w for w in words if w not in STOP] or words
         n = rng.randint(2, 5)
         start = rng.randrange(max(1, len(content) - n + 1))
-        query = " ".join(content[start:start + n])
+        text = " ".join(content[start:start + n])
     elif task == "sentence similarity":
-        query = " ".join(w for w in words if rng.random() > 0.25)
-    if documentation:
-        query = everyday(query, rng, 0.3 if task == "fact checking" else 0.6)
+        text = " ".join(w for w in words if rng.random() > 0.25)
+    query = everyday(text, rng, 0.3 if task == "fact checking" else 0.6)
     if task == "question answering":
         query = " ".join(query.split()[:14])
         query = rng.choice(ASKED).format(query)
     return task, query.strip() or " ".join(words)
+
+
+def prose_query(p: Passage, rng: random.Random) -> tuple[str, str]:
+    """A query for an article: its title or a sentence, without brackets, cut short."""
+    title, text = p["title"], p["text"] or p["title"]
+    statements = sentences(text) or [text]
+    if title.count(" ") > 2:
+        statements.append(title)
+    statement = rng.choice(statements)
+    statement = re.sub(r"\s*[(\[][^()\[\]]*[)\]]", "", statement)
+    words = statement.strip(" .;:,").split() or text.split()
+    words = words[:18]
+    # a question would need grammar; a statement is said twice as often as the others
+    task = rng.choice(("fact checking", "fact checking", "sentence similarity", "search result"))
+    if task == "sentence similarity":
+        words = [w for w in words if rng.random() > 0.2] or words
+    elif task == "search result":
+        words = [w for w in words if w.lower() not in STOP] or words
+        start = rng.randrange(max(1, len(words) - 4))
+        stop = start + rng.randint(3, 6)
+        words = words[start:stop]
+    return task, " ".join(words)

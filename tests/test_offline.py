@@ -142,18 +142,21 @@ def test_generation_is_seeded_and_varies():
     assert set(kinds) == set(TASKS) and all("\nQuery: " in answer for answer in a)
 
 
-@pytest.mark.parametrize("title", [ARTICLE["title"], "Sleep"])
-def test_queries_for_prose_are_made_of_the_article(title):
-    """Of one sentence's words, brackets go, long ones are cut, and no template for an API is used."""
-    article = {**ARTICLE, "title": title}
-    drawn = [offline.templated_query(article, TASKS, random.Random(n)) for n in range(60)]
-    queries = {query for _, query in drawn}
-    assert {"background sleep varies", "conclusions taken together, our data show that short sleep raises blood "
-            "pressure in the men of this cohort,"} < queries
-    words = set(terms(ARTICLE["text"]))
+def test_queries_for_prose_are_made_of_the_article():
+    """Its title or a sentence, brackets go, long ones are cut, and no template for an API is used."""
+    queries = {offline.prose_query(ARTICLE, random.Random(n))[1] for n in range(60)}
+    assert {ARTICLE["title"], "BACKGROUND Sleep varies"} < queries
+    assert "CONCLUSIONS Taken together, our data show that short sleep raises blood pressure in the men of this " \
+           "cohort," in queries
+    words = set(terms(ARTICLE["title"] + ARTICLE["text"]))
     assert all(len(q.split()) <= 18 and "(" not in q and set(terms(q)) <= words for q in queries)
+    drawn = [offline.templated_query(ARTICLE, TASKS, random.Random(n)) for n in range(60)]
+    assert "python" not in " ".join(query for _, query in drawn)
     assert {task for task, _ in drawn} == {"fact checking", "sentence similarity", "search result"}
     assert all(offline.templated_query(CORPUS[0], TASKS, random.Random(n))[0] in TASKS for n in range(9))
+    word = {**ARTICLE, "title": "Sleep"}                              # no qualified name, though one word
+    queries = [offline.templated_query(word, TASKS, random.Random(n))[1] for n in range(60)]
+    assert "python" not in " ".join(queries)
 
 
 def test_everyday_words_come_from_the_thesaurus_with_probability_p():

@@ -19,6 +19,7 @@ from engine.cache import DryRun
 from engine.files import InputError, read_jsonl, write_jsonl
 from engine.results import (
     cost,
+    example,
     found,
     held_apart,
     held_out_results,
@@ -90,6 +91,13 @@ def test_the_fret_file_keeps_what_trains(tmp_path):
     train, asked = held_apart(tmp_path / "fret.jsonl", rows()[:3])
     assert [row for _, row in read_jsonl(tmp_path / "fret.jsonl")] == train == rows()[3:]
     assert [row for _, row in read_jsonl(tmp_path / "held_out.jsonl")] == asked == rows()[:3]
+
+
+def test_the_example_is_the_first_that_was_relabelled():
+    records = [{"query": f"q{n}", "seed_id": "a", "positive_id": "b" if n in (2, 3) else "a", "negative_id": None}
+               for n in range(8)]
+    assert example(records).startswith('the first: "q2", written for a, has p+ b')
+    assert example(records[:2]) == "p+ is p_seed in all records"
 
 
 class Pointing:
