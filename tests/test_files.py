@@ -73,14 +73,13 @@ def corpus(tmp_path, *rows, mark=""):
 
 
 def test_passages_of_public_corpora(tmp_path, capsys):
-    """A title alone is a passage; empty ones keep their place; a row that stands twice is read once."""
+    """A title alone is a passage; empty ones are left out; a row that stands twice is read once."""
     path = corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}, {"_id": "b", "title": "T"},
                   {"_id": "c", "title": " ", "text": ""}, {"_id": 4, "text": "y", "metadata": {}},
                   {"_id": "a", "title": "T", "text": "x"}, mark="\ufeff")
-    passages = files.read_passages(path, empty_too=True)
-    assert [p["_id"] for p in passages] == ["a", "b", "c", "4"]
+    passages = files.read_passages(path)
+    assert [p["_id"] for p in passages] == ["a", "b", "4"]
     assert passages[1] == {"_id": "b", "title": "T", "text": ""}
-    assert passages[2] == {"_id": "c", "title": "", "text": ""}
     said = capsys.readouterr().err
     assert "1 of 4 passages have neither title nor text" in said and "1 repeated rows are read once" in said
     files.read_passages(corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}))
@@ -95,6 +94,7 @@ def test_passages_of_public_corpora(tmp_path, capsys):
     ([{"_id": "a", "title": "T", "body": "x"}], 'no "text"'), ([{"_id": "a", "text": None}], 'no "text"'),
     ([{"_id": "a", "text": 7}], 'no "text"'), (['{"_id": "a", "text": NaN}'], 'no "text"'),
     ([{"_id": "a", "title": ["T"], "text": "x"}], "not a string"),
+    ([{"_id": "a", "title": 0, "text": "x"}], "not a string"),
     ([{"_id": "a", "text": " "}], 'no passage has a "title" or a "text"')])
 def test_a_corpus_that_cannot_be_read_one_way_is_refused(rows, message, tmp_path):
     with pytest.raises(files.InputError, match=message):
