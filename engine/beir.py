@@ -43,8 +43,8 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
     judged = set[str]().union(*qrels.values())
     missing = sorted(judged - {p["_id"] for p in corpus})
     if missing:
-        what = (f"{path}: {len(missing)} of {len(judged)} judged passages are not in corpus.jsonl, first: {missing[0]}"
-                " (or have no text there)")
+        what = (f"{path}: {len(missing)} of {len(judged)} judged passages are not in corpus.jsonl, "
+                f"first: {missing[0]} (or have no text there)")
         if len(missing) == len(judged):
             raise InputError(f"{what}; take both files of one release")
         print(f"{what}; they count as not found", file=sys.stderr)
