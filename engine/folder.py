@@ -103,14 +103,15 @@ def read_folder(path: Path) -> Folder:
         # named after the encoder by older versions; of several, the first by name
         for file in sorted(path.glob("sentence_*_config.json"), reverse=True):
             sentence = read_json(file, dict)
+        for key, value in sentence.items():                          # of one call of the tokenizer or the model
+            if value and key.endswith(("_args", "_kwargs")):
+                raise InputError(f"{path}: {key} {value} in sentence_*_config.json is not supported")
         tokenizer = read_tokenizer(path / "tokenizer.json", settings, config["vocab_size"])
         if sentence.get("do_lower_case"):
             parts = [normalizers.Lowercase(), tokenizer.normalizer]
             tokenizer.normalizer = normalizers.Sequence([part for part in parts if part])
         wanted = sentence.get("max_seq_length") or settings.get("model_max_length") or math.inf
         length = int(min(wanted, config["max_position_embeddings"]))
-        if length <= tokenizer.num_special_tokens_to_add(False):
-            raise InputError(f"{path}: a length of {length} tokens leaves none for the text")
         dims = list(read_json(path / "config.json").get("matryoshka_dimensions") or [])
         if not all(1 <= dim <= config["hidden_size"] for dim in dims):
             raise InputError(f"{path}: dims {dims} are not all from 1 to {config['hidden_size']}")
@@ -137,14 +138,13 @@ def read_config(path: Path) -> Json:
     config = {"model_type": kind, "pad_token_id": 0 if kind == "bert" else 1}
     for key in NUMBERS:
         value = raw.get(key)
-        kinds: list[type] = [int]
-        what = "whole number"
-        if key.endswith(("_eps", "_prob")):
-            kinds, what = [int, float], "number"
-        if type(value) in kinds and value >= 0:
-            config[key] = value
-        elif value is not None:
+        if value is None:
+            continue
+        whole = not key.endswith(("_eps", "_prob"))
+        if type(value) not in (int, int if whole else float) or not value >= 0:
+            what = "whole number" if whole else "number"
             raise InputError(f"{path}: {key} is {value!r}, not a {what} from 0 on; save the model again")
+        config[key] = value
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads == 0 or d % heads):
         raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")
@@ -220,8 +220,11 @@ def read_prompts(path: Path, normalised: bool) -> dict[str, str]:
     if similarity != "cosine" and not (similarity == "dot" and normalised):
         raise InputError(f"{path}: similarity_fn_name {similarity!r} without "
                          "vectors of length 1 is not supported; only cosine (section 3.1) is")
-    prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text}
-    default = prompts.get(settings.get("default_prompt_name"), "")
+    if settings.get("truncate_dim"):
+        raise InputError(f"{path}: truncate_dim {settings['truncate_dim']} is not supported; give it as --dim")
+    stated, name = settings.get("prompts") or {}, settings.get("default_prompt_name")
+    default = stated[name] if name else ""
+    prompts = {name: text for name, text in stated.items() if text}
     return {"query": default, "corpus": default, **prompts}
 
 

@@ -196,6 +196,13 @@ def test_of_several_lengths_the_first_by_name_stands(bert, tmp_path):
     assert gecko.load(tmp_path / "m").max_length == 12
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_length_that_leaves_no_room_for_the_text_is_refused(bert, length):
+    """Its special tokens alone are two; of one token, tokenizers cuts nothing."""
+    with pytest.raises(files.InputError, match=f"a length of {length} tokens leaves none for the text"):
+        gecko.load(bert).tokens(TEXTS, length)
+
+
 def test_length_is_kept_under_an_old_name(folder, tmp_path):
     """sentence-transformers once named the file after the family; it reads it still."""
     shutil.copytree(folder, tmp_path / "m")
@@ -389,7 +396,16 @@ REFUSED = {
     "dims too many": (lambda m: edit(m, "config.json", matryoshka_dimensions=[8, 25]), "not all from 1 to 24"),
     "heads true": (lambda m: edit(m, "config.json", num_attention_heads=True), "num_attention_heads is True"),
     "heads in part": (lambda m: edit(m, "config.json", num_attention_heads=2.0), "num_attention_heads is 2.0"),
-    "no room": (lambda m: write(m / "sentence_bert_config.json", {"max_seq_length": 2}), "leaves none for"),
+    "cut to few dimensions": (lambda m: write(m / "config_sentence_transformers.json", {"truncate_dim": 8}),
+                              "truncate_dim 8 is not supported"),
+    "tokenizer told elsewhere": (lambda m: write(m / "sentence_bert_config.json", {
+        "tokenizer_args": {"truncation_side": "left"}}), "tokenizer_args {'truncation_side': 'left'}"),
+    "length told elsewhere": (lambda m: write(m / "sentence_bert_config.json", {
+        "processing_kwargs": {"text": {"max_length": 6}}}), "processing_kwargs .* is not supported"),
+    "default prompt of no name": (lambda m: write(m / "config_sentence_transformers.json", {
+        "default_prompt_name": "nope"}), "KeyError: 'nope'"),
+    "prompt of a number": (lambda m: write(m / "config_sentence_transformers.json", {"prompts": {"query": 5}}),
+                           "not a readable checkpoint"),
     "no pooling": (lambda m: (modules(m, "Transformer", "Pooling"), (m / "1_Pooling/config.json").unlink()),
                    "1_Pooling/config.json: not readable"),
     "modules misshapen": (lambda m: write(m / "modules.json", [1]), "not a readable checkpoint"),
