@@ -36,9 +36,9 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
     corpus = read_passages(Path(folder, "corpus.jsonl"))
     questions = read_passages(Path(folder, "queries.jsonl"))
     qrels = read_qrels(path)
-    queries = {row["_id"]: row["text"] for row in questions if row["text"].strip() and row["_id"] in qrels}
+    queries = {row["_id"]: row["text"] for row in questions if row["_id"] in qrels}
     for query in qrels:
-        if query not in queries:
+        if not queries.get(query, "").strip():
             raise InputError(f"{path}: query {query} is not in queries.jsonl, or has no text there; add it")
     judged = set[str]().union(*qrels.values())
     missing = sorted(judged - {p["_id"] for p in corpus})

@@ -94,7 +94,8 @@ def parsers(page: str | None, required: bool = True) -> tuple[Parser, Callable[.
 
 
 # Numbers that may not be 0; no other may be below 0, but for the two that say so by it
-ABOVE_0 = ("k", "limit", "max_length", "threads", "chars", "batch_size", "seeds", "timeout", "tau", "clip")
+ABOVE_0 = ("k", "limit", "max_length", "threads", "chars", "batch_size", "seeds", "timeout", "tau", "clip",
+           "depth")
 
 
 def parsed(parser: argparse.ArgumentParser) -> Arguments:

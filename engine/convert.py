@@ -58,11 +58,8 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
         if content(row.positive) in nothing:
             left_out["pairs of a text with itself or with nothing"] += 1
             continue
-        negative = None
         wrong = [p for p in row.wrong if content(p) not in nothing and (row.query, content(p)) not in right]
-        if wrong:
-            negative = wrong[int(rng.integers(len(wrong)))]
-        yield row, negative
+        yield row, wrong[int(rng.integers(len(wrong)))] if wrong else None
 
 
 def text_only(text: str) -> Passage:
@@ -152,11 +149,11 @@ def beir(
     """
     for folder in folders:
         known = read_beir(folder, c.split)
-        nearest = np.empty((len(known.queries), 0), int)             # (Q, depth) places in the corpus
+        nearest: Any = [()] * len(known.queries)                     # (Q, depth) places in the corpus
         if model is not None:
             P = model.encode_passages(*texts_and_titles(known.corpus), progress="passages")     # (P, d)
             q = model.encode_queries(list(known.queries.values()), c.task, progress="queries")  # (Q, d)
-            _, nearest = topk(q, P, min(c.depth, len(P)))
+            nearest = topk(q, P, min(c.depth, len(P)))[1]
         passages = {p["_id"]: p for p in known.corpus}
         for (query, text), near in zip(known.queries.items(), nearest, strict=True):
             wrong = [known.corpus[i] for i in near]

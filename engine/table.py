@@ -145,19 +145,15 @@ def check_record(where: str, row: Json) -> None:
         raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; '
                          "mend or drop it")
     for key in ("positive", "negative"):
-        passage = row.get(key)
-        if passage is None and key == "negative":
+        p: Any = row.get(key)
+        if p is None and key == "negative":
             continue
-        if not is_passage(passage, row["symmetric"]):
+        good = isinstance(p, dict) and isinstance(p.get("text"), str) and isinstance(p.get("title"), str | None)
+        # a title alone says something, but a symmetric target does not show it
+        if not good or not (p["text"].strip() if row["symmetric"] else content(p)):
             raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
     if row["negative"] and content(row["negative"]) == content(row["positive"]):
         raise InputError(f"{where}: positive and negative are the same text; remove the negative")
-
-
-def is_passage(p: Any, symmetric: bool) -> bool:
-    """Whether it says something; a title alone does, but a symmetric target shows none."""
-    good = isinstance(p, dict) and isinstance(p.get("text"), str) and isinstance(p.get("title"), str | None)
-    return good and (p["text"] if symmetric else content(p)).strip() != ""
 
 
 def content(passage: dict[str, str]) -> str:

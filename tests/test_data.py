@@ -247,7 +247,7 @@ def test_check_says_what_the_model_loses_of_the_texts(tmp_path, monkeypatch, cap
     monkeypatch.setattr(data, "load", lambda folder: Model())
     data.check(str(tmp_path / "r.jsonl"), "model", None)
     printed = capsys.readouterr().out
-    assert "1 of 4 texts are cut at 32 tokens" in printed and said in printed
+    assert "1 of 4 texts were cut at 32 tokens" in printed and said in printed
     assert ("unknown" in printed) == bool(said)
 
 

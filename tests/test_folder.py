@@ -324,7 +324,7 @@ REFUSED = {
     "width of text": (lambda m: edit(m, "config.json", hidden_size="24"), "hidden_size is '24'"),
     "odd heads": (lambda m: edit(m, "config.json", num_attention_heads=5), "num_attention_heads 5"),
     "no heads": (lambda m: edit(m, "config.json", num_attention_heads=0), "num_attention_heads 0"),
-    "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "layer_norm_eps is .small., not a"),
+    "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "layer_norm_eps is .small., not"),
     "width below 0": (lambda m: edit(m, "config.json", hidden_size=-24), "hidden_size is -24"),
     "vast": (lambda m: edit(m, "config.json", vocab_size=10 ** 15), "not a readable checkpoint"),
     "config a list": (lambda m: write(m / "config.json", []), "config.json: not a JSON dict"),
@@ -383,7 +383,7 @@ REFUSED = {
     "made for distances": (lambda m: write(m / "config_sentence_transformers.json", {
         "similarity_fn_name": "manhattan"}), "similarity_fn_name 'manhattan'"),
     "dense": (lambda m: modules(m, "Transformer", "Pooling", "Dense"), "modules Transformer, Pooling, Dense"),
-    "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "'../x' is not a name"),
+    "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "x/config.json: not readable"),
     "pooling elsewhere": (lambda m: (modules(m, "Transformer", "Pooling", path="9_Pooling"), write(
         m / "9_Pooling/config.json", {"pooling_mode": "cls"})), "9_Pooling/config.json: pooling 'cls'"),
     "format of no text": (lambda m: write(m / "gecko.json", {"formats": {**gecko.FORMATS, "query": "{query}"}}),
