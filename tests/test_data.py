@@ -13,6 +13,7 @@ import pytest
 from toys import outcome
 
 import data
+import gecko
 from engine import files
 from engine.files import InputError
 
@@ -238,7 +239,7 @@ def test_no_title_may_be_written_as_null(tmp_path, capsys):
 @pytest.mark.parametrize("unknown, said", [(0.38, "38% of the tokens are unknown"), (0.01, "")])
 def test_check_says_what_the_model_loses_of_the_texts(tmp_path, monkeypatch, capsys, unknown, said):
     class Model:
-        formats, max_length = data.FORMATS, 32
+        formats, max_length, lost = data.FORMATS, 32, gecko.Gecko.lost
 
         def tokens(self, texts, max_length):
             self.texts, self.truncated, self.unknown, self.length = len(texts), 1, unknown, 32
