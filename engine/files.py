@@ -28,7 +28,7 @@ class InputError(ValueError):
     """A user's mistake: one line that names the file, line or argument and the fix; exit code 2."""
 
 
-def read_json(path: Path, kind: type = object) -> Any:
+def read_json(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
@@ -149,17 +149,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def flag(default: Any, meaning: str, choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": f"{meaning} (%(default)s)", "choices": choices})
+    """A dataclass field that is also a command-line flag: its metadata are what argparse is told."""
+    told: dict[str, Any] = {"type": type(default), "choices": choices}
+    if isinstance(default, bool):
+        told = {"action": argparse.BooleanOptionalAction}
+    return field(default=default, metadata={"default": default, "help": f"{meaning} (%(default)s)", **told})
 
 
 def add_flags(add: Callable[..., Any], config: type) -> None:
-    """One --flag for each field of a config dataclass, with its default and meaning."""
+    """One --flag for each field of a config dataclass."""
     for f in fields(config):
-        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        add("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
+        add("--" + f.name.replace("_", "-"), **f.metadata)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
@@ -215,13 +215,12 @@ def is_text(value: Any) -> TypeGuard[str]:
 def passage_texts(where: str, row: dict[str, Any]) -> tuple[str, str]:
     """Title and text of a passage, of which one may be empty; two empty ones for a row with neither."""
     title, text = row.get("title"), row.get("text")
-    if title is None:
-        title = ""
     if row.keys() <= {"_id", "title", "metadata"}:                   # no other name can be the text's
         text = ""
-    if not isinstance(text, str) or not isinstance(title, str):
+    if not isinstance(text, str) or not isinstance(title, str | None):
         raise InputError(f'{where}: no "text", or it or the title is not a string; every passage needs a text '
                          '("" where it has a title alone)')
+    title = title or ""
     return (title, text) if title.strip() or text.strip() else ("", "")
 
 

@@ -112,7 +112,7 @@ def read_folder(path: Path) -> Folder:
             tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
         wanted = sentence.get("max_seq_length") or settings.get("model_max_length") or math.inf
         length = int(min(wanted, config["max_position_embeddings"]))
-        dims = list(read_json(path / "config.json").get("matryoshka_dimensions") or [])
+        dims = list(read_json(path / "config.json", dict).get("matryoshka_dimensions") or [])
         if not all(1 <= dim <= config["hidden_size"] for dim in dims):
             raise InputError(f"{path}: dims {dims} are not all from 1 to {config['hidden_size']}")
         return Folder(

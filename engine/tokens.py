@@ -29,8 +29,7 @@ def tokenise(
         raise InputError(f"a length of {length} tokens leaves none for the text")
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
-    names = ("[UNK]", "<unk>")                                       # BERT's; RoBERTa's and XLM-R's
-    unknown = [token for token in map(tokenizer.token_to_id, names) if token is not None]
+    unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")}  # BERT's; RoBERTa's and XLM-R's
     tokens: list[array[int]] = []                                    # a tenth of the memory of lists
     truncated = unknown_tokens = 0
     chars = CHARS_A_TOKEN * length                                   # of the beginning
@@ -47,7 +46,7 @@ def tokenise(
                 raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
             tokens.append(array("i", ids))
             truncated += bool(encoding.overflowing)
-            unknown_tokens += sum(map(ids.count, unknown))
+            unknown_tokens += sum(token in unknown for token in ids)
     return tokens, truncated, unknown_tokens / max(1, sum(map(len, tokens)))
 
 
