@@ -5,6 +5,9 @@ be read is one line that names the file and the line.
 """
 
 import json
+import os
+import sys
+import threading
 import time
 
 import pytest
@@ -31,6 +34,26 @@ def test_folder_through_a_link_and_never_over_a_file(tmp_path):
         pass
     assert (tmp_path / "real/f").read_text() == "new" and (tmp_path / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
+
+
+def test_a_pipe_is_an_input_and_a_device_is_no_output(tmp_path):
+    """As <(zcat FILE) gives one; a rename, as root, would put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=('{"text": "x"}\n',))
+    writer.start()
+    assert [row for _, row in files.read_jsonl(tmp_path / "pipe")] == [{"text": "x"}]
+    writer.join()
+    for wrong in ("/dev/null", str(tmp_path / "pipe"), str(tmp_path)):
+        with pytest.raises(files.InputError, match="a folder stands there, or a device; name a file"):
+            files.check_outputs([wrong])
+    with pytest.raises(files.InputError, match="no such file"):
+        list(files.read_jsonl(tmp_path))
+
+
+def test_a_command_ends_well_without_a_terminal(monkeypatch):
+    """A closed standard output is None to Python."""
+    monkeypatch.setattr(sys, "stdout", None)
+    files.run(lambda: print("to nobody"))
 
 
 def test_a_damaged_gz_is_one_line(tmp_path):
