@@ -175,8 +175,8 @@ def llm_arguments(page: str | None) -> Arguments:
     add("fret", help="what mine wrote")
     add("--changed", action="store_true", help="only where p+ is not p_seed")
     add("--limit", type=int, help="how many records (default: 5, of a page 10,000)")
-    add("--corpus", default="", help="the candidates' texts (default: corpus.jsonl beside FRET)")
-    add("--html", default="", help="write one HTML page, with search and filters, to this file")
+    add("--corpus", help="the candidates' texts (default: corpus.jsonl beside FRET)")
+    add("--html", help="write one HTML page, with search and filters, to this file")
     return parsed(parser)
 
 

@@ -190,7 +190,7 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
         labels.add(said)
         query = column(where, row, *QUERIES)
         name = column(where, row, *POSITIVES)
-        unread |= row.keys() - {label, query, name, "negative", "neg"}
+        unread |= row.keys() - {"", label, query, name, "negative", "neg"}
         positives = sides(where, row[name])
         negatives = sides(where, row.get("negative")) + sides(where, row.get("neg"))
         if not positives:
