@@ -82,7 +82,8 @@ def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
     for output in filter(None, outputs):
         path = Path(output).resolve()
         if path.exists() and not path.is_file():                     # a rename would replace /dev/null itself
-            raise InputError(f"{output}: a device or a folder stands there; name a file")
+            what = "folder" if path.is_dir() else "device"
+            raise InputError(f"{output}: a {what} stands there; name a file")
         if path in taken:
             raise InputError(f"{output}: it is an input too; name another file")
         taken.add(path)

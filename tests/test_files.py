@@ -43,8 +43,8 @@ def test_a_pipe_is_an_input_and_a_device_is_no_output(tmp_path):
     writer.start()
     assert [row for _, row in files.read_jsonl(tmp_path / "pipe")] == [{"text": "x"}]
     writer.join()
-    for wrong in ("/dev/null", str(tmp_path / "pipe"), str(tmp_path)):
-        with pytest.raises(files.InputError, match="a device or a folder stands there; name a file"):
+    for wrong, what in (("/dev/null", "device"), (str(tmp_path / "pipe"), "device"), (str(tmp_path), "folder")):
+        with pytest.raises(files.InputError, match=f"a {what} stands there; name a file"):
             files.check_outputs([wrong])
     with pytest.raises(files.InputError, match="no such file"):
         list(files.read_jsonl(tmp_path))
