@@ -74,7 +74,7 @@ def read_qrels(path: str | Path) -> Qrels:
             line = line.strip()
             if not line or number == 1 and HEADER.fullmatch(line):
                 continue
-            row = line if "\t" in line else "\t".join(line.split())
+            row = re.sub(r"\s*\t\s*" if "\t" in line else r"\s+", "\t", line)
             tabs = tabs or row.count("\t")
             columns = COLUMNS.fullmatch(row)
             if not columns or row.count("\t") != tabs:

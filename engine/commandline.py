@@ -82,15 +82,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parsers(page: str | None, required: bool = True) -> tuple[Parser, Callable[..., Any]]:
-    """A page's parser, which says the first paragraph of the page's docstring, and what adds a command."""
+    """A page's parser, which says the first paragraph of the page's docstring, and what makes a command of a name
+    and its meaning: this gives what adds an argument to it.
+    """
     parser = Parser(description=(page or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=required)
-
-    def command(name: str, meaning: str) -> Callable[..., Any]:
-        """What adds an argument to it."""
-        return commands.add_parser(name, help=meaning).add_argument
-
-    return parser, command
+    return parser, lambda name, meaning: commands.add_parser(name, help=meaning).add_argument
 
 
 # Numbers that may not be 0; no other may be below 0, but for the two that say so by it

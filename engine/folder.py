@@ -140,9 +140,9 @@ def read_config(path: Path) -> Json:
         value = raw.get(key)
         if value is None:
             continue
-        kind = float if key in REAL else int
-        if type(value) not in (int, kind) or not value >= 0:
-            raise InputError(f"{path}: {key} is {value!r}, not an {kind.__name__} from 0 on; save the model again")
+        number = float if key in REAL else int
+        if type(value) not in (int, number) or not value >= 0:
+            raise InputError(f"{path}: {key} is {value!r}; want {number.__name__}, 0 or more; save the model again")
         config[key] = value
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads == 0 or d % heads):

@@ -134,6 +134,7 @@ def read(text, tmp_path):
     "1\t0\ta\t2\n1\t0\tb\t0\n2\t0\tc\t1\n",                          # TREC, as MS MARCO ships it
     "topic iteration docno relevance\n1 Q0 a 2\n1 Q0 b 0\n2 Q0 c 1",
     "1 0.5  a 2\n1 4.5 b 0\n2 5  c 1\n",                             # as TREC-COVID ships it
+    "1\t0 \ta\t2\n1\t0\t b\t0\n2\t0\tc \t1\n",                   # blanks beside the tabs
 ])
 def test_judgements_of_beir_and_of_trec(text, tmp_path):
     """Three columns are query, passage, grade; four have one without a meaning in the second place."""

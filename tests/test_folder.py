@@ -324,7 +324,7 @@ REFUSED = {
     "width of text": (lambda m: edit(m, "config.json", hidden_size="24"), "hidden_size is '24'"),
     "odd heads": (lambda m: edit(m, "config.json", num_attention_heads=5), "num_attention_heads 5"),
     "no heads": (lambda m: edit(m, "config.json", num_attention_heads=0), "num_attention_heads 0"),
-    "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "layer_norm_eps is .small., not"),
+    "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "eps is .small.; want float"),
     "width below 0": (lambda m: edit(m, "config.json", hidden_size=-24), "hidden_size is -24"),
     "vast": (lambda m: edit(m, "config.json", vocab_size=10 ** 15), "not a readable checkpoint"),
     "config a list": (lambda m: write(m / "config.json", []), "config.json: not a JSON dict"),
