@@ -58,7 +58,7 @@ def read_split(name: str) -> Beir:
 
 
 HEADER = re.compile("(query|qid|topic).*(score|grade|label|rel|relevance|judge?ment)", re.IGNORECASE)
-# TREC's second column, mostly 0 or Q0, has no meaning; 1.0 is a whole number, 0.5 is none
+# a tab between two columns; TREC's second, mostly 0 or Q0, has no meaning; 1.0 is a whole number, 0.5 is none
 COLUMNS = re.compile(r"([^\t]+)\t(?:(?:[0-9.]+|Q0)\t)?([^\t]+)\t([+-]?[0-9]{1,9})(?:\.0*)?")
 
 
@@ -74,6 +74,7 @@ def read_qrels(path: str | Path) -> Qrels:
             line = line.strip()
             if not line or number == 1 and HEADER.fullmatch(line):
                 continue
+            # an id may hold blanks where tabs part the columns
             row = re.sub(r"\s*\t\s*" if "\t" in line else r"\s+", "\t", line)
             tabs = tabs or row.count("\t")
             columns = COLUMNS.fullmatch(row)

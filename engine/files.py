@@ -74,7 +74,7 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
 
 
 def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
-    """InputError, before anything is read or paid, where no file, an input or another output has an output's name.
+    """InputError, before anything is read or paid, where an output is an input too, another output, or no file.
 
     An output "" is none.
     """

@@ -294,6 +294,7 @@ def test_corpus_writes_documents_and_those_that_are_added(tmp_path, capsys):
 @pytest.mark.parametrize("words, message", [
     (["check", "r.jsonl", "--max-length", "0"], "--max-length 0: give a number above 0"),
     (["check", "r.jsonl", "--max-length", "-1"], "--max-length -1: give a number above 0"),
+    (["convert", "beir", "in", "out", "--depth", "0"], "--depth 0: give a number above 0"),
     (["convert", "classification", "in", "out", "--seed", "-1"], "--seed -1: give a number of 0 or more")])
 def test_a_flag_that_makes_no_sense_is_one_line(words, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", *words])
