@@ -307,9 +307,7 @@ def check(path: str, model_dir: str | None, max_length: int | None) -> None:
         print(f"  {line}")
     if model:
         model.tokens([text for three in texts for text in three if text], max_length)
-        print(f"  {model.truncated} of {model.texts} texts are cut at {model.length} tokens")
-        if model.unknown > 0.01:
-            print(f"  {model.unknown:.0%} of the tokens are unknown to this model's tokenizer")
+        print(f"  {model.lost() or f'no text is cut at {model.length} tokens'}")
 
 
 def main() -> None:

@@ -424,7 +424,7 @@ def load(name: str | Path) -> Gecko:
         with torch.device("meta"):                                   # shapes alone
             encoder = Encoder(c)
         encoder.to_empty(device="cpu").load_state_dict(folder.weights)
-    formats = folder.formats or formats_of(folder.prompts)
+        formats = folder.formats or formats_of(folder.prompts)
     positions = c.max_position_embeddings - c.first_position
     model = Gecko(encoder, folder.tokenizer, min(folder.max_length, positions), formats, folder.dims)
     if is_bag(encoder):

@@ -33,22 +33,21 @@ def read_beir(folder: str | Path, split: str = "test") -> Beir:
     A passage with neither title nor text is left out, so that nothing finds it.
     """
     path = Path(folder, f"qrels/{split}.tsv")
-    passages = read_passages(Path(folder, "corpus.jsonl"), empty_too=True)
+    corpus = read_passages(Path(folder, "corpus.jsonl"))
     questions = read_passages(Path(folder, "queries.jsonl"))
     qrels = read_qrels(path)
-    queries = {row["_id"]: row["text"] for row in questions if row["text"].strip() and row["_id"] in qrels}
+    queries = {row["_id"]: row["text"] for row in questions if row["_id"] in qrels}
     for query in qrels:
-        if query not in queries:
+        if not queries.get(query, "").strip():
             raise InputError(f"{path}: query {query} is not in queries.jsonl, or has no text there; add it")
-    ids = {p["_id"] for p in passages}
     judged = set[str]().union(*qrels.values())
-    missing = sorted(judged - ids)
+    missing = sorted(judged - {p["_id"] for p in corpus})
     if missing:
-        what = f"{len(missing)} of {len(judged)} judged passages are not in corpus.jsonl"
+        what = (f"{path}: {len(missing)} of {len(judged)} judged passages are not in corpus.jsonl, "
+                f"first: {missing[0]} (or have no text there)")
         if len(missing) == len(judged):
-            raise InputError(f"{path}: {what}, first: {missing[0]}; take both files of one release")
-        print(f"{path}: {what}, first: {missing[0]}; they count as not found", file=sys.stderr)
-    corpus = [p for p in passages if p["title"] or p["text"]]
+            raise InputError(f"{what}; take both files of one release")
+        print(f"{what}; they count as not found", file=sys.stderr)
     corpus.sort(key=lambda p: p["_id"], reverse=True)
     return Beir(corpus, queries, qrels)
 
@@ -59,10 +58,8 @@ def read_split(name: str) -> Beir:
 
 
 HEADER = re.compile("(query|qid|topic).*(score|grade|label|rel|relevance|judge?ment)", re.IGNORECASE)
-GRADE = r"([+-]?[0-9]+)(?:\.0*)?"           # 1.0 is a whole number, 0.5 is none
-THREE_COLUMNS = re.compile(rf"([^\t]+)\t([^\t]+)\t{GRADE}")
-# tabs or blanks; TREC's second column, mostly 0 or Q0, has no meaning
-FOUR_COLUMNS = re.compile(rf"(\S+)\s+(?:(?:[0-9.]+|Q0)\s+)?(\S+)\s+{GRADE}")
+# a tab between two columns; TREC's second, mostly 0 or Q0, has no meaning; 1.0 is a whole number, 0.5 is none
+COLUMNS = re.compile(r"([^\t]+)\t(?:(?:[0-9.]+|Q0)\t)?([^\t]+)\t([+-]?[0-9]{1,9})(?:\.0*)?")
 
 
 def read_qrels(path: str | Path) -> Qrels:
@@ -71,17 +68,19 @@ def read_qrels(path: str | Path) -> Qrels:
     A query whose grades are all 0 stays, with none: trec_eval counts it as 0 in a mean.
     """
     qrels: Qrels = {}
-    form = None                             # that of the first line holds for all
+    tabs = 0                                # of the first line: all have its form
     with open_text(path) as lines:
         for number, line in enumerate(lines, 1):
             line = line.strip()
             if not line or number == 1 and HEADER.fullmatch(line):
                 continue
-            form = form or (THREE_COLUMNS if THREE_COLUMNS.fullmatch(line) else FOUR_COLUMNS)
-            columns = form.fullmatch(line)
-            if not columns:
-                raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR, with tabs) or "
-                                 "query, 0, passage, grade (TREC), one form in all lines, grades whole numbers")
+            # an id may hold blanks where tabs part the columns
+            row = re.sub(r"\s*\t\s*" if "\t" in line else r"\s+", "\t", line)
+            tabs = tabs or row.count("\t")
+            columns = COLUMNS.fullmatch(row)
+            if not columns or row.count("\t") != tabs:
+                raise InputError(f"{path}:{number}: {line[:60]!r}; want query, passage, grade (BEIR) or query, 0, "
+                                 "passage, grade (TREC), one form in all lines, grades whole numbers")
             query, passage, grade = columns.groups()
             if qrels.setdefault(query, {}).setdefault(passage, int(grade)) != int(grade):
                 raise InputError(f"{path}:{number}: another grade than in a line above; keep one of the two")

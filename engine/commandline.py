@@ -88,19 +88,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def parsers(page: str | None, required: bool = True) -> tuple[Parser, Callable[..., Any]]:
-    """A page's parser, which says the first paragraph of the page's docstring, and what adds a command."""
+    """A page's parser, which says the first paragraph of the page's docstring, and what makes a command of a name
+    and its meaning: this gives what adds an argument to it.
+    """
     parser = Parser(description=(page or "").split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=required)
-
-    def command(name: str, meaning: str) -> Callable[..., Any]:
-        """What adds an argument to it."""
-        return commands.add_parser(name, help=meaning).add_argument
-
-    return parser, command
+    return parser, lambda name, meaning: commands.add_parser(name, help=meaning).add_argument
 
 
 # Numbers that may not be 0; no other may be below 0, but for the two that say so by it
-ABOVE_0 = ("k", "limit", "max_length", "threads", "chars", "batch_size", "seeds", "timeout", "tau", "clip")
+ABOVE_0 = ("k", "limit", "max_length", "threads", "chars", "batch_size", "seeds", "timeout", "tau", "clip",
+           "depth")
 
 
 def parsed(parser: argparse.ArgumentParser) -> Arguments:
@@ -180,8 +178,8 @@ def llm_arguments(page: str | None) -> Arguments:
     add("fret", help="what mine wrote")
     add("--changed", action="store_true", help="only where p+ is not p_seed")
     add("--limit", type=int, help="how many records (default: 5, of a page 10,000)")
-    add("--corpus", default="", help="the candidates' texts (default: corpus.jsonl beside FRET)")
-    add("--html", default="", help="write one HTML page, with search and filters, to this file")
+    add("--corpus", help="the candidates' texts (default: corpus.jsonl beside FRET)")
+    add("--html", help="write one HTML page, with search and filters, to this file")
     return parsed(parser)
 
 

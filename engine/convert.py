@@ -17,9 +17,9 @@ import numpy as np
 
 from engine.beir import read_beir
 from engine.corpus import Passage, texts_and_titles
-from engine.files import InputError, flag
+from engine.files import InputError, flag, passage_texts
 from engine.search import topk
-from engine.table import as_text, column, content, label_in, optional_text, read_table, text_in
+from engine.table import as_text, column, content, label_in, read_table, text_in
 
 
 @dataclass
@@ -58,11 +58,8 @@ def contrasted(rows: Iterable[Row], left_out: Counter[str], rng: np.random.Gener
         if content(row.positive) in nothing:
             left_out["pairs of a text with itself or with nothing"] += 1
             continue
-        negative = None
         wrong = [p for p in row.wrong if content(p) not in nothing and (row.query, content(p)) not in right]
-        if wrong:
-            negative = wrong[int(rng.integers(len(wrong)))]
-        yield row, negative
+        yield row, wrong[int(rng.integers(len(wrong)))] if wrong else None
 
 
 def text_only(text: str) -> Passage:
@@ -91,19 +88,21 @@ def nli(paths: Iterable[str], left_out: Counter[str], *_: Any) -> Iterator[Row]:
     entailed: dict[tuple[str, str], None] = {}                       # each once
     against = defaultdict[str, list[Passage]](list)
     for where, row in read_table(paths):
-        label = label_in(where, row, "gold_label", "label").lower()
-        label = NLI.get(label, label)
+        stated = label_in(where, row, "gold_label", "label").lower()
+        label = NLI.get(stated, stated)
         if label not in NLI.values():
             raise InputError(f"{where}: label {label!r}; want {', '.join(NLI.values())} or {', '.join(NLI)}")
-        left_out[f"rows of the label {label}"] += label in ("neutral", "-")
-        if label == "-":
+        if label in ("neutral", "-"):
+            left_out[f"rows of the label {label}"] += 1
             continue
         premise = text_in(where, row, "sentence1", "premise")
         hypothesis = text_in(where, row, "sentence2", "hypothesis")
         if label == "entailment":
             entailed[premise, hypothesis] = None
-        elif label == "contradiction":
+        else:
             against[premise].append(text_only(hypothesis))
+    if stated in NLI:
+        print(f"  labels that are numbers are read so: {NLI}")
     left_out["premises that entail nothing"] += len(against.keys() - {premise for premise, _ in entailed})
     for premise, hypothesis in entailed:
         yield Row(premise, text_only(hypothesis), against[premise], symmetric=True)
@@ -112,12 +111,10 @@ def nli(paths: Iterable[str], left_out: Counter[str], *_: Any) -> Iterator[Row]:
 def choice(paths: Iterable[str], left_out: Counter[str], c: Convert, *_: Any) -> Iterator[Row]:
     """MedMCQA: question, options opa to opd, and cop, the right one's number, or -1."""
     rows = [(where, row, label_in(where, row, "cop")) for where, row in read_table(paths)]
-    if not rows:
-        return
+    numbers = {cop for _, _, cop in rows}
     first = c.first
     if first == -1:
         where, row = rows[0][:2]
-        numbers = {cop for _, _, cop in rows}
         # 1 in the authors' files, 0 in the hub's: their rows have id before the question, and exp
         if "4" in numbers:
             first = 1
@@ -129,7 +126,8 @@ def choice(paths: Iterable[str], left_out: Counter[str], c: Convert, *_: Any) ->
         if cop not in ("-1", *map(str, range(first, first + 4))):
             raise InputError(f"{where}: cop {cop!r}, but options are counted from {first}; "
                              "give --first, or convert files of two countings apart")
-        options = [optional_text(where, row, name) for name in ("opa", "opb", "opc", "opd")]
+        texts = [row.get(name) for name in ("opa", "opb", "opc", "opd")]
+        options = ["" if text is None else as_text(where, text) for text in texts]
         right = options[int(cop) - first]
         if cop == "-1" or not right:
             left_out["questions without an answer"] += 1
@@ -151,11 +149,11 @@ def beir(
     """
     for folder in folders:
         known = read_beir(folder, c.split)
-        nearest = np.empty((len(known.queries), 0), int)             # (Q, depth) places in the corpus
+        nearest: Any = [()] * len(known.queries)                     # (Q, depth) places in the corpus
         if model is not None:
             P = model.encode_passages(*texts_and_titles(known.corpus), progress="passages")     # (P, d)
             q = model.encode_queries(list(known.queries.values()), c.task, progress="queries")  # (Q, d)
-            _, nearest = topk(q, P, min(c.depth, len(P)))
+            nearest = topk(q, P, min(c.depth, len(P)))[1]
         passages = {p["_id"]: p for p in known.corpus}
         for (query, text), near in zip(known.queries.items(), nearest, strict=True):
             wrong = [known.corpus[i] for i in near]
@@ -180,22 +178,28 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
 
     Negatives are kept where a file has them; a row with a label is a pair only if its label says so.
     """
-    labels = set()                                                   # columns
+    labels, unread = set(), set()                                    # columns
     for where, row in read_table(paths):
-        label = next((name for name in LABELS if name in row), None)
-        labels.add(label or "none, where all rows are pairs")
+        label = next((name for name in LABELS if name in row), "")
         if label and not is_pair(where, label, row[label], c.positive_from):
             left_out[f"rows whose {label} says that they are no pair"] += 1
             continue
-        query = text_in(where, row, *QUERIES)
+        said = label or "none, where all rows are pairs"
+        if label and math.isnan(c.positive_from):
+            said += f", where it is {row[label]}"                    # some publishers mean the opposite
+        labels.add(said)
+        query = column(where, row, *QUERIES)
         name = column(where, row, *POSITIVES)
+        unread |= row.keys() - {"", label, query, name, "negative", "neg"}
         positives = sides(where, row[name])
         negatives = sides(where, row.get("negative")) + sides(where, row.get("neg"))
         if not positives:
             left_out["queries without a positive"] += 1
         for positive in positives:
-            yield Row(query, positive, negatives, symmetric=name in ("sentence2", "question2"))
-    print(f"  the column that says what is a pair: {', '.join(sorted(labels))}")
+            yield Row(as_text(where, row[query]), positive, negatives, symmetric=name in ("sentence2", "question2"))
+    print(f"  the column that says what is a pair: {'; '.join(sorted(labels))}")
+    if unread:
+        print(f"  columns that are not read: {', '.join(sorted(unread))}")
 
 
 def is_pair(where: str, name: str, value: Any, positive_from: float) -> bool:
@@ -220,11 +224,11 @@ def sides(where: str, value: Any) -> list[Passage]:
     if value is None:
         return []
     passages = []
-    for part in value if isinstance(value, list) else [value]:
-        if isinstance(part, dict):
-            passages.append({key: optional_text(where, part, key) for key in ("title", "text")})
-        else:
-            passages.append(text_only(as_text(where, part)))
+    for text in value if isinstance(value, list) else [value]:
+        title = ""
+        if isinstance(text, dict):
+            title, text = passage_texts(where, text)
+        passages.append({"title": title.strip(), "text": as_text(where, text)})
     return passages
 
 

@@ -28,7 +28,7 @@ class InputError(ValueError):
     """A user's mistake: one line that names the file, line or argument and the fix; exit code 2."""
 
 
-def read_json(path: Path, kind: type = object) -> Any:
+def read_json(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
@@ -74,15 +74,16 @@ def folder_beside(path: str | Path) -> Iterator[Path]:
 
 
 def check_outputs(outputs: Sequence[str], *inputs: str | Path) -> None:
-    """InputError, before anything is read or paid, where a folder, an input or another output has an output's name.
+    """InputError, before anything is read or paid, where an output is an input too, another output, or no file.
 
     An output "" is none.
     """
     taken = {Path(name).resolve() for name in inputs}
     for output in filter(None, outputs):
         path = Path(output).resolve()
-        if path.is_dir():
-            raise InputError(f"{output}: a folder stands there; name a file")
+        if path.exists() and not path.is_file():                     # a rename would replace /dev/null itself
+            what = "folder" if path.is_dir() else "device"
+            raise InputError(f"{output}: a {what} stands there; name a file")
         if path in taken:
             raise InputError(f"{output}: it is an input too; name another file")
         taken.add(path)
@@ -95,9 +96,9 @@ def open_text(path: str | Path) -> Iterator[Any]:
     Where there is no such file, but its .gz, that is read.
     """
     there = Path(path)
-    if not there.is_file():
+    if not there.exists():
         there = Path(f"{path}.gz")
-    if not there.is_file():
+    if not there.exists() or there.is_dir():                         # but a pipe may stand there
         raise InputError(f"{path}: no such file; check the path")
     opener = gzip.open if there.suffix == ".gz" else open
     try:
@@ -149,17 +150,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def flag(default: Any, meaning: str, choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    return field(default=default, metadata={"help": f"{meaning} (%(default)s)", "choices": choices})
+    """A dataclass field that is also a command-line flag: its metadata are what argparse is told."""
+    told: dict[str, Any] = {"type": type(default), "choices": choices}
+    if isinstance(default, bool):
+        told = {"action": argparse.BooleanOptionalAction}
+    return field(default=default, metadata={"default": default, "help": f"{meaning} (%(default)s)", **told})
 
 
 def add_flags(add: Callable[..., Any], config: type) -> None:
-    """One --flag for each field of a config dataclass, with its default and meaning."""
+    """One --flag for each field of a config dataclass."""
     for f in fields(config):
-        kind = {"type": type(f.default), "choices": f.metadata["choices"]}
-        if isinstance(f.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        add("--" + f.name.replace("_", "-"), default=f.default, help=f.metadata["help"], **kind)
+        add("--" + f.name.replace("_", "-"), **f.metadata)
 
 
 def from_flags(config: type, args: argparse.Namespace) -> Any:
@@ -172,10 +173,10 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")            # letters that the terminal's encoding lacks
     try:
         main()
-        sys.stdout.flush()                                           # a failure at the exit would be a traceback
+        print(end="", flush=True)                                    # a failure at the exit would be a traceback
     except (KeyboardInterrupt, InputError, OSError, SafetensorError) as error:
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)
         except OSError:                                              # it would fail again at the exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):                       # the reader closed the pipe, as `head` does
@@ -214,20 +215,21 @@ def is_text(value: Any) -> TypeGuard[str]:
 
 def passage_texts(where: str, row: dict[str, Any]) -> tuple[str, str]:
     """Title and text of a passage, of which one may be empty; two empty ones for a row with neither."""
-    title, text = row.get("title") or "", row.get("text")
+    title, text = row.get("title"), row.get("text")
     if row.keys() <= {"_id", "title", "metadata"}:                   # no other name can be the text's
         text = ""
-    if not isinstance(text, str) or not isinstance(title, str):
-        raise InputError(f'{where}: no "text", or one that is not a string; every passage needs one '
+    if not isinstance(text, str) or not isinstance(title, str | None):
+        raise InputError(f'{where}: no "text", or it or the title is not a string; every passage needs a text '
                          '("" where it has a title alone)')
+    title = title or ""
     return (title, text) if title.strip() or text.strip() else ("", "")
 
 
-def read_passages(path: str | Path, empty_too: bool = False) -> list[dict[str, str]]:
+def read_passages(path: str | Path) -> list[dict[str, str]]:
     """A BEIR corpus.jsonl: rows of _id, title and text, in their order.
 
-    A title alone is a passage. A row with neither is left out, or with `empty_too` has two empty texts. A
-    row that stands twice, word for word, is read once. Both are counted, to stderr.
+    A title alone is a passage. A row with neither is left out, and one that stands twice, word for word, is
+    read once. Both are counted, to stderr.
     """
     passages: dict[str, dict[str, str]] = {}
     rows = 0
@@ -242,11 +244,11 @@ def read_passages(path: str | Path, empty_too: bool = False) -> list[dict[str, s
         if passages.setdefault(key, passage) != passage:
             raise InputError(f'{where}: "_id" {key!r} has another text above; make it unique')
     filled = [p for p in passages.values() if p["title"] or p["text"]]
-    empty = len(passages) - len(filled)
     if not filled:
         raise InputError(f'{path}: no passage has a "title" or a "text"; check the file')
-    if empty:
+    if len(filled) < len(passages):
+        empty = len(passages) - len(filled)
         print(f"{path}: {empty} of {len(passages)} passages have neither title nor text", file=sys.stderr)
     if rows > len(passages):
         print(f"{path}: {rows - len(passages)} repeated rows are read once", file=sys.stderr)
-    return list(passages.values()) if empty_too else filled
+    return filled

@@ -39,9 +39,9 @@ ENCODERS = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMR
 # fields of config.json that may have one value alone, which a silent file means
 FIXED = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 # numbers; one that the file lacks is BERT's
-NUMBERS = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-           "max_position_embeddings", "type_vocab_size", "layer_norm_eps", "hidden_dropout_prob",
-           "attention_probs_dropout_prob", "pad_token_id")
+WHOLE = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+         "max_position_embeddings", "type_vocab_size", "pad_token_id")
+REAL = ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
 # the encoder's parameters, with the prefix that they have in a checkpoint with heads; parts that no vector needs
 PARAMETER = r"(?:bert\.|roberta\.)?((?:embeddings|encoder)\..+(?<!_ids))"
 UNUSED = r"(?:bert\.|roberta\.)?(?:pooler|cls|lm_head|classifier|qa_outputs)\..+|.+_ids"
@@ -103,15 +103,16 @@ def read_folder(path: Path) -> Folder:
         # named after the encoder by older versions; of several, the first by name
         for file in sorted(path.glob("sentence_*_config.json"), reverse=True):
             sentence = read_json(file, dict)
+        for key, value in sentence.items():                          # of one call of the tokenizer or the model
+            if value and key.endswith(("_args", "_kwargs")):
+                raise InputError(f"{path}: {key} {value} in sentence_*_config.json is not supported")
         tokenizer = read_tokenizer(path / "tokenizer.json", settings, config["vocab_size"])
         if sentence.get("do_lower_case"):
-            parts = [normalizers.Lowercase(), tokenizer.normalizer]
-            tokenizer.normalizer = normalizers.Sequence([part for part in parts if part])
+            others = [tokenizer.normalizer] if tokenizer.normalizer else []
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
         wanted = sentence.get("max_seq_length") or settings.get("model_max_length") or math.inf
         length = int(min(wanted, config["max_position_embeddings"]))
-        if length <= tokenizer.num_special_tokens_to_add(False):
-            raise InputError(f"{path}: a length of {length} tokens leaves none for the text")
-        dims = list(read_json(path / "config.json").get("matryoshka_dimensions") or [])
+        dims = list(read_json(path / "config.json", dict).get("matryoshka_dimensions") or [])
         if not all(1 <= dim <= config["hidden_size"] for dim in dims):
             raise InputError(f"{path}: dims {dims} are not all from 1 to {config['hidden_size']}")
         return Folder(
@@ -135,16 +136,14 @@ def read_config(path: Path) -> Json:
         if raw.get(key, only) != only:
             raise InputError(f"{path}: {key} {raw[key]!r} is not supported; only {only!r} is")
     config = {"model_type": kind, "pad_token_id": 0 if kind == "bert" else 1}
-    for key in NUMBERS:
+    for key in (*WHOLE, *REAL):
         value = raw.get(key)
-        kinds: list[type] = [int]
-        what = "whole number"
-        if key.endswith(("_eps", "_prob")):
-            kinds, what = [int, float], "number"
-        if type(value) in kinds and value >= 0:
-            config[key] = value
-        elif value is not None:
-            raise InputError(f"{path}: {key} is {value!r}, not a {what} from 0 on; save the model again")
+        if value is None:
+            continue
+        number = float if key in REAL else int
+        if type(value) not in (int, number) or not value >= 0:
+            raise InputError(f"{path}: {key} is {value!r}; want {number.__name__}, 0 or more; save the model again")
+        config[key] = value
     d, heads = config["hidden_size"], config["num_attention_heads"]
     if config["num_hidden_layers"] and (heads == 0 or d % heads):
         raise InputError(f"{path}: hidden_size {d} is not a multiple of num_attention_heads {heads}")
@@ -161,10 +160,7 @@ def check_modules(path: Path) -> bool:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
                          "Transformer, Pooling and Normalize, in this order, are")
-    place = str(modules[1].get("path"))
-    if not re.fullmatch(r"\w[\w.-]*", place):
-        raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")
-    pooling = path / place / "config.json"
+    pooling = path / modules[1]["path"] / "config.json"
     if listed.is_file() or pooling.is_file():
         raw = read_json(pooling, dict)
         flags = [key for key, on in raw.items() if key.startswith("pooling_mode_") and on]   # of older versions
@@ -178,13 +174,12 @@ def check_modules(path: Path) -> bool:
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The encoder's parameters, without those of a head."""
     weights = {}
-    with readable(file):
-        for name, x in load_file(file).items():
-            parameter = re.fullmatch(PARAMETER, name)
-            if parameter:
-                weights[parameter[1]] = x
-            elif not re.fullmatch(UNUSED, name):
-                raise InputError(f"{file}: the weights hold {name}, which is no part of this encoder")
+    for name, x in load_file(file).items():
+        parameter = re.fullmatch(PARAMETER, name)
+        if parameter:
+            weights[parameter[1]] = x
+        elif not re.fullmatch(UNUSED, name):
+            raise InputError(f"{file}: the weights hold {name}, which is no part of this encoder")
     return weights
 
 
@@ -220,8 +215,11 @@ def read_prompts(path: Path, normalised: bool) -> dict[str, str]:
     if similarity != "cosine" and not (similarity == "dot" and normalised):
         raise InputError(f"{path}: similarity_fn_name {similarity!r} without "
                          "vectors of length 1 is not supported; only cosine (section 3.1) is")
-    prompts = {name: text for name, text in (settings.get("prompts") or {}).items() if text}
-    default = prompts.get(settings.get("default_prompt_name"), "")
+    if settings.get("truncate_dim"):
+        raise InputError(f"{path}: truncate_dim {settings['truncate_dim']} is not supported; give it as --dim")
+    stated, name = settings.get("prompts") or {}, settings.get("default_prompt_name")
+    default = stated[name] if name else ""
+    prompts = {name: text for name, text in stated.items() if text}
     return {"query": default, "corpus": default, **prompts}
 
 
@@ -245,7 +243,7 @@ def write_folder(path: str | Path, folder: Folder) -> None:
     with folder_beside(path) as new:
         save_file(folder.weights, new / "model.safetensors", metadata={"format": "pt"})
         folder.tokenizer.no_truncation()
-        (new / "tokenizer.json").write_text(folder.tokenizer.to_str(pretty=True), encoding="utf-8")
+        folder.tokenizer.save(str(new / "tokenizer.json"))
         for name, content in small_files(folder).items():
             write_json(new / name, content)
 

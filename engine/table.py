@@ -37,7 +37,7 @@ def csv_rows(path: str, text: str, delimiter: str = ",", quoted: bool = True) ->
     csv.field_size_limit(2 ** 31 - 1)                                # a cell may hold a document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
                         quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
-    line = 0
+    where, line = "", 0
     try:
         header = next(reader, [])
         if len(set(header)) < len(header) or not header:
@@ -53,6 +53,8 @@ def csv_rows(path: str, text: str, delimiter: str = ",", quoted: bool = True) ->
     except csv.Error as error:
         raise InputError(f"{path}:{line + 1}: {error}; close each quote, and double those within "
                          "a text") from error
+    if not where:
+        raise InputError(f"{path}: no rows below the header")
 
 
 def tsv_rows(path: str, text: str) -> Rows:
@@ -90,7 +92,8 @@ def column(where: str, row: Json, *names: str) -> str:
     for name in names:
         if row.get(name) is not None and str(row[name]).strip():
             return name
-    raise InputError(f"{where}: no {' or '.join(names)} among {', '.join(row)}; rename the column")
+    raise InputError(f"{where}: no {' or '.join(names)} that is filled, among {', '.join(row)}; rename the column, "
+                     "or remove the row")
 
 
 def as_text(where: str, value: Any) -> str:
@@ -100,11 +103,6 @@ def as_text(where: str, value: Any) -> str:
     raise InputError(f"{where}: {json.dumps(value)} is no text; give a string")
 
 
-def optional_text(where: str, row: Json, name: str) -> str:
-    """The same, where a text may be missing."""
-    return "" if row.get(name) is None else as_text(where, row[name])
-
-
 def text_in(where: str, row: Json, *names: str) -> str:
     return as_text(where, row[column(where, row, *names)])
 
@@ -112,10 +110,10 @@ def text_in(where: str, row: Json, *names: str) -> str:
 def label_in(where: str, row: Json, *names: str) -> str:
     """A label is a string, a whole number or a boolean; 1 and "1" are one label."""
     value = row[column(where, row, *names)]
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str | int):
-        return str(value).strip()
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, int):                                       # 1, or true and false
+        return json.dumps(value)
     raise InputError(f"{where}: {json.dumps(value)} is no label; give a string or a whole number")
 
 
@@ -147,19 +145,15 @@ def check_record(where: str, row: Json) -> None:
         raise InputError(f'{where}: "kind" is no text, or "symmetric" neither true nor false; '
                          "mend or drop it")
     for key in ("positive", "negative"):
-        passage = row.get(key)
-        if passage is None and key == "negative":
+        p: Any = row.get(key)
+        if p is None and key == "negative":
             continue
-        if not is_passage(passage, row["symmetric"]):
+        good = isinstance(p, dict) and isinstance(p.get("text"), str) and isinstance(p.get("title"), str | None)
+        # a title alone says something, but a symmetric target does not show it
+        if not good or not (p["text"].strip() if row["symmetric"] else content(p)):
             raise InputError(f'{where}: "{key}" has no text; give {{"title": "", "text": "..."}}')
     if row["negative"] and content(row["negative"]) == content(row["positive"]):
         raise InputError(f"{where}: positive and negative are the same text; remove the negative")
-
-
-def is_passage(p: Any, symmetric: bool) -> bool:
-    """Whether it says something; a title alone does, but a symmetric target shows none."""
-    good = isinstance(p, dict) and isinstance(p.get("text"), str) and isinstance(p.get("title"), str | None)
-    return good and (p["text"] if symmetric else content(p)).strip() != ""
 
 
 def content(passage: dict[str, str]) -> str:

@@ -25,11 +25,11 @@ def tokenise(
 
     Of a long text only the beginning is tokenised, which has the same first tokens.
     """
+    if length <= tokenizer.num_special_tokens_to_add(False):
+        raise InputError(f"a length of {length} tokens leaves none for the text")
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
-    unknown = tokenizer.token_to_id("[UNK]")                         # BERT's name; RoBERTa's and XLM-R's:
-    if unknown is None:
-        unknown = tokenizer.token_to_id("<unk>")
+    unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")}  # BERT's; RoBERTa's and XLM-R's
     tokens: list[array[int]] = []                                    # a tenth of the memory of lists
     truncated = unknown_tokens = 0
     chars = CHARS_A_TOKEN * length                                   # of the beginning
@@ -41,12 +41,12 @@ def tokenise(
             # pieces of this length say that the cut is far behind the tokens that are kept
             if len(text) > chars and len(encoding.overflowing) < 2:
                 encoding = tokenizer.encode(text)
-            if not encoding.ids:
+            ids = encoding.ids
+            if not ids:
                 raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
-            tokens.append(array("i", encoding.ids))
+            tokens.append(array("i", ids))
             truncated += bool(encoding.overflowing)
-            if unknown is not None:
-                unknown_tokens += encoding.ids.count(unknown)
+            unknown_tokens += sum(token in unknown for token in ids)
     return tokens, truncated, unknown_tokens / max(1, sum(map(len, tokens)))
 
 

@@ -58,6 +58,7 @@ def test_nli_sets_entailment_against_contradiction_of_the_same_premise(tmp_path,
     assert all(r["symmetric"] and r["task"] == "semantic similarity" for r in out)
     assert "left out: 1 rows of the label -" in said and "left out: 1 premises that entail nothing" in said
     assert "left out: 1 rows of the label neutral" in said
+    assert ("labels that are numbers are read so: {'0': 'entailment'" in said) == (style == "numbers")
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
@@ -91,7 +92,7 @@ def test_pairs_of_several_publishers(tmp_path, command):
 
 @pytest.mark.parametrize("kind, row, message", [
     ("nli", {"sentence1": "a", "sentence2": "b", "gold_label": "maybe"}, "in.jsonl:1: label 'maybe'"),
-    ("nli", {"sentence1": "a", "label": 1}, "in.jsonl:1: no sentence2 or hypothesis"),
+    ("nli", {"sentence1": "a", "label": 0}, "in.jsonl:1: no sentence2 or hypothesis"),
     ("choice", {"id": "a", "question": "a", "cop": "two", "exp": ""}, "in.jsonl:1: cop 'two'"),
     ("choice", {"question": "a", "cop": "two"}, "in.jsonl:1: no cop is 0 or 4"),
     ("choice", {"id": "a", "question": "a", "cop": 7, "exp": ""}, ":1: cop '7'"),
@@ -113,11 +114,12 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, command, kind, row, mes
     ("pairs", {"query": "q", "pos": [None, "b"]}, "null is no text"),
     ("pairs", {"question": "q", "answer": float("nan")}, "NaN is no text"),
     ("pairs", {"query": "q", "pos": [7187158]}, "7187158 is no text"),
-    ("pairs", {"query": "q", "positive": {"title": 3, "text": "b"}}, "3 is no text"),
+    ("pairs", {"query": "q", "positive": {"title": 3, "text": "b"}}, "the title is not a string"),
     ("pairs", {"query": ["q"], "positive": "b"}, '["q"] is no text'),
     ("pairs", {"query": "q", "positive": "b", "neg": [True]}, "true is no text"),
     ("pairs", {"query": "q", "positive": "b", "negative": False}, "false is no text"),
-    ("pairs", {"query": "q", "positive": {"title": 0, "text": "b"}}, "0 is no text"),
+    ("pairs", {"query": "q", "positive": {"title": 0, "text": "b"}}, "the title is not a string"),
+    ("pairs", {"query": "q", "positive": "b", "neg": [{"title": "T", "body": "c"}]}, 'no "text"'),
     ("choice", {"question": "q", "opa": "A", "opb": 0, "opc": "C", "opd": "D", "cop": 0}, "0 is no text"),
     ("classification", {"text": 12, "label": "a"}, "12 is no text"),
     ("classification", {"text": "a", "label": 0.5}, "0.5 is no label"),
@@ -146,10 +148,21 @@ def two_texts(*labels, name="label"):
 
 
 def test_what_was_taken_for_the_label_is_said(tmp_path, command):
-    for name, said in (("is_duplicate", "what is a pair: is_duplicate"),
-                       ("something", "what is a pair: none, where all rows are pairs")):
+    for name, said in (("is_duplicate", "what is a pair: is_duplicate, where it is 1\n"),
+                       ("something", "what is a pair: none, where all rows are pairs\n")):
         path = lines(tmp_path / "in.jsonl", *two_texts(1, name=name))
         assert said in command("pairs", path)[2]
+    path = lines(tmp_path / "in.jsonl", *two_texts(3, 4, name="score"))
+    assert "what is a pair: score\n" in command("pairs", path, "--positive-from", 3)[2]
+
+
+def test_columns_that_are_not_read_are_said(tmp_path, command):
+    """The title of a passage beside its text, negatives under another name."""
+    path = lines(tmp_path / "in.csv", "query,title,text,negatives", "q,T,p,n")
+    _, out, said = command("pairs", path)
+    assert texts(out[0]) == ("q", "p", None) and "columns that are not read: negatives, title\n" in said
+    path = lines(tmp_path / "in.jsonl", {"query": "q", "positive": "p", "negative": "n", "neg": None})
+    assert "not read" not in command("pairs", path)[2]
 
 
 @pytest.mark.parametrize("name, labels", [
@@ -215,7 +228,7 @@ def test_a_numbering_that_the_file_does_not_tell_is_asked_for(tmp_path, command,
         assert [r["positive"]["text"] for r in out] == ["ABCD"[row["cop"] - first] for row in rows]
     header = lines(tmp_path / "header.csv", "id,question,opa,opb,opc,opd,cop,exp")
     code, out, said = command("choice", header)
-    assert (code, out) == (2, None) and "no record could be made" in said
+    assert (code, out) == (2, None) and "header.csv: no rows below the header" in said
     code, out, said = command("choice", path, "--first", 2)
     assert (code, out) == (2, None) and "argument --first: invalid choice: 2 (choose from 0, 1)" in said
 

@@ -13,6 +13,7 @@ import pytest
 from toys import outcome
 
 import data
+import gecko
 from engine import files
 from engine.files import InputError
 
@@ -238,7 +239,7 @@ def test_no_title_may_be_written_as_null(tmp_path, capsys):
 @pytest.mark.parametrize("unknown, said", [(0.38, "38% of the tokens are unknown"), (0.01, "")])
 def test_check_says_what_the_model_loses_of_the_texts(tmp_path, monkeypatch, capsys, unknown, said):
     class Model:
-        formats, max_length = data.FORMATS, 32
+        formats, max_length, lost = data.FORMATS, 32, gecko.Gecko.lost
 
         def tokens(self, texts, max_length):
             self.texts, self.truncated, self.unknown, self.length = len(texts), 1, unknown, 32
@@ -247,7 +248,7 @@ def test_check_says_what_the_model_loses_of_the_texts(tmp_path, monkeypatch, cap
     monkeypatch.setattr(data, "load", lambda folder: Model())
     data.check(str(tmp_path / "r.jsonl"), "model", None)
     printed = capsys.readouterr().out
-    assert "1 of 4 texts are cut at 32 tokens" in printed and said in printed
+    assert "1 of 4 texts were cut at 32 tokens" in printed and said in printed
     assert ("unknown" in printed) == bool(said)
 
 
@@ -293,6 +294,7 @@ def test_corpus_writes_documents_and_those_that_are_added(tmp_path, capsys):
 @pytest.mark.parametrize("words, message", [
     (["check", "r.jsonl", "--max-length", "0"], "--max-length 0: give a number above 0"),
     (["check", "r.jsonl", "--max-length", "-1"], "--max-length -1: give a number above 0"),
+    (["convert", "beir", "in", "out", "--depth", "0"], "--depth 0: give a number above 0"),
     (["convert", "classification", "in", "out", "--seed", "-1"], "--seed -1: give a number of 0 or more")])
 def test_a_flag_that_makes_no_sense_is_one_line(words, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["data.py", *words])

@@ -5,6 +5,9 @@ be read is one line that names the file and the line.
 """
 
 import json
+import os
+import sys
+import threading
 import time
 
 import pytest
@@ -31,6 +34,26 @@ def test_folder_through_a_link_and_never_over_a_file(tmp_path):
         pass
     assert (tmp_path / "real/f").read_text() == "new" and (tmp_path / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link", "real"]
+
+
+def test_a_pipe_is_an_input_and_a_device_is_no_output(tmp_path):
+    """As <(zcat FILE) gives one; a rename, as root, would put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=('{"text": "x"}\n',))
+    writer.start()
+    assert [row for _, row in files.read_jsonl(tmp_path / "pipe")] == [{"text": "x"}]
+    writer.join()
+    for wrong, what in (("/dev/null", "device"), (str(tmp_path / "pipe"), "device"), (str(tmp_path), "folder")):
+        with pytest.raises(files.InputError, match=f"a {what} stands there; name a file"):
+            files.check_outputs([wrong])
+    with pytest.raises(files.InputError, match="no such file"):
+        list(files.read_jsonl(tmp_path))
+
+
+def test_a_command_ends_well_without_a_terminal(monkeypatch):
+    """A closed standard output is None to Python."""
+    monkeypatch.setattr(sys, "stdout", None)
+    files.run(lambda: print("to nobody"))
 
 
 def test_a_damaged_gz_is_one_line(tmp_path):
@@ -73,14 +96,13 @@ def corpus(tmp_path, *rows, mark=""):
 
 
 def test_passages_of_public_corpora(tmp_path, capsys):
-    """A title alone is a passage; empty ones keep their place; a row that stands twice is read once."""
+    """A title alone is a passage; empty ones are left out; a row that stands twice is read once."""
     path = corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}, {"_id": "b", "title": "T"},
                   {"_id": "c", "title": " ", "text": ""}, {"_id": 4, "text": "y", "metadata": {}},
                   {"_id": "a", "title": "T", "text": "x"}, mark="\ufeff")
-    passages = files.read_passages(path, empty_too=True)
-    assert [p["_id"] for p in passages] == ["a", "b", "c", "4"]
+    passages = files.read_passages(path)
+    assert [p["_id"] for p in passages] == ["a", "b", "4"]
     assert passages[1] == {"_id": "b", "title": "T", "text": ""}
-    assert passages[2] == {"_id": "c", "title": "", "text": ""}
     said = capsys.readouterr().err
     assert "1 of 4 passages have neither title nor text" in said and "1 repeated rows are read once" in said
     files.read_passages(corpus(tmp_path, {"_id": "a", "title": "T", "text": "x"}))
@@ -95,6 +117,7 @@ def test_passages_of_public_corpora(tmp_path, capsys):
     ([{"_id": "a", "title": "T", "body": "x"}], 'no "text"'), ([{"_id": "a", "text": None}], 'no "text"'),
     ([{"_id": "a", "text": 7}], 'no "text"'), (['{"_id": "a", "text": NaN}'], 'no "text"'),
     ([{"_id": "a", "title": ["T"], "text": "x"}], "not a string"),
+    ([{"_id": "a", "title": 0, "text": "x"}], "not a string"),
     ([{"_id": "a", "text": " "}], 'no passage has a "title" or a "text"')])
 def test_a_corpus_that_cannot_be_read_one_way_is_refused(rows, message, tmp_path):
     with pytest.raises(files.InputError, match=message):

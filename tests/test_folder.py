@@ -196,6 +196,13 @@ def test_of_several_lengths_the_first_by_name_stands(bert, tmp_path):
     assert gecko.load(tmp_path / "m").max_length == 12
 
 
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_length_that_leaves_no_room_for_the_text_is_refused(bert, length):
+    """Its special tokens alone are two; of one token, tokenizers cuts nothing."""
+    with pytest.raises(files.InputError, match=f"a length of {length} tokens leaves none for the text"):
+        gecko.load(bert).tokens(TEXTS, length)
+
+
 def test_length_is_kept_under_an_old_name(folder, tmp_path):
     """sentence-transformers once named the file after the family; it reads it still."""
     shutil.copytree(folder, tmp_path / "m")
@@ -317,7 +324,7 @@ REFUSED = {
     "width of text": (lambda m: edit(m, "config.json", hidden_size="24"), "hidden_size is '24'"),
     "odd heads": (lambda m: edit(m, "config.json", num_attention_heads=5), "num_attention_heads 5"),
     "no heads": (lambda m: edit(m, "config.json", num_attention_heads=0), "num_attention_heads 0"),
-    "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "layer_norm_eps is .small., not a"),
+    "eps of text": (lambda m: edit(m, "config.json", layer_norm_eps="small"), "eps is .small.; want float"),
     "width below 0": (lambda m: edit(m, "config.json", hidden_size=-24), "hidden_size is -24"),
     "vast": (lambda m: edit(m, "config.json", vocab_size=10 ** 15), "not a readable checkpoint"),
     "config a list": (lambda m: write(m / "config.json", []), "config.json: not a JSON dict"),
@@ -376,7 +383,7 @@ REFUSED = {
     "made for distances": (lambda m: write(m / "config_sentence_transformers.json", {
         "similarity_fn_name": "manhattan"}), "similarity_fn_name 'manhattan'"),
     "dense": (lambda m: modules(m, "Transformer", "Pooling", "Dense"), "modules Transformer, Pooling, Dense"),
-    "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "'../x' is not a name"),
+    "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "x/config.json: not readable"),
     "pooling elsewhere": (lambda m: (modules(m, "Transformer", "Pooling", path="9_Pooling"), write(
         m / "9_Pooling/config.json", {"pooling_mode": "cls"})), "9_Pooling/config.json: pooling 'cls'"),
     "format of no text": (lambda m: write(m / "gecko.json", {"formats": {**gecko.FORMATS, "query": "{query}"}}),
@@ -389,7 +396,16 @@ REFUSED = {
     "dims too many": (lambda m: edit(m, "config.json", matryoshka_dimensions=[8, 25]), "not all from 1 to 24"),
     "heads true": (lambda m: edit(m, "config.json", num_attention_heads=True), "num_attention_heads is True"),
     "heads in part": (lambda m: edit(m, "config.json", num_attention_heads=2.0), "num_attention_heads is 2.0"),
-    "no room": (lambda m: write(m / "sentence_bert_config.json", {"max_seq_length": 2}), "leaves none for"),
+    "cut to few dimensions": (lambda m: write(m / "config_sentence_transformers.json", {"truncate_dim": 8}),
+                              "truncate_dim 8 is not supported"),
+    "tokenizer told elsewhere": (lambda m: write(m / "sentence_bert_config.json", {
+        "tokenizer_args": {"truncation_side": "left"}}), "tokenizer_args {'truncation_side': 'left'}"),
+    "length told elsewhere": (lambda m: write(m / "sentence_bert_config.json", {
+        "processing_kwargs": {"text": {"max_length": 6}}}), "processing_kwargs .* is not supported"),
+    "default prompt of no name": (lambda m: write(m / "config_sentence_transformers.json", {
+        "default_prompt_name": "nope"}), "KeyError: 'nope'"),
+    "prompt of a number": (lambda m: write(m / "config_sentence_transformers.json", {"prompts": {"query": 5}}),
+                           "not a readable checkpoint"),
     "no pooling": (lambda m: (modules(m, "Transformer", "Pooling"), (m / "1_Pooling/config.json").unlink()),
                    "1_Pooling/config.json: not readable"),
     "modules misshapen": (lambda m: write(m / "modules.json", [1]), "not a readable checkpoint"),

@@ -127,6 +127,7 @@ def test_only_the_beginning_of_a_long_text_is_tokenised(model, monkeypatch):
     class Spy:
         no_padding, enable_truncation = model.tokenizer.no_padding, model.tokenizer.enable_truncation
         token_to_id, encode = model.tokenizer.token_to_id, None
+        num_special_tokens_to_add = model.tokenizer.num_special_tokens_to_add
 
         def encode_batch_fast(self, texts):
             seen.append([len(t) for t in texts])

@@ -542,9 +542,9 @@ def test_check_and_train_count_the_texts_that_are_cut(tmp_path, capsys):
     rows[0]["query"] = "red " * 30
     files.write_jsonl(tmp_path / "a.jsonl", rows)
     gecko.save(small_model(), tmp_path / "model")
-    for flags, said in (((), "1 of 13 texts are cut at 32 tokens"),
-                        (("--max-length", "99"), "1 of 13 texts are cut at 32 tokens"),
-                        (("--max-length", "20"), "2 of 13 texts are cut at 20 tokens")):
+    for flags, said in (((), "1 of 13 texts were cut at 32 tokens"),
+                        (("--max-length", "99"), "1 of 13 texts were cut at 32 tokens"),
+                        (("--max-length", "20"), "2 of 13 texts were cut at 20 tokens")):
         command(data.main, "check", tmp_path / "a.jsonl", "--model", tmp_path / "model", *flags)
         assert said in capsys.readouterr().out
     command(train.main, "finetune", tmp_path / "a.jsonl", "--init", tmp_path / "model", "--out",
