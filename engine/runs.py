@@ -113,6 +113,11 @@ class Run:
                 remove(path)
         barrier()
 
+    def finish(self) -> None:
+        """The model's files, beside the checkpoint."""
+        if self.out and processes()[0] == 0:
+            save_into(self.save, self.out)
+
 
 # --------------------------------------------------------------------------------------------------
 # The data of a run: tokens, and integer ids of texts, which the losses mask duplicates by
@@ -136,9 +141,8 @@ def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_
         answers.add((query, row[1]))
     hard = left_out = 0
     for row, query in zip(table, queries, strict=True):
-        q_id, _, n_id = row
-        hard += n_id >= 0
-        if n_id == q_id or (query, n_id) in answers:
+        hard += row[2] >= 0
+        if row[2] == row[0] or (query, row[2]) in answers:
             row[2] = -1
             left_out += 1
     if left_out:

@@ -4,7 +4,6 @@ Invariants: a run that was killed and resumed writes the bytes of one that was n
 not continued, an unfinished run not overwritten; what is not finite stops before it spoils the weights.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -22,10 +21,10 @@ from processes import START
 from toys import beir_folder, bytes_of, records, small_model
 
 import train
-from engine import evaluate, runs
+from engine import evaluate
 from engine.beir import read_beir
 from engine.files import InputError, read_jsonl
-from gecko import load, save
+from gecko import load
 from train import TrainConfig
 
 LOOP = TrainConfig(batch_size=16, epochs=2, lr=1e-2, tau=0.2, dims="8,3", max_length=32)
@@ -42,7 +41,6 @@ def run_in(folder, c):
     torch.set_num_threads(1)
     model = small_model(1, 0.1)
     train.train(model, "finetune", [records(40), records(30, 1)], c, [2, 1], out=Path(folder))
-    runs.save_into(functools.partial(save, model), Path(folder))
 
 
 @pytest.mark.parametrize("kills,flags", [
