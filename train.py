@@ -48,7 +48,7 @@ from engine.offline import Offline
 from engine.packed import autocast
 from engine.recorded import Recorded
 from engine.results import cost, example, held_apart, held_passages, hold_out, on_dev, results
-from engine.runs import Run, check_negatives, run_key, save_into, tokenised
+from engine.runs import Run, check_negatives, run_key, tokenised
 from engine.scale import blockwise_loss, cached_backward, derive_seed, processes, start_processes, stop_processes
 from gecko import FORMATS, Gecko, format_query, is_bag, load, save, tiny, truncate_dim
 
@@ -230,7 +230,7 @@ def train(
     c: TrainConfig,
     weights: Sequence[float] | None = None,  # of the sets; None: all alike
     title: str = "",                         # of the progress bar
-    out: Path | None = None,                 # the folder for metrics.jsonl and checkpoints
+    out: Path | None = None,                 # the folder for the model, metrics.jsonl and checkpoints
     anew: bool = False,                      # resume begins anew where another run's checkpoint stands
 ) -> list[float]:                            # the loss of each step
     """Train on batches of the mixture. A loss or gradient that is not finite is an InputError."""
@@ -293,6 +293,7 @@ def train(
         if done == steps or c.save_every and done % c.save_every == 0:
             this_run.checkpoint(losses)
     model.encoder.eval()
+    this_run.finish()
     return losses
 
 
@@ -423,7 +424,6 @@ def trained(start: Gecko, stage: str, sets: Sequence[Records], weights: Sequence
     model = copy.deepcopy(start)
     c = replace(c, resume=True, save_every=100)
     train(model, stage, sets, c, weights[:len(sets)], out.name, out, anew=True)
-    save_into(functools.partial(save, model), out)
     return model
 
 
@@ -440,7 +440,7 @@ def train_command(args: Arguments) -> None:
     sets = [read_records(path, candidates=False) for path in paths]
     if first:
         sizes = [len(rows) for rows in sets]
-        say(**vars(args), rows=sizes, processes=processes()[1])
+        say(data=args.data, rows=sizes, init=args.init, out=out, **vars(c), processes=processes()[1])
     if args.init == "tiny":
         model = tiny([f"{r['query']} {r['positive'].get('title', '')} {r['positive']['text']}"
                       for r in itertools.chain(*sets)], c.seed)
@@ -452,7 +452,6 @@ def train_command(args: Arguments) -> None:
     losses = train(model, args.command, sets, c, weights, out=out)
     stop_processes()
     if first:
-        save_into(functools.partial(save, model), out)
         print(f"wrote {args.out}: {len(losses)} steps, loss {losses[0]:.3f} -> {np.mean(losses[-20:]):.3f}")
         print(f"next: python train.py evaluate --model {args.out} --beir DIR")
 

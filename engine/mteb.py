@@ -163,20 +163,21 @@ def evaluate_command(args: Any, load: Callable[[str], Any], format_query: Callab
     tasks = mteb_tasks(args.mteb) if args.mteb else []               # before the model: a name may be wrong
     say(model=args.model, dim=args.dim or "all", split=args.split, task=args.task or "by Table 9")
     model = load(args.model)
-    results: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = defaultdict(dict)         # two sets of one name have other measures
     for name, folder in zip(short_names(args.beir), args.beir, strict=True):
         task, symmetric = table_9(Path(name).name)
         beir = read_beir(folder, args.split)
         q, P = encode_beir(model, beir, args.task or task, symmetric, "passages", dim=args.dim)
         scores = retrieval_scores(rankings(beir, q, P), beir.qrels)
-        results[name] = {measure: float(np.mean(values)) for measure, values in scores.items()}
+        results[name] |= {measure: float(np.mean(values)) for measure, values in scores.items()}
     for name, path in zip(short_names(args.sts), args.sts, strict=True):
         task, _ = table_9(Path(name).stem, "STS")
         terms = sts_terms(model, path, args.dim, args.task or task)
-        results[name] = {"spearman": float(terms.mean())}
+        results[name] |= {"spearman": float(terms.mean())}
     if tasks:
         adapter = ForMteb(model, Path(args.model).resolve().name, format_query, args.dim, args.task)
-        results |= mteb_scores(adapter, tasks, args.out)
+        for name, values in mteb_scores(adapter, tasks, args.out).items():
+            results[name] |= values
     for name, values in results.items():
         print(name, "  ".join(f"{measure} {value:.4f}" for measure, value in values.items()))
     if out:

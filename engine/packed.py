@@ -84,9 +84,9 @@ def embed_bag(encoder: Any, tokens: TokenIds) -> Tensor:
     e = encoder.embeddings
     segment = e["token_type_embeddings"].weight[0]                   # (d)
     table = e["LayerNorm"](e["word_embeddings"].weight + segment)    # (V, d)
-    lengths = torch.tensor([0] + [len(ids) for ids in tokens])       # (B + 1)
+    lengths = torch.tensor([len(ids) for ids in tokens])             # (B)
     flat = torch.tensor(list(itertools.chain(*tokens)))              # (N)
-    offsets = lengths.cumsum(0)[:-1]                                 # (B)
+    offsets = lengths.cumsum(0) - lengths                            # (B)
     return F.embedding_bag(flat.to(table.device), table, offsets.to(table.device), mode="mean")  # (B, d)
 
 

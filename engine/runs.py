@@ -6,7 +6,6 @@ the whole state of a run: killed at any byte and resumed, it writes the bytes of
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -21,16 +20,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.files import InputError, folder_beside, read_json, write_jsonl
+from engine.files import InputError, folder_beside, read_json
 from engine.folder import readable
 from engine.scale import barrier, blocks, processes
 from engine.tokens import TokenIds
 
-HALF_WRITTEN = (".*checkpoint-*", ".best.*", ".*model*", ".metrics.jsonl.*")   # what a kill may leave
+METRICS = "metrics.jsonl"
+HALF_WRITTEN = (".*checkpoint-*", ".best.*")                  # what a kill may leave
 
 
 @dataclass
@@ -60,25 +60,30 @@ class Run:
         if last:
             state = read_json(last / "state.json", dict)
             if wanted and state["key"] == self.key:
-                read_checkpoint(last, self.encoder, self.optimiser)
                 losses, self.best = state["losses"], state["best"]
+                with readable(last):
+                    self.encoder.load_state_dict(load_file(last / "model.safetensors"))
+                    if len(losses) < self.steps:              # of tensors and numbers alone, never any code
+                        moments = torch.load(last / "optimiser.pt", "cpu", weights_only=True)
+                        self.optimiser.load_state_dict(moments)
             elif wanted and not anew:
                 raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
             elif not wanted and len(state["losses"]) < state["steps"]:
                 raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
         barrier()                                             # all have read what the first process now removes
         if self.out and processes()[0] == 0:
-            for pattern in HALF_WRITTEN if losses else (*HALF_WRITTEN, "checkpoint-*", "best"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            for pattern in HALF_WRITTEN if losses else (*HALF_WRITTEN, "checkpoint-*", "best", METRICS):
                 for path in self.out.glob(pattern):
                     remove(path)
-            metrics = self.out / "metrics.jsonl"              # of rows {step, loss, lr} and {step, dev}
-            write_jsonl(metrics, [row for row in whole_rows(metrics) if row["step"] <= len(losses)])
+            if last and losses:
+                shutil.copy(last / METRICS, self.out)         # without the steps that are done again
         return losses
 
     def log(self, **row: Any) -> None:
-        """One more line of metrics.jsonl."""
+        """One more line of the metrics, {step, loss, lr} or {step, dev}."""
         if self.out and processes()[0] == 0:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with open(self.out / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def check_finite(self, step: int, loss: float, norm: float) -> None:
@@ -100,12 +105,18 @@ class Run:
             state = {"losses": losses, "steps": self.steps, "best": self.best, "key": self.key}
             with folder_beside(self.out / f"checkpoint-{len(losses):08d}") as new:
                 self.save(new)
+                shutil.copy(self.out / METRICS, new)
                 if len(losses) < self.steps:
-                    save_file(moments(self.optimiser), new / "optimiser.safetensors")
+                    torch.save(self.optimiser.state_dict(), new / "optimiser.pt")
                 (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             for path in sorted(self.out.glob("checkpoint-*"))[:-1]:
                 remove(path)
         barrier()
+
+    def finish(self) -> None:
+        """The model's files, beside the checkpoint."""
+        if self.out and processes()[0] == 0:
+            save_into(self.save, self.out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -130,9 +141,8 @@ def tokenised(model: Any, rows: Iterable[tuple[Sequence[str | None], str]], max_
         answers.add((query, row[1]))
     hard = left_out = 0
     for row, query in zip(table, queries, strict=True):
-        q_id, _, n_id = row
-        hard += n_id >= 0
-        if n_id == q_id or (query, n_id) in answers:
+        hard += row[2] >= 0
+        if row[2] == row[0] or (query, row[2]) in answers:
             row[2] = -1
             left_out += 1
     if left_out:
@@ -176,33 +186,12 @@ def check_negatives(loss_of: Callable[[Tensor], Callable[..., Tensor]], sides: i
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's tensors, named PARAMETER.MOMENT, such as 3.exp_avg."""
-    named = {}
-    for number, tensors in optimiser.state_dict()["state"].items():
-        named.update({f"{number}.{name}": value for name, value in tensors.items()})
-    return named
-
-
-def read_checkpoint(folder: Path, encoder: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """What `Run.checkpoint` wrote, into the encoder and the optimiser."""
-    moments_file = folder / "optimiser.safetensors"                 # none where the run is finished
-    with readable(folder):
-        encoder.load_state_dict(load_file(folder / "model.safetensors"))
-        named = load_file(moments_file) if moments_file.exists() else {}
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in named.items():
-        number, moment = name.split(".")
-        state.setdefault(int(number), {})[moment] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+# What a run is, and where its model goes
 
 
 def run_key(settings: str, arrays: Iterable[Any]) -> str:
     """What a run is: flags, data and first weights. A checkpoint of another run is not continued."""
-    total = hashlib.sha256(settings.encode())
+    total = hashlib.blake2b(settings.encode())
     for values in arrays:
         if isinstance(values, Tensor):
             values = values.detach().cpu().numpy()
@@ -210,19 +199,9 @@ def run_key(settings: str, arrays: Iterable[Any]) -> str:
     return total.hexdigest()
 
 
-def whole_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSONL file that grows. A kill may leave half a line at its end."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
-    return rows
-
-
 def save_into(save: Callable[[Path], None], out: Path) -> None:
     """The model's files into a folder that holds the run's others too, each by one rename."""
-    new = out / ".model"
+    new = out / ".checkpoint-new"
     save(new)
     for path in sorted(new.iterdir()):
         remove(out / path.name)

@@ -1,8 +1,8 @@
 """The vectors of a corpus, kept on disk: a text is encoded once, and again only by another model, or where another
 corpus of the same name has been searched since.
 
-The file holds a vector of each text, and a key made of the text and the model: another model's vectors are never
-found. A file that is torn counts for nothing and is written anew.
+The file is a table of a vector for each text and a key made of the text and the model: another model's vectors are
+never found. A file that is torn counts for nothing and is written anew.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from engine.files import InputError, file_beside, first_line, is_text, passage_texts, read_jsonl, say, say_lost
 
@@ -23,13 +21,13 @@ from engine.files import InputError, file_beside, first_line, is_text, passage_t
 def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -> np.ndarray:
     """(len(texts), d), in their order; beside the model's folder stand those of the last call."""
     folder = folder.resolve()
-    path = folder.with_name(f"{folder.name}.vectors") / f"{corpus.resolve().name}.safetensors"
+    path = folder.with_name(f"{folder.name}.vectors") / f"{corpus.resolve().name}.npy"
     made_by = model_key(model)
     keys = [hashlib.blake2b(text.encode(), digest_size=16, key=made_by).digest() for text in texts]
     known: dict[bytes, np.ndarray] = {}                              # (d) each
-    with contextlib.suppress(OSError, SafetensorError, KeyError):    # no file yet, a torn one, or another's
-        kept = load_file(path)
-        known.update(zip(map(bytes, kept["keys"]), kept["vectors"], strict=True))
+    with contextlib.suppress(OSError, ValueError, EOFError):         # no file yet, or a torn one
+        table = np.load(path)
+        known.update(zip(table["key"].tolist(), table["vector"], strict=True))
     new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
     if new:
         x = model.encode(list(new.values()), progress="passages")    # (new, d)
@@ -37,11 +35,13 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
         known.update(zip(new, x, strict=True))
     vectors = np.stack([known[key] for key in keys])                 # (len(texts), d)
     if new:
-        numbers = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)
+        table = np.empty(len(keys), [("key", "V16"), ("vector", np.float32, vectors.shape[1])])
+        table["key"] = keys
+        table["vector"] = vectors
         try:                                                         # else the next search takes as long as this
             with file_beside(path) as file:
-                save_file({"keys": numbers, "vectors": vectors}, file)
-        except (OSError, SafetensorError) as error:
+                np.save(file, table)
+        except OSError as error:
             say(vectors=f"not kept ({first_line(error)})")
     return vectors
 

@@ -300,6 +300,30 @@ def test_the_command_writes_fractions_of_1(model, tmp_path, monkeypatch, capsys)
     assert f"{tmp_path.name} ndcg@10 {retrieval['ndcg@10']:.4f}" in printed
 
 
+def test_sets_of_one_name_keep_all_their_figures(model, tmp_path, monkeypatch):
+    """A BEIR folder and a similarity file of one name: neither's figures take the place of the other's."""
+    pairs = [{"sentence1": f"the {a}", "sentence2": f"the {b}", "score": i}
+             for i, (a, b) in enumerate(zip(WORDS, WORDS[1:], strict=False))]
+    (tmp_path / "sts").mkdir()
+    files.write_jsonl(tmp_path / "sts" / tmp_path.name, pairs)
+    command(model, monkeypatch, "--beir", beir_folder(tmp_path), "--sts", tmp_path / "sts" / tmp_path.name,
+            "--out", tmp_path / "scores.json")
+    (figures,) = json.loads((tmp_path / "scores.json").read_text()).values()
+    assert list(figures) == ["ndcg@10", "recall@100", "mrr@10", "spearman"]
+
+
+def test_the_cosine_of_a_text_with_itself_is_a_tie(model, tmp_path):
+    """Its last digits differ from text to text; no correlation is taken of them."""
+    texts = [" ".join(WORDS[:n]) for n in range(1, 10)]
+    rows = [{"sentence1": text, "sentence2": text, "score": i} for i, text in enumerate(texts)]
+    files.write_jsonl(tmp_path / "in.jsonl", rows)
+    loaded = gecko.load(model)
+    x = loaded.encode_queries(texts, "semantic similarity")
+    assert len(set((x * x).sum(1).tolist())) > 1
+    with pytest.raises(files.InputError, match="the cosines are all equal"):
+        evaluate.sts_terms(loaded, tmp_path / "in.jsonl")
+
+
 def test_no_figures_are_written_over_what_they_are_of(model, tmp_path, monkeypatch, capsys):
     files.write_jsonl(tmp_path / "pairs.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}])
     before = (tmp_path / "pairs.jsonl").read_bytes()

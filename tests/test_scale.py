@@ -25,7 +25,7 @@ from test_train import IDS, TAU, gradients, lists, main_spec, mrl_spec, pre_spec
 from toys import beir_folder, command, records, small_model
 
 import train
-from engine import files, runs, scale
+from engine import files, scale
 from engine.scale import blockwise_loss, cached_backward, derive_seed, own_parts
 from gecko import load, save, truncate_dim
 from train import TrainConfig
@@ -70,7 +70,7 @@ def test_blockwise_loss_normalises_once_a_dimension():
     loss = train.batch_loss("prefinetune", TAU, torch.stack(IDS["distinct"]))
     blockwise_loss(loss, lambda x, dim: cut.append(dim) or truncate_dim(x, dim), (5, 2),
                    torch.stack(vectors(2, 7, 5, 6)).detach(), slice(0, 7), 1)
-    assert len(cut) == 2 * 2 * 2                                     # 2 sides, 2 dims, forth and back
+    assert len(cut) == 2 * 2                                         # 2 sides, 2 dims
 
 
 def test_every_tensor_is_made_on_the_device_of_the_vectors():
@@ -448,7 +448,7 @@ def test_two_processes_train_the_model_of_one(tmp_path):
         for child in children:
             child.join(60)
             assert child.exitcode == 0
-    one, two = (runs.whole_rows(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    one, two = ([row for _, row in files.read_jsonl(tmp_path / name / "metrics.jsonl")] for name in ("one", "two"))
     assert [r["step"] for r in one] == [r["step"] for r in two] and len(two) == 10
     losses = [[r["loss"] for r in rows if "loss" in r] for rows in (one, two)]
     assert losses[0] != losses[1] and np.allclose(*losses, rtol=1e-4) and losses[0][-1] < 0.97 * losses[0][0]

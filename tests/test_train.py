@@ -531,9 +531,12 @@ def test_the_command_line_trains_and_resumes(tmp_path, capsys):
                  tmp_path / "run", "--batch-size", "8", "--steps", "6", "--micro-batch", "4",
                  "--mix", "mixed", "--save-every", "3", "--precision", "bf16"]
     command(train.main, *arguments)
-    first = bytes_of(tmp_path / "run", ["metrics.jsonl"])
+    said = capsys.readouterr().err
+    assert "rows=[40, 30]  init=tiny" in said and "micro_batch=4" in said
+    assert "llm=" not in said, "a flag that is the recipe's alone"
+    first = bytes_of(tmp_path / "run")
     command(train.main, *arguments, "--resume")                      # nothing left to do
-    assert bytes_of(tmp_path / "run", ["metrics.jsonl"]) == first and "6 steps" in capsys.readouterr().out
+    assert bytes_of(tmp_path / "run") == first and "6 steps" in capsys.readouterr().out
     assert gecko.load(tmp_path / "run").dims == (384,)
 
 

@@ -36,7 +36,9 @@ def test_a_text_is_encoded_once(kept, tmp_path):
     assert kept(model, [TEXTS[2], "wind", TEXTS[0]]) == ["wind"]
     assert kept(model, ["wind", *TEXTS]) == [TEXTS[1]], "the file holds the last corpus, not all that ever were"
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*") if p.is_file()] == [
-        "m.vectors/docs.jsonl.safetensors"]
+        "m.vectors/docs.jsonl.npy"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / "m.vectors/docs.jsonl.npy").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_another_model_has_other_vectors(kept):
@@ -56,12 +58,11 @@ def test_another_model_has_other_vectors(kept):
     assert model_key(model) != key
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: b"x" * len(b),
-                                    lambda b: b + b"x"])
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: b"x" * len(b)])
 def test_a_torn_file_is_made_anew(kept, tmp_path, damage):
     model = small_model()
     kept(model, TEXTS)
-    path = tmp_path / "m.vectors/docs.jsonl.safetensors"
+    path = tmp_path / "m.vectors/docs.jsonl.npy"
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     assert len(kept(model, TEXTS)) == 3 and path.read_bytes() == whole

@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 import tables  # noqa: E402
 
 import llm  # noqa: E402
-from engine import runs  # noqa: E402
 from engine.files import file_beside  # noqa: E402
 
 INK, LLM, MODEL, GOOD, BAD, PALE = "#222222", "#f3d9a4", "#b9d3ee", "#9fd3a0", "#eaa9a0", "#f4f4f4"
@@ -149,7 +148,7 @@ def main():
         if what == "method":
             method(Path(args.out or ROOT / "tests/lab/figures") / "method.png")
             continue
-        rows = runs.whole_rows(Path(what))
+        rows = tables.whole_rows(Path(what))
         path = Path(args.out or Path(what).parent) / f"{Path(what).stem}.png"
         if "table" in rows[0]:
             chart([r for r in rows if r["key"] == rows[-1]["key"]], path)

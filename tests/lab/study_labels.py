@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from tables import whole_rows  # noqa: E402
+
 import data  # noqa: E402
 import llm  # noqa: E402
 import train  # noqa: E402
-from engine import evaluate, runs  # noqa: E402
+from engine import evaluate  # noqa: E402
 from engine.beir import read_beir  # noqa: E402
 from engine.files import file_beside, read_passages  # noqa: E402
 from engine.offline import Offline  # noqa: E402
@@ -168,7 +170,7 @@ def run(folder, args, seed):
     if lexical:                                                      # without errors both kinds are the same
         name, shares = f"{name}, lexical errors", SHARES[1:]
     done = {share: set() for share in shares}
-    for row in runs.whole_rows(Path(args.out)):
+    for row in whole_rows(Path(args.out)):
         if (row["set"], row["seed"]) == (name, seed):
             done[row["wrong"]].add(row["ranker"])
     todo = [share for share in shares if done[share] != set(RANKERS)]
@@ -294,7 +296,7 @@ def main():
     for seed in range(args.seeds):
         for folder in args.folders:
             run(folder, args, seed)
-    print(study_text(runs.whole_rows(Path(args.out))))
+    print(study_text(whole_rows(Path(args.out))))
 
 
 if __name__ == "__main__":

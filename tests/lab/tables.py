@@ -12,6 +12,7 @@ settings is not used.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -49,7 +50,6 @@ from engine.files import (  # noqa: E402
     say,
     write_jsonl,
 )
-from engine.runs import whole_rows  # noqa: E402
 from engine.search import topk  # noqa: E402
 from engine.transport import LLMError  # noqa: E402
 from gecko import FORMATS, PLAIN, Gecko, fetch, is_bag, load, save, truncate_dim  # noqa: E402
@@ -271,6 +271,16 @@ def rerank_cases(ranker: Callable[..., llm.LLM], retriever: Gecko, sets: dict[st
 
 
 RunCase = Callable[[int], dict[str, Any]]                    # seed -> scores
+
+
+def whole_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a JSONL file that grows. A kill may leave half a line at its end."""
+    rows = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
 
 
 def run_table(name: str, out: Path, key: str, by: str, seeds: Sequence[int], cases: dict[str, RunCase],

@@ -19,7 +19,7 @@ import data
 import gecko
 import llm
 import train
-from engine import evaluate, files, runs
+from engine import evaluate, files
 from engine.beir import read_beir
 from engine.offline import Offline
 from engine.transport import LLMError
@@ -248,7 +248,7 @@ def test_a_stopped_table_goes_on(tmp_path):
     rows = tables.run_table("labels", tmp_path, "a", "offline", range(2), {"p": row("p"), "q": row("q")})
     assert ran == [("p", 0), ("q", 0), ("p", 1), ("q", 1)] and len(rows) == 4
     other = tables.run_table("labels", tmp_path, "b", "offline", range(1), {"p": row("p")})
-    assert len(other) == 1 and other[0]["key"] == "b" and len(runs.whole_rows(tmp_path / "labels.jsonl")) == 5
+    assert len(other) == 1 and other[0]["key"] == "b" and len(tables.whole_rows(tmp_path / "labels.jsonl")) == 5
 
 
 def test_a_key_is_of_bytes_and_settings(tmp_path):
@@ -362,7 +362,7 @@ def test_accuracy_is_of_the_nearest_texts(home, tmp_path):
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda p: p.stem)
 def test_results_show_what_their_files_say(path):
     """RESULTS.md's tables are made of the committed files: the same text, line for line."""
-    rows = runs.whole_rows(path)
+    rows = tables.whole_rows(path)
     text = tables.table_text(rows[0]["table"], rows) if "table" in rows[0] else None
     if text is None:
         from study_labels import study_text
