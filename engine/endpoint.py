@@ -36,9 +36,9 @@ CHATS: tuple[ScoringMode, ...] = (
     ("chat", {"reasoning_effort": "none"}),
     ("chat", {"reasoning_effort": "none", "max_tokens": None, "max_completion_tokens": 256, "temperature": 1}))
 MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in this order
-    # a small model copies a prompt's examples in a chat and not in a completion; OpenAI, whose mode is the last,
-    # has no completions
-    "complete": (*CHATS[:-1], ("completions", {"stop": ["\n\n"]}), CHATS[-1]),
+    # a small model copies a prompt's examples in a chat and not in a completion; Mistral, which takes no seed, and
+    # OpenAI, whose mode is the last, have no completions
+    "complete": (*CHATS[:-1], ("completions", {"stop": ["\n\n"]}), ("chat", {"seed": None}), CHATS[-1]),
     "log_likelihood": (("echo", {}), ("forced", {})),
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),
@@ -94,9 +94,8 @@ class Endpoint(Strings):
         def work(item: tuple[str, Any]) -> None:
             try:
                 self.keep(call, item, ask_one(mode, *item))
-                self.server.failed_in_a_row = 0
             except CallFailed as error:
-                self.server.fail(str(error))
+                self.fail(str(error))
 
         self.server.map(work, items)
 
@@ -174,15 +173,16 @@ class Endpoint(Strings):
 
     def can(self, call: str) -> bool:
         """Does a mode of the call work? The first one is looked for once, and said with the evidence."""
-        if not self.capabilities:
-            print(f"waiting for {self.name}: up to {self.server.timeout:g} s for an answer (--timeout)",
-                  file=sys.stderr)
-            if not self.model:
-                self.find_model()
-            print(f"{self.name} (model {self.model})")
         if call not in self.capabilities:
+            self.server.probing = True
+            if not self.capabilities:
+                print(f"waiting for {self.name}: up to {self.server.timeout:g} s for an answer (--timeout)",
+                      file=sys.stderr)
+                self.find_model()
+                print(f"{self.name} (model {self.model})")
             mode, evidence = self.capabilities[call] = self.first_that_works(call)
             print(f"  {call:14} {'yes' if mode else 'NO '}  {evidence}")
+            self.server.probing = False
         return self.capabilities[call][0] is not None
 
     def require(self, call: str) -> ScoringMode:
@@ -198,10 +198,10 @@ class Endpoint(Strings):
         return f"{self.model}: {spelled(mode)}"
 
     def find_model(self) -> None:
-        """The first model that the server lists, if it has a list."""
+        """Where none was named, the first model that the server lists, if it has a list."""
         with contextlib.suppress(CallFailed):
-            self.model = self.server.call(self.server.base + "/models", None,
-                                          lambda answer: answer["data"][0]["id"])
+            self.model = self.model or self.server.call(self.server.base + "/models", None,
+                                                        lambda answer: answer["data"][0]["id"])
 
     def first_that_works(self, call: str) -> Capability:
         attempt = getattr(self, f"try_{call}")
