@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from engine.cache import Items, Strings
 from engine.files import InputError, first_line
-from engine.replies import Tops
 from engine.search import has_bfloat16
+from engine.transport import CallFailed
 
 Tokens = list[int]
 
 # B rows of a batch, K tokens of a prompt, L of a text, V of the vocabulary. The id -1 is padding.
 PROMPTS = 8  # that are read together; of answers that are written, as many as rows
+# What layers may be that keep nothing but keys and values; and what names a window that some of them see
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")
 
 
 class Local(Strings):
@@ -37,29 +43,35 @@ class Local(Strings):
         stop: Sequence[str] = ("\n\n",),
         rows: int = 32,                 # texts that are scored together, or answers that are written together
     ) -> None:
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError as error:
-            raise InputError("a model in this process needs transformers: pip install transformers") from error
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # the weights' own, but where a bfloat16 product takes four times as long as a float32 one
         dtype = "auto" if has_bfloat16(device) else torch.float32
         try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-            self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        except (OSError, ValueError, KeyError) as error:
+            opened: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{folder}: transformers opens no causal language model there "
-                             f"({first_line(error)})") from error
-        torch.nn.Module.to(self.model, device)
-        super().__init__(f"hf:{folder} in {str(self.model.dtype).removeprefix('torch.')}")
+                             f"({first_line(error)}); pip install transformers where it is missing") from error
+        model, info = opened
+        self.model = model.to(device)
+        config = model.config.get_text_config()
+        # weights that are missing would be drawn at random, without a word
+        unknown = {*info["missing_keys"], *(getattr(config, "layer_types", None) or ())} - ATTENTION
+        if unknown or not self.tokens("a"):
+            raise InputError(f"{folder}: give a causal language model of attention layers alone, with all weights "
+                             f"and a tokenizer ({', '.join(sorted(unknown)[:2]) or 'this makes no tokens'})")
+        super().__init__(f"hf:{folder} in {str(model.dtype).removeprefix('torch.')}")
         self.temperature, self.max_tokens, self.rows = temperature, max_tokens, rows
-        end = self.model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        names = inspect.signature(inspect.unwrap(self.model.forward)).parameters
+        self.context = getattr(config, "max_position_embeddings", None) or math.inf
+        names = inspect.signature(inspect.unwrap(model.forward)).parameters
         self.cache_name = "cache" if "cache" in names else "past_key_values"   # as transformers' versions have it
+        # subtle: padding stands between a shared head and the rest, and would count in a window, or as a place
+        self.shares_head = "position_ids" in names and not any(getattr(config, name, None) for name in WINDOWS)
         # no special token is part of an answer: a small model runs on after one
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.stop: list[Any] = [*stop, *special, *map(self.tokenizer.decode, filter(None, ends))]
+        self.stop = [*stop, *special]
 
     def describe(self, call: str) -> str:
         if call != "complete":
@@ -67,17 +79,35 @@ class Local(Strings):
         return f"{self.name}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
 
     def tokens(self, text: str) -> Tokens:
-        return self.tokenizer(text)["input_ids"]
+        """What a passage says is no control token; and a text that is to go on has no end."""
+        tokens = self.tokenizer(text, split_special_tokens=True)["input_ids"]
+        return tokens[:-1] if tokens[-1:] == [self.tokenizer.eos_token_id] else tokens
+
+    def check(self, call: str, prompt: str, text: Any) -> None:
+        """CallFailed where the text has no tokens of its own, or the model's context no place for them."""
+        head = self.tokens(prompt)
+        size = len(head) + self.max_tokens
+        if call == "log_likelihood":
+            tokens = self.tokens(prompt + text)
+            size = len(tokens)
+            if tokens[:len(head)] != head or size == len(head):
+                raise CallFailed(f"a token crosses the prompt's end before {text!r}")
+        if size > self.context:
+            raise CallFailed(f"{size} tokens, and the model reads {self.context}: give a smaller --chars")
 
     # ----------------------------------------------------------------------------------------------
-    # The three calls
+    # The calls; of top_tokens there is no need, where prompts are scored
 
     @torch.inference_mode()
     def ask_new(self, call: str, items: Items) -> None:
         answered = getattr(self, f"{call}_batch")
         same: dict[str, list[tuple[str, Any]]] = {}                  # items by their prompt
         for item in items:
-            same.setdefault(item[0], []).append(item)
+            try:
+                self.check(call, *item)
+                same.setdefault(item[0], []).append(item)
+            except CallFailed as error:
+                self.failures.append(str(error))
         for prompts, ids, cache in self.batches(list(same), self.rows if call == "complete" else PROMPTS):
             batch = [item for prompt in prompts for item in same[prompt]]
             batch.sort(key=lambda item: len(str(item[1])))           # texts of like length: little padding
@@ -95,24 +125,14 @@ class Local(Strings):
         texts = []
         for prefix, text in pairs:
             # subtle: tokenised in its place, since a tokenizer may mark the beginning of a text
-            texts.append(self.tokens(prefix + text)[len(self.tokens(prefix)):])
-        L = max(map(len, texts))
-        padded = [text + [-1] * (L - len(text)) for text in texts]
-        target = torch.tensor(padded, device=ids.device)             # (B, L)
+            texts.append(torch.tensor(self.tokens(prefix + text)[len(self.tokens(prefix)):]))
+        target = pad_sequence(texts, batch_first=True, padding_value=-1).to(ids.device)  # (B, L)
         ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first
-        log_p = self.forward(ids, cache, L).log_softmax(dim=-1)      # (B, L, V)
+        log_p = self.forward(ids, cache, target.shape[1]).log_softmax(dim=-1)      # (B, L, V)
         token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
-
-    def top_tokens_batch(self, ids: Tensor, cache: Any, prompts: Items) -> list[Tops]:
-        """The likeliest first tokens of each answer, with their log p."""
-        top = self.forward(ids, cache)[:, -1].log_softmax(dim=-1).topk(20)  # (B, 20) twice
-        answers = []
-        for values, tokens in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            answers.append(list(zip(map(self.tokenizer.decode, tokens), values, strict=True)))
-        return answers
 
     def complete_batch(self, ids: Tensor, cache: Any, items: Items) -> list[str]:
         """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""
@@ -145,10 +165,10 @@ class Local(Strings):
         from transformers import DynamicCache
 
         tokens = {prompt: self.tokens(prompt) for prompt in prompts}
-        # what all begin with is read once; not a last token, which is to predict the next
-        head = list(os.path.commonprefix([row[:-1] for row in tokens.values()]))
-        if getattr(self.model.config, "sliding_window", None):
-            head = []    # subtle: the padding after the head would count as what the window sees
+        head: Tokens = []
+        if self.shares_head:
+            # what all begin with is read once; not a last token, which is to predict the next
+            head = list(os.path.commonprefix([row[:-1] for row in tokens.values()]))
         head_cache, device = DynamicCache(), self.model.device
         if head:
             self.forward(torch.tensor([head], device=device), head_cache)
