@@ -22,7 +22,7 @@ MAX_FAILED_IN_A_ROW = 20  # calls; then the run stops
 class Strings:
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
-    path: Path | None = None                                         # of the answers
+    path = Path(os.devnull)                                          # of the answers
     found = 0                                                        # answers that cost nothing again
     labels = unlisted = 0                                            # by first tokens; not among the top ones
     failed_in_a_row = 0
@@ -90,17 +90,16 @@ class Strings:
     def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
         """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
         source: dict[str, str | None] = {"ql": None, "rc": None}
-        rankings = rank.split(",")
-        if "ql" in rankings:
+        if "ql" in rank:
             source["ql"] = self.describe("log_likelihood")
-        if "rc" in rankings:
+        if "rc" in rank:
             call = "log_likelihood" if self.can("log_likelihood") else "top_tokens"
             source["rc"] = f"{self.describe(call)} ({score})"
         return source
 
     def report(self) -> str:
         """What was asked, and how far the scores can be trusted."""
-        report = f"{self.found:,} answers of {self.name} from {self.path or 'no file'}"
+        report = f"{self.found:,} answers of {self.name} from {self.path}"
         if self.failures:
             report += f"\n{len(self.failures):,} calls failed; the last: {self.failures[-1]}"
         if self.unlisted > 0.01 * self.labels:
@@ -115,12 +114,11 @@ class Strings:
         """Take the answers that the file holds, and append all that come. A torn line (kill -9) is passed over."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            with open(path, "rb") as lines:
-                for line in lines:
-                    with contextlib.suppress(ValueError, LookupError, TypeError):
-                        row = json.loads(line)
-                        self.answers[row["key"]] = row["value"]
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, LookupError, TypeError):
+                    row = json.loads(line)
+                    self.answers[row["key"]] = row["value"]
 
     def key(self, call: str, item: tuple[str, Any]) -> str:
         decides = [self.name, self.describe(call), call, item]
@@ -128,10 +126,9 @@ class Strings:
 
     def keep(self, call: str, item: tuple[str, Any], value: Any) -> None:
         key = self.key(call, item)
-        if self.path:
-            # one write an answer, from any thread; the line before may be torn, and ends here
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(b"\n" + json.dumps({"key": key, "value": value}).encode())
+        # one write an answer, from any thread; the line before may be torn, and ends here
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(b"\n" + json.dumps({"key": key, "value": value}).encode())
         self.answers[key] = value
         self.failed_in_a_row = 0
 
@@ -151,9 +148,7 @@ class DryRun(Strings):
 
     def ask_new(self, call: str, items: Items) -> None:
         for prompt, text in items:
-            data = prompt.encode()
-            if call == "log_likelihood":
-                data += text.encode()
+            data = (prompt + text if call == "log_likelihood" else prompt).encode()
             self.calls += 1
             self.size += len(data)
             self.longest = max(self.longest, len(data))

@@ -70,8 +70,8 @@ class Local(Strings):
         # subtle: padding stands between a shared head and the rest, and would count in a window, or as a place
         self.shares_head = "position_ids" in names and not any(getattr(config, name, None) for name in WINDOWS)
         # no special token is part of an answer: a small model runs on after one
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        self.stop = [*stop, *special]
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.stop = [*stop, *(token.content for token in added if token.special)]
 
     def describe(self, call: str) -> str:
         if call != "complete":
@@ -83,15 +83,17 @@ class Local(Strings):
         tokens = self.tokenizer(text, split_special_tokens=True)["input_ids"]
         return tokens[:-1] if tokens[-1:] == [self.tokenizer.eos_token_id] else tokens
 
+    def tokens_after(self, prompt: str, text: str) -> Tokens:
+        """Those of a text in its place, since a tokenizer may mark where a text begins."""
+        head, tokens = self.tokens(prompt), self.tokens(prompt + text)
+        if tokens[:len(head)] != head or tokens == head:
+            raise CallFailed(f"a token crosses the prompt's end before {text!r}")
+        return tokens[len(head):]
+
     def check(self, call: str, prompt: str, text: Any) -> None:
-        """CallFailed where the text has no tokens of its own, or the model's context no place for them."""
-        head = self.tokens(prompt)
-        size = len(head) + self.max_tokens
-        if call == "log_likelihood":
-            tokens = self.tokens(prompt + text)
-            size = len(tokens)
-            if tokens[:len(head)] != head or size == len(head):
-                raise CallFailed(f"a token crosses the prompt's end before {text!r}")
+        """CallFailed where a text has no tokens of its own, or all are more than the model reads."""
+        size = self.max_tokens if call == "complete" else len(self.tokens_after(prompt, text))
+        size += len(self.tokens(prompt))
         if size > self.context:
             raise CallFailed(f"{size} tokens, and the model reads {self.context}: give a smaller --chars")
 
@@ -122,10 +124,7 @@ class Local(Strings):
 
     def log_likelihood_batch(self, ids: Tensor, cache: Any, pairs: Items) -> list[float]:
         """Of each pair the sum of log p of the text's tokens after its prefix."""
-        texts = []
-        for prefix, text in pairs:
-            # subtle: tokenised in its place, since a tokenizer may mark the beginning of a text
-            texts.append(torch.tensor(self.tokens(prefix + text)[len(self.tokens(prefix)):]))
+        texts = [torch.tensor(self.tokens_after(*pair)) for pair in pairs]
         target = pad_sequence(texts, batch_first=True, padding_value=-1).to(ids.device)  # (B, L)
         ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first

@@ -45,12 +45,11 @@ MAY_PASS = (*NO_REPLY, ValueError, LookupError, TypeError, AttributeError, Arith
 
 
 class Connection(threading.local):
-    """To one host: each thread has one of its own, which its first request opens."""
+    """To one host: each thread has one of its own, which its first request opens and its end closes."""
 
     def __init__(self, address: SplitResult, timeout: float) -> None:
-        secure = address.scheme == "https"
-        make = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self.http = make(address.netloc, timeout=timeout)
+        kinds = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+        self.http = kinds[address.scheme](address.netloc, timeout=timeout)
 
 
 class Server:
@@ -96,8 +95,6 @@ class Server:
             except Exception as error:
                 errors.append(error)
                 stopped.set()
-            finally:
-                self.connection.http.close()
 
         # daemons: after Ctrl-C nobody waits for slow answers
         workers = [threading.Thread(target=worker, daemon=True) for _ in range(min(self.threads, len(items)))]
@@ -135,7 +132,11 @@ class Server:
 
     def exchange(self, path: str, body: Json | None) -> Json:
         """One request: the decoded reply, or an exception that says what its status means."""
-        self.admit()
+        with self.lock:                                              # counted before it is sent: it may be paid for
+            if self.max_requests and self.requests >= self.max_requests:
+                raise LLMError(f"stopped at --max-requests {self.max_requests}: all answers so far are in the "
+                               "cache; the same command with a larger limit goes on from there")
+            self.requests += 1
         status, headers, data = self.send(path, json.dumps(body) if body else None)
         if status == 200:
             answer = json.loads(data)
@@ -161,9 +162,9 @@ class Server:
 
     def send(self, path: str, data: str | None) -> tuple[int, Any, bytes]:
         """Status, headers and body."""
-        deadline = time.monotonic() + self.timeout
-        self.connection.http.request("POST" if data else "GET", path, data, self.headers)
-        reply = self.connection.http.getresponse()
+        deadline, http = time.monotonic() + self.timeout, self.connection.http
+        http.request("POST" if data else "GET", path, data, self.headers)
+        reply = http.getresponse()
         text = bytearray()
         for part in iter(lambda: reply.read1(65536), b""):
             text += part
@@ -171,31 +172,15 @@ class Server:
                 raise TimeoutError("the reply came too slowly")
             if len(text) > MAX_REPLY_BYTES:
                 raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
-        if reply.length:
-            raise http.client.IncompleteRead(b"", reply.length)
         reply.close()                                                # or the connection takes no other request
         return reply.status, reply.headers, bytes(text)
 
-    # ----------------------------------------------------------------------------------------------
-    # What was sent and charged, counted by all threads
-
-    def admit(self) -> None:
-        """Count one request before it is sent."""
-        with self.lock:
-            if self.max_requests and self.requests >= self.max_requests:
-                raise LLMError(f"stopped at --max-requests {self.max_requests}: all answers so far are in the "
-                               "cache; the same command with a larger limit goes on from there")
-            self.requests += 1
-
     def charge(self, answer: Json) -> None:
+        """Count what the server says that it read and wrote."""
         usage = answer.get("usage") or {}
         with self.lock:                                              # llama-server's own names stand second
             self.prompt_tokens += int(usage.get("prompt_tokens") or answer.get("tokens_evaluated") or 0)
             self.completion_tokens += int(usage.get("completion_tokens") or answer.get("tokens_predicted") or 0)
-
-    def report(self) -> str:
-        return (f"sent {self.requests:,} requests: {self.prompt_tokens:,} prompt and "
-                f"{self.completion_tokens:,} completion tokens")
 
     def quoted(self, text: str) -> str:
         """A server's words for the screen; they may hold the key, terminal controls, and have no end."""
