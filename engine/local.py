@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face in this process: the same string calls as an endpoint.
+"""A causal language model of Hugging Face in this process: the string calls of a model that scores prompts.
 
 What all prompts share is read once; a prefix once, however many texts follow it; then the texts, in batches,
 each against the keys and values of its prefix.
@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -70,13 +71,13 @@ class Local(Strings):
         # subtle: padding stands between a shared head and the rest, and would count in a window, or as a place
         self.shares_head = "position_ids" in names and not any(getattr(config, name, None) for name in WINDOWS)
         # no special token is part of an answer: a small model runs on after one
-        added = self.tokenizer.added_tokens_decoder.values()
-        self.stop = [*stop, *(token.content for token in added if token.special)]
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self.stop = re.compile("|".join(map(re.escape, [*stop, *special])))
 
     def describe(self, call: str) -> str:
         if call != "complete":
             return self.name
-        return f"{self.name}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop}"
+        return f"{self.name}, temperature {self.temperature}, {self.max_tokens} tokens, stops {self.stop.pattern}"
 
     def tokens(self, text: str) -> Tokens:
         """What a passage says is no control token; and a text that is to go on has no end."""
@@ -98,7 +99,7 @@ class Local(Strings):
             raise CallFailed(f"{size} tokens, and the model reads {self.context}: give a smaller --chars")
 
     # ----------------------------------------------------------------------------------------------
-    # The calls; of top_tokens there is no need, where prompts are scored
+    # The calls
 
     @torch.inference_mode()
     def ask_new(self, call: str, items: Items) -> None:
@@ -146,15 +147,12 @@ class Local(Strings):
             token = logits.argmax(dim=1, keepdim=True)               # (B, 1)
             ids = torch.cat([ids, token.to(ids.device)], dim=1)      # (B, K + tokens written)
             texts = [self.tokenizer.decode(row) for row in ids[:, K:].tolist()]
-            answers = [self.until_stop(text) for text in texts]
-            if not set(texts) & set(answers):                        # no text is without a stop
+            ends = [self.stop.search(text) for text in texts]
+            if all(ends):
                 break
-        return answers
-
-    def until_stop(self, text: str) -> str:
-        for stop in self.stop:
-            text = text.partition(stop)[0]
-        return text
+        # where there is no stop, the last line was cut off
+        return [text[:end.start()] if end else text.rpartition("\n")[0]
+                for text, end in zip(texts, ends, strict=True)]
 
     # ----------------------------------------------------------------------------------------------
     # Prompts, and the keys and values of their tokens

@@ -83,7 +83,7 @@ def uncut(answer: Json, prompt: str) -> Json:
     """The answer; CallFailed where `usage` counts too few tokens for the server to have read the whole prompt."""
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
-    if tokens and tokens < len(prompt) / 8 / 2:
+    if tokens and tokens < len(prompt) / 16:
         raise CallFailed(f"the server read {tokens} tokens of a prompt of {len(prompt):,} characters: "
                          "it cuts prompts in silence; give the model a longer context there")
     return answer

@@ -14,6 +14,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -52,22 +53,21 @@ class Connection(threading.local):
         self.http = kinds[address.scheme](address.netloc, timeout=timeout)
 
 
+@dataclass
 class Server:
     """One server: a kept-alive connection for each thread, retries, one pause for all threads."""
 
-    def __init__(
-        self,
-        url: str,
-        threads: int,
-        timeout: float,                                              # seconds
-        max_requests: int,                                           # 0: no limit
-    ) -> None:
-        address = server_address(url)
+    url: str
+    threads: int
+    timeout: float                                                   # seconds
+    max_requests: int                                                # 0: no limit
+
+    def __post_init__(self) -> None:
+        address = server_address(self.url)
         self.base = address.path.rstrip("/") or "/v1"                # of a bare host, as most servers have it
         self.root = self.base.removesuffix("/v1")                    # llama-server's own routes stand there
         self.url = f"{address.scheme}://{address.netloc}{self.base}"
-        self.connection = Connection(address, timeout)
-        self.threads, self.timeout, self.max_requests = threads, timeout, max_requests
+        self.connection = Connection(address, self.timeout)
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise InputError("OPENAI_API_KEY holds characters that no HTTP header can carry")
@@ -160,7 +160,7 @@ class Server:
             raise ValueError(reason)
         raise CallFailed(reason)
 
-    def send(self, path: str, data: str | None) -> tuple[int, Any, bytes]:
+    def send(self, path: str, data: str | None) -> tuple[int, Any, bytearray]:
         """Status, headers and body."""
         deadline, http = time.monotonic() + self.timeout, self.connection.http
         http.request("POST" if data else "GET", path, data, self.headers)
@@ -173,7 +173,7 @@ class Server:
             if len(text) > MAX_REPLY_BYTES:
                 raise LLMError(f"the reply has no end: more than {MAX_REPLY_BYTES:,} bytes")
         reply.close()                                                # or the connection takes no other request
-        return reply.status, reply.headers, bytes(text)
+        return reply.status, reply.headers, text
 
     def charge(self, answer: Json) -> None:
         """Count what the server says that it read and wrote."""

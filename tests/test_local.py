@@ -6,6 +6,7 @@ beside a text in a batch is not seen by it; a seed's answer does not depend on t
 
 import functools
 import json
+import re
 import shutil
 
 import pytest
@@ -129,7 +130,18 @@ def test_a_special_token_ends_an_answer(folder):
     """Also one that generation_config.json does not name: a small model runs on after it."""
     model = Local(folder, stop=())
     for token in ("<s>", "</s>", "<unk>"):
-        assert model.until_stop(f"what is tea{token} To: more") == "what is tea"
+        assert model.stop.split(f"what is tea{token} To: more") == ["what is tea", " To: more"]
+
+
+def test_an_answer_that_was_cut_off_has_whole_lines_alone(model, monkeypatch):
+    """Half a query is no query; one that is followed by a stop is whole."""
+    written = model.complete(PREFIXES[:1], [7])[0]
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "Task: t\nQuery: what is"[:2 * len(ids)])
+    model.answers.clear()
+    assert model.complete(PREFIXES[:1], [7]) == ["Task: t"] != [written]
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "Task: t\nQuery: q\n\nTask: u"[:3 * len(ids)])
+    model.answers.clear()
+    assert model.complete(PREFIXES[:1], [7]) == ["Task: t\nQuery: q"]
 
 
 def test_what_a_text_says_is_no_control_token(model):
@@ -138,31 +150,32 @@ def test_what_a_text_says_is_no_control_token(model):
 
 
 def test_greedy_answers_are_those_of_generate(folder):
-    """Temperature 0, rows of different lengths, with and without a shared head."""
-    model = Local(folder, temperature=0.0, max_tokens=12, stop=())
+    """Temperature 0, rows of different lengths, with and without a shared head; until the first stop."""
+    model = Local(folder, temperature=0.0, max_tokens=12)
     for prompts in (PREFIXES, ["tea", "a book has many pages"]):
-        for prompt, answer in zip(prompts, model.complete(prompts, [0] * len(prompts)), strict=True):
+        texts = []
+        for prompt in prompts:
             ids = torch.tensor([model.tokens(prompt)])
             out = model.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)
-            assert answer == model.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+            texts.append(model.tokenizer.decode(out[0, ids.shape[1]:]))
+        model.stop = re.compile("|".join(re.escape(text[-1]) for text in texts))
+        assert model.complete(prompts, [0] * len(prompts)) == [model.stop.split(text)[0] for text in texts]
 
 
-def test_an_answer_is_its_seeds_own(model):
+def test_an_answer_is_its_seeds_own(model, monkeypatch):
     """Whatever rows are written beside it; another seed gives another answer; a stop ends it."""
+    monkeypatch.setattr(model, "stop", re.compile(r"(?s)(?<=.{12})"))                 # after 12 characters
     together = model.complete(PREFIXES + PREFIXES, [0, 1, 2, 3, 4, 5, 6, 7])
     model.answers.clear()
     alone = [model.complete([prompt], [seed])[0] for seed, prompt in enumerate(PREFIXES + PREFIXES)]
     assert together == alone and together[:4] != together[4:]
-    stop = together[0][2:4]
-    model.answers.clear()
-    model.stop.append(stop)
-    assert model.complete(PREFIXES[:1], [0]) == [together[0].partition(stop)[0]]
-    model.stop.remove(stop)
+    assert {len(answer) for answer in together} == {12}
 
 
 def test_samples_follow_the_models_own_probabilities(folder):
     """A first token of probability p comes about p of the time."""
-    model = Local(folder, temperature=1.0, max_tokens=1, stop=(), rows=400)
+    model = Local(folder, temperature=1.0, max_tokens=1, rows=400)
+    model.stop = re.compile(r"\Z")                                   # a token is an answer
     plain, tokenizer = opened(folder)
     with torch.inference_mode():
         likeliest = plain(torch.tensor([tokenizer(PREFIXES[0])["input_ids"]])).logits[0, -1].softmax(-1).max(0)
