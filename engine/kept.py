@@ -24,8 +24,9 @@ def read_queries(path: str | Path, corpus: Sequence[Row]) -> list[Row]:
     ids = {p["_id"] for p in corpus}
     rows = []
     for where, row in read_jsonl(path):
-        if not all(map(is_text, map(row.get, ("_id", "task", "query", "seed_id")))):
-            raise InputError(f"{where}: want _id, task, query and seed_id, as `llm.py generate` writes")
+        for name in ("_id", "task", "query", "seed_id"):
+            if not is_text(row.get(name)):
+                raise InputError(f"{where}: want _id, task, query and seed_id, as `llm.py generate` writes")
         if row["seed_id"] not in ids:
             raise InputError(f"{where}: seed_id {row['seed_id']!r} is not in the corpus; give the "
                              "corpus that the queries were generated from")

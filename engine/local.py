@@ -129,7 +129,7 @@ class Local(Strings):
         target = pad_sequence(texts, batch_first=True, padding_value=-1).to(ids.device)  # (B, L)
         ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first
-        log_p = self.forward(ids, cache, target.shape[1]).log_softmax(dim=-1)      # (B, L, V)
+        log_p = self.forward(ids, cache, target.shape[1]).log_softmax(dim=-1)  # (B, L, V)
         token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)

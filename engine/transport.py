@@ -21,11 +21,11 @@ from urllib.parse import SplitResult, urlsplit
 
 from engine.files import InputError, one_line
 
-Json = dict[str, Any]         # a request's body, or a reply
+Json = dict[str, Any]          # a request's body, or a reply
 
 PAUSES = (0, 0.5, 1, 2, 4, 8)  # seconds before each try of one request
-MAX_RETRY_AFTER = 120.0       # seconds that a server may ask to wait
-MAX_REPLY_BYTES = 1 << 26     # the log-probs of a whole vocabulary take a third of it
+MAX_RETRY_AFTER = 120.0        # seconds that a server may ask to wait
+MAX_REPLY_BYTES = 1 << 26      # the log-probs of a whole vocabulary take a third of it
 
 
 class LLMError(InputError):
@@ -202,8 +202,6 @@ def server_address(url: str) -> SplitResult:
 def retry_after(headers: Any) -> float:
     """Seconds that the server asks to wait, which it gives as such or as a date."""
     value = headers.get("retry-after", "")
-    with contextlib.suppress(ValueError):
-        return float(value)
-    with contextlib.suppress(ValueError):
-        return parsedate_to_datetime(value).timestamp() - time.time()
+    with contextlib.suppress(ValueError):                            # neither: it asks for nothing
+        return float(value) if value[:1].isdigit() else parsedate_to_datetime(value).timestamp() - time.time()
     return 0.0
