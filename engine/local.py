@@ -84,19 +84,20 @@ class Local(Strings):
         tokens = self.tokenizer(text, split_special_tokens=True)["input_ids"]
         return tokens[:-1] if tokens[-1:] == [self.tokenizer.eos_token_id] else tokens
 
-    def tokens_after(self, prompt: str, text: str) -> Tokens:
-        """Those of a text in its place, since a tokenizer may mark where a text begins."""
-        head, tokens = self.tokens(prompt), self.tokens(prompt + text)
-        if tokens[:len(head)] != head or tokens == head:
-            raise CallFailed(f"a token crosses the prompt's end before {text!r}")
-        return tokens[len(head):]
-
-    def check(self, call: str, prompt: str, text: Any) -> None:
-        """CallFailed where a text has no tokens of its own, or all are more than the model reads."""
-        size = self.max_tokens if call == "complete" else len(self.tokens_after(prompt, text))
-        size += len(self.tokens(prompt))
+    def given(self, call: str, prompt: str, text: Any) -> Any:
+        """What a batch is given of an item: its seed, or its text's tokens; CallFailed where that cannot be."""
+        head, given, size = self.tokens(prompt), text, self.max_tokens
+        if call == "log_likelihood":
+            # in its place, since a tokenizer may mark the beginning of a text
+            tokens = self.tokens(prompt + text)
+            given = tokens[len(head):]
+            size = len(given)
+            if tokens != head + given or not given:
+                raise CallFailed(f"a token crosses the prompt's end before {text!r}")
+        size += len(head)
         if size > self.context:
             raise CallFailed(f"{size} tokens, and the model reads {self.context}: give a smaller --chars")
+        return given
 
     # ----------------------------------------------------------------------------------------------
     # The calls
@@ -104,29 +105,29 @@ class Local(Strings):
     @torch.inference_mode()
     def ask_new(self, call: str, items: Items) -> None:
         answered = getattr(self, f"{call}_batch")
-        same: dict[str, list[tuple[str, Any]]] = {}                  # items by their prompt
+        same: dict[str, list[tuple[Any, Any]]] = {}                  # items by their prompt, with what is given
         for item in items:
             try:
-                self.check(call, *item)
-                same.setdefault(item[0], []).append(item)
+                given = self.given(call, *item)
+                same.setdefault(item[0], []).append((item, given))
             except CallFailed as error:
                 self.failures.append(str(error))
         for prompts, ids, cache in self.batches(list(same), self.rows if call == "complete" else PROMPTS):
-            batch = [item for prompt in prompts for item in same[prompt]]
-            batch.sort(key=lambda item: len(str(item[1])))           # texts of like length: little padding
+            batch = [pair for prompt in prompts for pair in same[prompt]]
+            batch.sort(key=lambda pair: len(str(pair[1])))           # texts of like length: little padding
             for start in range(0, len(batch), self.rows):
                 chunk = batch[start:start + self.rows]
-                rows = [prompts.index(prompt) for prompt, _ in chunk]
-                answers = answered(ids[rows], of_rows(cache, rows), chunk)
-                for item, answer in zip(chunk, answers, strict=True):
+                rows = [prompts.index(prompt) for (prompt, _), _ in chunk]
+                answers = answered(ids[rows], of_rows(cache, rows), [given for _, given in chunk])
+                for (item, _), answer in zip(chunk, answers, strict=True):
                     self.keep(call, item, answer)                    # a stopped run goes on from here
 
-    # Each takes a batch of items, the ids (B, K) of their prompts, and a cache of all but the last of these.
+    # Each takes the ids (B, K) of a batch's prompts, a cache of all but the last of these, and what is given.
 
-    def log_likelihood_batch(self, ids: Tensor, cache: Any, pairs: Items) -> list[float]:
-        """Of each pair the sum of log p of the text's tokens after its prefix."""
-        texts = [torch.tensor(self.tokens_after(*pair)) for pair in pairs]
-        target = pad_sequence(texts, batch_first=True, padding_value=-1).to(ids.device)  # (B, L)
+    def log_likelihood_batch(self, ids: Tensor, cache: Any, texts: list[Tokens]) -> list[float]:
+        """Of each text the sum of log p of its tokens after the prompt."""
+        target = pad_sequence(list(map(torch.tensor, texts)), batch_first=True, padding_value=-1)
+        target = target.to(ids.device)                               # (B, L)
         ids = torch.cat([ids, target[:, :-1]], dim=1)                # (B, K + L - 1)
         # the prompt's last token predicts the text's first
         log_p = self.forward(ids, cache, target.shape[1]).log_softmax(dim=-1)  # (B, L, V)
@@ -134,10 +135,10 @@ class Local(Strings):
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
 
-    def complete_batch(self, ids: Tensor, cache: Any, items: Items) -> list[str]:
+    def complete_batch(self, ids: Tensor, cache: Any, seeds: list[int]) -> list[str]:
         """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""
         K = ids.shape[1]
-        noise = [torch.Generator().manual_seed(seed) for _, seed in items]
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
         for _ in range(self.max_tokens):
             logits = self.forward(ids, cache)[:, -1].cpu()           # (B, V)
             # the largest of logits / temperature + Gumbel noise is a sample of their softmax
