@@ -11,22 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from engine.replies import Answers, LogProbs, Tops, first_token_log_prob
+from engine.transport import LLMError
 
 Pairs = Sequence[tuple[str, str]]  # (prefix, text)
 Items = Sequence[tuple[str, Any]]  # what a call is asked for: (prompt, its seed or text)
+
+MAX_FAILED_IN_A_ROW = 20  # calls; then the run stops
 
 
 class Strings:
     """An LLM that knows nothing but strings. None stands for a call that failed: never for a score."""
 
-    path: str | Path = "no file"                                     # of the answers
-    file: Any = None
+    path = Path(os.devnull)                                          # of the answers
     found = 0                                                        # answers that cost nothing again
     labels = unlisted = 0                                            # by first tokens; not among the top ones
+    failed_in_a_row = 0
 
     def __init__(self, name: str = "") -> None:
         self.name = name                                             # the server or folder
         self.answers: dict[str, Any] = {}                            # by key
+        self.failures: list[str] = []                                # of calls, after all their tries
 
     # ----------------------------------------------------------------------------------------------
     # The calls
@@ -69,7 +73,7 @@ class Strings:
     # What an LLM is
 
     def ask_new(self, call: str, items: Items) -> None:
-        """Ask for each item, and `keep` each answer as it comes."""
+        """Ask for each item; `keep` each answer as it comes, or `fail`."""
         raise NotImplementedError
 
     def can(self, call: str) -> bool:
@@ -86,10 +90,9 @@ class Strings:
     def scored_by(self, rank: str, score: str) -> dict[str, str | None]:
         """Which model gives QL and RC, and how; LLMError where it cannot. `score` is how labels make RC."""
         source: dict[str, str | None] = {"ql": None, "rc": None}
-        rankings = rank.split(",")
-        if "ql" in rankings:
+        if "ql" in rank:
             source["ql"] = self.describe("log_likelihood")
-        if "rc" in rankings:
+        if "rc" in rank:
             call = "log_likelihood" if self.can("log_likelihood") else "top_tokens"
             source["rc"] = f"{self.describe(call)} ({score})"
         return source
@@ -97,6 +100,8 @@ class Strings:
     def report(self) -> str:
         """What was asked, and how far the scores can be trusted."""
         report = f"{self.found:,} answers of {self.name} from {self.path}"
+        if self.failures:
+            report += f"\n{len(self.failures):,} calls failed; the last: {self.failures[-1]}"
         if self.unlisted > 0.01 * self.labels:
             report += (f"\nwarning: {self.unlisted:,} of {self.labels:,} labels were outside the top tokens: "
                        "their log-probability is only bounded (an upper bound was taken)")
@@ -107,11 +112,9 @@ class Strings:
 
     def keep_in(self, path: str | Path) -> None:
         """Take the answers that the file holds, and append all that come. A torn line (kill -9) is passed over."""
-        self.path = path
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "ab", buffering=0)                    # one write a line, from any thread
-        self.file.write(b"\n")                                       # a torn line ends here
-        with open(path, "rb") as lines:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, LookupError, TypeError):
                     row = json.loads(line)
@@ -123,10 +126,18 @@ class Strings:
 
     def keep(self, call: str, item: tuple[str, Any], value: Any) -> None:
         key = self.key(call, item)
-        if self.file:
-            line = json.dumps({"key": key, "value": value}) + "\n"
-            self.file.write(line.encode())
+        # one write an answer, from any thread; the line before may be torn, and ends here
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(b"\n" + json.dumps({"key": key, "value": value}).encode())
         self.answers[key] = value
+        self.failed_in_a_row = 0
+
+    def fail(self, reason: str) -> None:
+        """Count a call that failed; LLMError when too many in a row have."""
+        self.failures.append(reason)
+        self.failed_in_a_row += 1
+        if self.failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+            raise LLMError(f"{MAX_FAILED_IN_A_ROW} calls in a row failed; the last: {reason}")
 
 
 class DryRun(Strings):
@@ -137,9 +148,7 @@ class DryRun(Strings):
 
     def ask_new(self, call: str, items: Items) -> None:
         for prompt, text in items:
-            data = prompt.encode()
-            if call == "log_likelihood":
-                data += text.encode()
+            data = (prompt + text if call == "log_likelihood" else prompt).encode()
             self.calls += 1
             self.size += len(data)
             self.longest = max(self.longest, len(data))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -36,9 +37,9 @@ CHATS: tuple[ScoringMode, ...] = (
     ("chat", {"reasoning_effort": "none"}),
     ("chat", {"reasoning_effort": "none", "max_tokens": None, "max_completion_tokens": 256, "temperature": 1}))
 MODES: dict[str, tuple[ScoringMode, ...]] = {                        # tried in this order
-    # a small model copies a prompt's examples in a chat and not in a completion; OpenAI, whose mode is the last,
-    # has no completions
-    "complete": (*CHATS[:-1], ("completions", {"stop": ["\n\n"]}), CHATS[-1]),
+    # a small model copies a prompt's examples in a chat and not in a completion; Mistral, which takes no seed, and
+    # OpenAI, whose mode is the last, have no completions
+    "complete": (*CHATS[:-1], ("completions", {"stop": ["\n\n"]}), ("chat", {"seed": None}), CHATS[-1]),
     "log_likelihood": (("echo", {}), ("forced", {})),
     "top_tokens": (*CHATS, ("chat", {"top_logprobs": 5}), ("completions", {"logprobs": 20}),
                    ("completions", {"logprobs": 5})),
@@ -85,7 +86,9 @@ class Endpoint(Strings):
         self.head = functools.lru_cache(1024)(self.head_tokens)
 
     def report(self) -> str:
-        return f"{super().report()}\n{self.server.report()}"
+        server = self.server
+        return (f"{super().report()}\nsent {server.requests:,} requests: {server.prompt_tokens:,} prompt and "
+                f"{server.completion_tokens:,} completion tokens")
 
     def ask_new(self, call: str, items: Items) -> None:
         mode = self.require(call)
@@ -94,9 +97,8 @@ class Endpoint(Strings):
         def work(item: tuple[str, Any]) -> None:
             try:
                 self.keep(call, item, ask_one(mode, *item))
-                self.server.failed_in_a_row = 0
             except CallFailed as error:
-                self.server.fail(str(error))
+                self.fail(str(error))
 
         self.server.map(work, items)
 
@@ -126,13 +128,9 @@ class Endpoint(Strings):
         return self.post(mode, prompt, body, functools.partial(listed_tokens, labels=self.trials.labels))
 
     def one_log_likelihood(self, mode: ScoringMode, prefix: str, text: str) -> float:
-        return self.score(mode, prefix, text)[0]
+        return getattr(self, mode[0])(prefix, text)[0]
 
-    def score(self, mode: ScoringMode, prefix: str, text: str) -> tuple[float, int]:
-        """The sum of log p of the text's tokens, and how many they are."""
-        if mode[0] == "forced":
-            return self.forced_decoding(prefix, text)
-        return self.echo(prefix, text)
+    # The two ways to score: the sum of log p of the text's tokens, and how many they are
 
     def echo(self, prefix: str, text: str) -> tuple[float, int]:
         """The server returns the prompt with its log-probabilities."""
@@ -143,10 +141,10 @@ class Endpoint(Strings):
         """The tokens of a prefix alone."""
         return self.post(ECHO, prefix, {}, lambda answer: scored_tokens(answer, prefix)[0])
 
-    def forced_decoding(self, prefix: str, text: str) -> tuple[float, int]:
+    def forced(self, prefix: str, text: str) -> tuple[float, int]:
         """llama-server: one request a token, which a bias makes it generate; the log-prob is the raw one."""
         ids, head = self.tokenize(prefix + text), self.tokenize(prefix)
-        if ids[:len(head)] != head or len(ids) == len(head):
+        if ids[:len(head)] != head or ids == head:
             raise CallFailed(f"a token crosses the prompt's end before {text!r}")
         values = [self.forced_token(ids[:n], ids[n], head[-1]) for n in range(len(head), len(ids))]
         return math.fsum(values), len(values)
@@ -174,15 +172,18 @@ class Endpoint(Strings):
 
     def can(self, call: str) -> bool:
         """Does a mode of the call work? The first one is looked for once, and said with the evidence."""
-        if not self.capabilities:
-            print(f"waiting for {self.name}: up to {self.server.timeout:g} s for an answer (--timeout)",
-                  file=sys.stderr)
-            if not self.model:
-                self.find_model()
-            print(f"{self.name} (model {self.model})")
         if call not in self.capabilities:
+            self.server.probing = True
+            if not self.capabilities:
+                print(f"waiting for {self.name}: up to {self.server.timeout:g} s for an answer (--timeout)",
+                      file=sys.stderr)
+                with contextlib.suppress(CallFailed):                # it may have no list of its models
+                    self.model = self.model or self.server.call(self.server.base + "/models", None,
+                                                                lambda answer: answer["data"][0]["id"])
+                print(f"{self.name} (model {self.model})")
             mode, evidence = self.capabilities[call] = self.first_that_works(call)
             print(f"  {call:14} {'yes' if mode else 'NO '}  {evidence}")
+            self.server.probing = False
         return self.capabilities[call][0] is not None
 
     def require(self, call: str) -> ScoringMode:
@@ -196,12 +197,6 @@ class Endpoint(Strings):
     def describe(self, call: str) -> str:
         mode = self.require(call)                                    # which finds the model's name too
         return f"{self.model}: {spelled(mode)}"
-
-    def find_model(self) -> None:
-        """The first model that the server lists, if it has a list."""
-        with contextlib.suppress(CallFailed):
-            self.model = self.server.call(self.server.base + "/models", None,
-                                          lambda answer: answer["data"][0]["id"])
 
     def first_that_works(self, call: str) -> Capability:
         attempt = getattr(self, f"try_{call}")
@@ -229,7 +224,7 @@ class Endpoint(Strings):
 
     def try_log_likelihood(self, mode: ScoringMode) -> str:
         """Two texts must be scored, and not the same for every token."""
-        (a, n), (b, m) = [self.score(mode, *pair) for pair in self.trials.pairs]
+        (a, n), (b, m) = itertools.starmap(getattr(self, mode[0]), self.trials.pairs)
         evidence = f"{a:.2f} over {n} tokens, {b:.2f} over {m}"
         if math.isclose(a / n, b / m):
             raise CallFailed(evidence)

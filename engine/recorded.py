@@ -42,14 +42,13 @@ class Recorded:
         self.ranked: dict[tuple[str, str], list[str]] = {}           # candidates by (seed, query)
         self.scores: dict[tuple[str, str], float] = {}               # QL by (query, passage's id)
         for row in rows:
-            row["ql"] = [[key, score] for key, score in row["ql"] if key in same]
-            if row["seed_id"] not in same or len(row["ql"]) < 2:
-                continue
-            self.rows.append(row)
-            self.written[row["seed_id"]].append(f"Task: {row['task']}\nQuery: {row['query']}")
-            self.ranked[row["seed_id"], row["query"]] = [key for key, _ in row["ql"]]
-            for key, score in row["ql"]:
-                self.scores[row["query"], key] = score
+            seed, query = row["seed_id"], row["query"]
+            row["ql"] = [pair for pair in row["ql"] if pair[0] in same]
+            if seed in same and len(row["ql"]) > 1:
+                self.rows.append(row)
+                self.written[seed].append(f"Task: {row['task']}\nQuery: {query}")
+                self.ranked[seed, query] = [key for key, _ in row["ql"]]
+                self.scores |= {(query, key): score for key, score in row["ql"]}
         self.lost = len(rows) - len(self.rows)
         self.asked = self.common = 0                                 # candidates; those found here too
 

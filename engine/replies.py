@@ -25,7 +25,7 @@ def answer_text(answer: Json) -> str:
     if not is_text(text):
         raise CallFailed("it answered 200 but no text: does the model think first?")
     text.encode()                                                    # ValueError: half a surrogate pair
-    if choice.get("finish_reason") in ("length", "content_filter"):
+    if choice.get("finish_reason") in ("length", "content_filter", "error", "abort"):
         return text.rpartition("\n")[0]
     return text
 
@@ -45,7 +45,7 @@ def listed_tokens(answer: Json, labels: Sequence[str]) -> Tops:
     scored = answer["choices"][0].get("logprobs") or {}
     listed = []
     if scored.get("content"):
-        listed = [(top["token"], top["logprob"]) for top in scored["content"][0]["top_logprobs"]]
+        listed = [(top["token"], top["logprob"]) for top in scored["content"][0].get("top_logprobs", ())]
     elif scored.get("top_logprobs"):
         listed = list(scored["top_logprobs"][0].items())
     top = []
@@ -83,7 +83,7 @@ def uncut(answer: Json, prompt: str) -> Json:
     """The answer; CallFailed where `usage` counts too few tokens for the server to have read the whole prompt."""
     tokens = (answer.get("usage") or {}).get("prompt_tokens")
     # no tokenizer makes a token of eight characters in the mean; half of that count is beyond doubt
-    if tokens and tokens < len(prompt) / 8 / 2:
+    if tokens and tokens < len(prompt) / 16:
         raise CallFailed(f"the server read {tokens} tokens of a prompt of {len(prompt):,} characters: "
                          "it cuts prompts in silence; give the model a longer context there")
     return answer
@@ -92,7 +92,7 @@ def uncut(answer: Json, prompt: str) -> Json:
 def scored_tokens(answer: Json, prompt: str) -> tuple[list[str], list[Any]]:
     """Tokens of an echoed prompt and what stands for their log-probabilities; CallFailed if it was not scored."""
     usage: Json = answer.get("usage") or {}
-    size: Any = usage.get("prompt_tokens")
+    size = usage.get("prompt_tokens", 0)
     choice, generated = answer["choices"][0], usage.get("completion_tokens", 0)
     if answer.get("prompt"):                                         # Together: apart from the answer
         choice, generated = answer["prompt"][0], 0

@@ -124,6 +124,9 @@ def test_span_refuses_what_it_cannot_be_sure_of():
                               "a:", " é", lambda _: ["<s>", "a", ":"])
     with pytest.raises(CallFailed, match="4 log-probs for a 9-token prompt"):
         continuation_log_prob(echoed(tokens, values, "a: b", prompt_tokens=9), "a:", " b", list)
+    with pytest.raises(CallFailed, match="4 log-probs for a 0-token prompt"):
+        uncounted = echoed(tokens, values, "a: b") | {"usage": {"completion_tokens": 1}}
+        continuation_log_prob(uncounted, "a:", " b", list)
     with pytest.raises(CallFailed, match="did not score"):
         continuation_log_prob(echoed(tokens, values, "other"), "a:", " b", list)
 
@@ -177,7 +180,7 @@ def test_a_server_that_lists_few_tokens_scores_what_it_can(monkeypatch):
         e = endpoint(server)
         pairs = [ql_prompt(TEXTS[name], passage(1)) for name in ("ascii", "cjk")]
         assert e.log_likelihood(pairs) == [pytest.approx(by_hand(*pairs[0])), None]
-    assert "does it cap n_probs" in e.server.failures[-1]
+    assert "does it cap n_probs" in e.failures[-1]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,6 +209,11 @@ def test_a_label_that_is_not_listed_is_bounded():
     assert got == [(-3.0, False), (-3.0, False), (-0.1, True)]
 
 
+def test_a_token_without_others_beside_it_is_no_list():
+    with pytest.raises(CallFailed, match="sent no top_logprobs"):
+        listed_tokens({"choices": [{"logprobs": {"content": [{"token": "High", "logprob": -1}]}}]}, llm.LABELS)
+
+
 def test_fewer_top_tokens_are_asked_for_where_twenty_are_refused(monkeypatch):
     with FakeServer("openai") as server:
         chat = server.chat
@@ -218,7 +226,8 @@ def test_fewer_top_tokens_are_asked_for_where_twenty_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("reason, text, kept", [
     ("stop", "Task: t\nQuery: whole", "Task: t\nQuery: whole"), ("length", "Task: t\nQuery: ha", "Task: t"),
-    ("content_filter", "Task: t\nQuery: ha", "Task: t"), ("stop", "Task: t\nQuery: \ud83d", None),
+    ("content_filter", "Task: t\nQuery: ha", "Task: t"), ("error", "Task: t\nQuery: ha", "Task: t"),
+    ("stop", "Task: t\nQuery: \ud83d", None),
     ("length", "", None), ("stop", None, None)])
 def test_a_text_that_was_cut_off_is_no_query(reason, text, kept):
     answer = {"choices": [{"finish_reason": reason, "message": {"content": text}}]}
@@ -313,6 +322,36 @@ def test_a_server_that_is_not_ready_is_not_said_to_be_unable(status, message, mo
             endpoint(server, model).complete(["Task:"], [1])
 
 
+@pytest.mark.parametrize("status, reply", [(500, {}), (200, b"<html>"), (200, {"error": "Unexpected endpoint"})])
+def test_a_refusal_that_looks_like_a_fault_costs_a_probe_few_tries(status, reply, monkeypatch):
+    """Two modes, three tries each; in a run the same is tried as often as any fault."""
+    with FakeServer("openai") as server:
+        monkeypatch.setattr(server, "answer", lambda *_: (status, reply))
+        e = endpoint(server)
+        assert not e.can("log_likelihood") and len(server.bodies) == 6
+        with pytest.raises(CallFailed, match=f"{len(transport.PAUSES)} times"):
+            e.echo("a:", " b")
+
+
+def test_a_busy_server_is_not_said_to_be_unable(monkeypatch):
+    """It has answered before; a mode that is given up for it would change what scores mean."""
+    with FakeServer("vllm") as server:
+        e = endpoint(server)
+        assert e.can("complete")
+        monkeypatch.setattr(server, "answer", lambda *_: (429, {}))
+        with pytest.raises(LLMError, match="does not answer: no sound reply .RetryableError: HTTP 429"):
+            e.can("log_likelihood")
+
+
+def test_a_server_that_takes_no_seed_is_asked_without(monkeypatch):
+    with FakeServer("openai") as server:
+        answer = server.answer
+        monkeypatch.setattr(server, "answer", lambda path, body: (
+            (422, {"detail": "extra_forbidden: seed"}) if "seed" in body else answer(path, body)))
+        e = endpoint(server)
+        assert e.complete([llm.TRIALS.prompt], [1])[0] and e.require("complete") == ("chat", {"seed": None})
+
+
 def test_nobody_there_is_one_line(monkeypatch):
     monkeypatch.setattr(transport, "PAUSES", (0, 0))
     with FakeServer() as server:
@@ -345,7 +384,7 @@ def test_every_score_is_right_or_none_through_faults(kind):
         assert text is None or llm.parse_generation(text)[1].startswith("what of Tea")
     missing = sum(x is None for x in [*ql, *rc, *answers])
     server = model.strings.server
-    assert missing == len(server.failures) <= 9
+    assert missing == len(model.strings.failures) <= 9
     assert server.prompt_tokens > 0 and server.completion_tokens > 0
 
 
@@ -358,7 +397,7 @@ def test_failed_calls_are_none_and_counted(monkeypatch):
         server.faults = 0.2
         got = e.log_likelihood(fake_server.pairs(300))
     lost = sum(server.spoiled.values()) - server.spoiled.get("slow", 0)
-    assert got.count(None) == len(e.server.failures) == lost > 20
+    assert got.count(None) == len(e.failures) == lost > 20
     for value, pair in zip(got, fake_server.pairs(300), strict=True):
         assert value is None or value == pytest.approx(by_hand(*pair), abs=1e-9)
 
@@ -418,7 +457,7 @@ def test_a_prompt_that_was_cut_in_silence_is_a_failed_call(kind, call, monkeypat
         else:
             got = e.log_likelihood([(prompt, " tea") for prompt in prompts])
     assert got[0] is None and got[1] is not None
-    assert "the server read 20 tokens of a prompt of" in e.server.failures[-1] and len(e.server.failures) == 1
+    assert "the server read 20 tokens of a prompt of" in e.failures[-1] and len(e.failures) == 1
 
 
 @pytest.mark.parametrize("base, asked", [

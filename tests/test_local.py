@@ -6,6 +6,8 @@ beside a text in a batch is not seen by it; a seed's answer does not depend on t
 
 import functools
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ import torch
 transformers = pytest.importorskip("transformers", reason="no transformers: pip install transformers")
 
 import tiny_llama  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tokenizers.processors import TemplateProcessing  # noqa: E402
 
 import gecko  # noqa: E402
 import llm  # noqa: E402
@@ -22,10 +26,20 @@ from engine.local import Local  # noqa: E402
 SIZES = {"vocab_size": tiny_llama.V, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
          "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+WINDOWED = SIZES | {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 CONFIGS = {"llama": lambda: transformers.LlamaConfig(**SIZES),
            "qwen2": lambda: transformers.Qwen2Config(**SIZES),
-           "gemma3": lambda: transformers.Gemma3TextConfig(
-               **SIZES, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"])}
+           "gemma3": lambda: transformers.Gemma3TextConfig(**WINDOWED),
+           # places that count the padding
+           "mpt": lambda: transformers.MptConfig(vocab_size=tiny_llama.V, d_model=32, n_layers=2, n_heads=4,
+                                                 expansion_ratio=2, initializer_range=0.3),
+           # with pictures: what its text model is stands a level below
+           "gemma3 of 4B": lambda: transformers.Gemma3Config(text_config=WINDOWED, vision_config={
+               "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4),
+           "gpt-neo": lambda: transformers.GPTNeoConfig(
+               vocab_size=tiny_llama.V, hidden_size=32, num_layers=2, attention_types=[[["global", "local"], 1]],
+               num_heads=4, window_size=8, max_position_embeddings=512, initializer_range=0.3)}
 HEAD = "Read the passage, then write its query.\n\nPassage: "
 PREFIXES = [HEAD + text + "\nQuery:" for text in ("tea is a drink", "a book has pages, many of them", "x", "x y")]
 TEXTS = [" what is tea", " how many pages has a book", " why", " 東京でお茶はどこですか", " où boire un thé"]
@@ -112,47 +126,56 @@ def test_a_transformers_that_calls_the_cache_otherwise_is_as_fast_and_right(fold
     assert max(seen) > 0
 
 
-def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
-    for prompt, top in zip(PREFIXES, model.top_tokens(PREFIXES), strict=True):
-        values = [log_p for _, log_p in top]
-        assert values == sorted(values, reverse=True) and len(values) == 20
-        token, log_p = next((t, v) for t, v in top if model.tokens(prompt + t)[:-1] == model.tokens(prompt))
-        assert model.log_likelihood([(prompt, token)])[0] == pytest.approx(log_p, abs=1e-4)
-
-
 def test_a_special_token_ends_an_answer(folder):
     """Also one that generation_config.json does not name: a small model runs on after it."""
     model = Local(folder, stop=())
     for token in ("<s>", "</s>", "<unk>"):
-        assert model.until_stop(f"what is tea{token} To: more") == "what is tea"
+        assert model.stop.split(f"what is tea{token} To: more") == ["what is tea", " To: more"]
+
+
+def test_an_answer_that_was_cut_off_has_whole_lines_alone(model, monkeypatch):
+    """Half a query is no query; one that is followed by a stop is whole."""
+    written = model.complete(PREFIXES[:1], [7])[0]
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "Task: t\nQuery: what is"[:2 * len(ids)])
+    model.answers.clear()
+    assert model.complete(PREFIXES[:1], [7]) == ["Task: t"] != [written]
+    monkeypatch.setattr(model.tokenizer, "decode", lambda ids: "Task: t\nQuery: q\n\nTask: u"[:3 * len(ids)])
+    model.answers.clear()
+    assert model.complete(PREFIXES[:1], [7]) == ["Task: t\nQuery: q"]
+
+
+def test_what_a_text_says_is_no_control_token(model):
+    """A passage about language models may quote them."""
+    assert 2 not in model.tokens("it ends with </s> and")
 
 
 def test_greedy_answers_are_those_of_generate(folder):
-    """Temperature 0, rows of different lengths, with and without a shared head."""
-    model = Local(folder, temperature=0.0, max_tokens=12, stop=())
+    """Temperature 0, rows of different lengths, with and without a shared head; until the first stop."""
+    model = Local(folder, temperature=0.0, max_tokens=12)
     for prompts in (PREFIXES, ["tea", "a book has many pages"]):
-        for prompt, answer in zip(prompts, model.complete(prompts, [0] * len(prompts)), strict=True):
+        texts = []
+        for prompt in prompts:
             ids = torch.tensor([model.tokens(prompt)])
             out = model.model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=2)
-            assert answer == model.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)
+            texts.append(model.tokenizer.decode(out[0, ids.shape[1]:]))
+        model.stop = re.compile("|".join(re.escape(text[-1]) for text in texts))
+        assert model.complete(prompts, [0] * len(prompts)) == [model.stop.split(text)[0] for text in texts]
 
 
-def test_an_answer_is_its_seeds_own(model):
+def test_an_answer_is_its_seeds_own(model, monkeypatch):
     """Whatever rows are written beside it; another seed gives another answer; a stop ends it."""
+    monkeypatch.setattr(model, "stop", re.compile(r"(?s)(?<=.{12})"))                 # after 12 characters
     together = model.complete(PREFIXES + PREFIXES, [0, 1, 2, 3, 4, 5, 6, 7])
     model.answers.clear()
     alone = [model.complete([prompt], [seed])[0] for seed, prompt in enumerate(PREFIXES + PREFIXES)]
     assert together == alone and together[:4] != together[4:]
-    stop = together[0][2:4]
-    model.answers.clear()
-    model.stop.append(stop)
-    assert model.complete(PREFIXES[:1], [0]) == [together[0].partition(stop)[0]]
-    model.stop.remove(stop)
+    assert {len(answer) for answer in together} == {12}
 
 
 def test_samples_follow_the_models_own_probabilities(folder):
     """A first token of probability p comes about p of the time."""
-    model = Local(folder, temperature=1.0, max_tokens=1, stop=(), rows=400)
+    model = Local(folder, temperature=1.0, max_tokens=1, rows=400)
+    model.stop = re.compile(r"\Z")                                   # a token is an answer
     plain, tokenizer = opened(folder)
     with torch.inference_mode():
         likeliest = plain(torch.tensor([tokenizer(PREFIXES[0])["input_ids"]])).logits[0, -1].softmax(-1).max(0)
@@ -205,6 +228,51 @@ def test_mine_with_a_model_in_this_process(folder, tmp_path, monkeypatch, capsys
 def test_what_is_no_model_is_one_line(tmp_path):
     with pytest.raises(InputError, match="transformers opens no causal language model there"):
         Local(str(tmp_path))
+
+
+def test_a_tokenizer_that_ends_each_text_scores_the_same(folder, model, tmp_path):
+    """The end is no part of a prompt that goes on; counted as one of its tokens, it would take the text's first."""
+    tokenizer = tiny_llama.tokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    copy = shutil.copytree(folder, tmp_path / "m")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(copy)
+    other = Local(str(copy))
+    assert other.log_likelihood(PAIRS) == pytest.approx(model.log_likelihood(PAIRS), abs=1e-4)
+
+
+def test_what_has_no_tokens_of_its_own_or_no_place_is_a_failed_call(model, folder):
+    """A token across the prompt's end, an empty text, a prompt beyond the context: no score, and counted."""
+    long = "tea is a drink " * 200
+    pairs = [("tea is a dri", "nk"), ("tea:", ""), (long, " why"), PAIRS[0]]
+    model.context, before = 512, len(model.failures)
+    assert model.log_likelihood(pairs) == [None, None, None, pytest.approx(log_likelihood_spec(folder, *PAIRS[0]))]
+    assert None is model.complete([long], [1])[0]
+    assert len(model.failures) == before + 4 and "the model reads 512: give a smaller --chars" in model.report()
+    assert any("a token crosses the prompt's end before 'nk'" in reason for reason in model.failures)
+
+
+@pytest.mark.parametrize("spoiled", ["an encoder", "a state", "no weight", "no tokenizer", "torn weights"])
+def test_what_would_be_read_wrongly_is_refused(spoiled, tmp_path):
+    """transformers opens most of them, and draws what is missing at random."""
+    config = transformers.Qwen2Config(**SIZES)
+    if spoiled == "a state":
+        config = transformers.MambaConfig(vocab_size=tiny_llama.V, hidden_size=32, num_hidden_layers=1)
+    kind = transformers.AutoModel if spoiled == "an encoder" else transformers.AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(tmp_path)
+    if spoiled != "no tokenizer":
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tiny_llama.tokenizer()).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    if spoiled == "no weight":
+        tensors = load_file(weights)
+        tensors.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(tensors, weights, metadata={"format": "pt"})
+    if spoiled == "torn weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match=f"^{tmp_path}: ") as error:
+        Local(str(tmp_path))
+    reason = {"an encoder": "lm_head.weight", "a state": "linear_attention", "no weight": "layers.1.mlp.up",
+              "no tokenizer": "no tokens", "torn weights": "deserializing"}[spoiled]
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize("fast, dtype", [(True, torch.bfloat16), (False, torch.float32)])
