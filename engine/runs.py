@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,9 +63,8 @@ class Run:
                 losses, self.best = state["losses"], state["best"]
                 with readable(last):
                     self.encoder.load_state_dict(load_file(last / "model.safetensors"))
-                    if len(losses) < self.steps:              # of tensors and numbers alone, never any code
-                        moments = torch.load(last / "optimiser.pt", "cpu", weights_only=True)
-                        self.optimiser.load_state_dict(moments)
+                    if len(losses) < self.steps:
+                        take_moments(self.optimiser, load_file(last / "optimiser.safetensors"))
             elif wanted and not anew:
                 raise InputError(f"{last} is of other data, flags or --init; give the same ones, or another --out")
             elif not wanted and len(state["losses"]) < state["steps"]:
@@ -107,7 +106,7 @@ class Run:
                 self.save(new)
                 shutil.copy(self.out / METRICS, new)
                 if len(losses) < self.steps:
-                    torch.save(self.optimiser.state_dict(), new / "optimiser.pt")
+                    save_file(moments(self.optimiser), new / "optimiser.safetensors")
                 (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             for path in sorted(self.out.glob("checkpoint-*"))[:-1]:
                 remove(path)
@@ -117,6 +116,23 @@ class Run:
         """The model's files, beside the checkpoint."""
         if self.out and processes()[0] == 0:
             save_into(self.save, self.out)
+
+
+def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's tensors, named PARAMETER.MOMENT, such as 3.exp_avg."""
+    named = {}
+    for number, tensors in optimiser.state_dict()["state"].items():
+        named.update({f"{number}.{name}": value for name, value in tensors.items()})
+    return named
+
+
+def take_moments(optimiser: torch.optim.Optimizer, named: dict[str, Tensor]) -> None:
+    """What `moments` gave, into an optimiser of the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in named.items():
+        number, moment = name.split(".")
+        state.setdefault(int(number), {})[moment] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
 
 
 # --------------------------------------------------------------------------------------------------
