@@ -46,8 +46,7 @@ def builtin_pairs(
     pieces = {"own": chunks(corpus), "library": chunks(documentation(LIBRARIES) + docstrings)}
     calling = [with_calls(corpus, source[kind]) for kind in ("comment", "function")]
     times_called = Counter(i for _, called in itertools.chain(*calling) for i in called)
-    kinds = ["own", "library", "commented", "calling"]
-    for kind in rng.choice(kinds, size=count, p=[0.4, 0.15, 0.15, 0.3]):
+    for kind in rng.choice(["own", "library", "commented", "calling"], size=count, p=[0.4, 0.15, 0.15, 0.3]):
         title = ""
         if kind in pieces:
             query, title, text = title_body_pair(pick(pieces[kind], rng), rng)
