@@ -101,7 +101,8 @@ class Strings:
         """What was asked, and how far the scores can be trusted."""
         report = f"{self.found:,} answers of {self.name} from {self.path}"
         if self.failures:
-            report += f"\n{len(self.failures):,} calls failed; the last: {self.failures[-1]}"
+            report += (f"\n{len(self.failures):,} calls failed; the last: {self.failures[-1]}\n"
+                       "the same command asks for these again; a busy server wants fewer --threads")
         if self.unlisted > 0.01 * self.labels:
             report += (f"\nwarning: {self.unlisted:,} of {self.labels:,} labels were outside the top tokens: "
                        "their log-probability is only bounded (an upper bound was taken)")
