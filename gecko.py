@@ -215,7 +215,6 @@ def pad(tokens: TokenIds, pad_id: int) -> tuple[Tensor, Tensor]:
 # A text embedding model: encoder + tokenizer + formats
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 65536}
-FEW_TOKENS = 2048            # of all texts: so few do not repay the preparation of `fast_embed`
 
 
 class Gecko:
@@ -278,8 +277,7 @@ class Gecko:
             raise InputError(f"--dim {dim}: this model has {d} dimensions, give 1 to that "
                              f"(it was trained for {self.dims})")
         tokens = self.tokens(texts)
-        few = sum(len(ids) for ids in tokens) < FEW_TOKENS
-        embed_batch = fast_embed(self.encoder, self.embed, precision, few)
+        embed_batch = fast_embed(self.encoder, self.embed, precision)
         vectors = torch.empty(len(texts), dim or d)                  # (len(texts), dim)
         was_training = self.encoder.training
         self.encoder.eval()

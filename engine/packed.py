@@ -6,8 +6,6 @@ the last digits; in bfloat16 near ones, on a CPU that multiplies in it.
 
 from __future__ import annotations
 
-import copy
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.files import InputError, one_line, say
-from engine.search import ONEDNN, has_bfloat16
+from engine.search import has_bfloat16, product
 from engine.tokens import TokenIds
 
 # Shapes: B texts, N tokens of all texts, n tokens of each text of a run, d the model's dimension,
@@ -51,11 +49,11 @@ def check_finite(vectors: Tensor, texts: Sequence[str]) -> None:
 EmbedBatch = Callable[[TokenIds], Tensor]             # token ids of B texts -> (B, d)
 
 
-def fast_embed(encoder: Any, embed: EmbedBatch, precision: str, few: bool) -> EmbedBatch:
-    """`embed` in that precision; on a CPU packed, unless in float32 `few` tokens do not repay that."""
+def fast_embed(encoder: Any, embed: EmbedBatch, precision: str) -> EmbedBatch:
+    """`embed` in that precision, on a CPU packed."""
     device = next(encoder.parameters()).device
     dtype = {"float32": torch.float32, "bf16": torch.bfloat16}[precision]
-    if is_bag(encoder) or (precision == "float32" and few):
+    if is_bag(encoder):
         return embed
     if device.type == "cpu" and (precision == "float32" or has_bfloat16(device)):
         return packed(encoder, dtype)
@@ -90,29 +88,19 @@ def embed_bag(encoder: Any, tokens: TokenIds) -> Tensor:
     return F.embedding_bag(flat.to(table.device), table, offsets.to(table.device), mode="mean")  # (B, d)
 
 
-def linear(*parts: torch.nn.Linear) -> Callable[[Tensor], Tensor]:
-    """x W^T + b of all parts side by side: (N, in) -> (N, out).
-
-    oneDNN through torch's own name for it, so that W is laid out once.
-    """
-    weight = torch.cat([part.weight for part in parts])              # (out, in)
-    bias = torch.cat([part.bias for part in parts])                  # (out)
-    if not ONEDNN:
-        return functools.partial(F.linear, weight=weight, bias=bias)
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "none")
-
-
 def attend(
-    qkv: Tensor,                      # (N, 3d)
+    q: Tensor,                        # (N, d), as k and v
+    k: Tensor,
+    v: Tensor,
     runs: Sequence[tuple[int, int]],  # (texts, n) of each
     H: int,
 ) -> Tensor:                          # (N, d)
     """Attention within each text."""
+    sizes = [texts * n for texts, n in runs]
     parts = []
-    for (texts, n), run in zip(runs, qkv.split([texts * n for texts, n in runs]), strict=True):
-        q, k, v = run.view(texts, n, 3, H, -1).permute(2, 0, 3, 1, 4)   # 3 of (texts, H, n, d/H)
-        out = F.scaled_dot_product_attention(q, k, v)                # (texts, H, n, d/H)
+    for (texts, n), *run in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        heads = [x.view(texts, n, H, -1).transpose(1, 2) for x in run]   # 3 of (texts, H, n, d/H)
+        out = F.scaled_dot_product_attention(*heads)                 # (texts, H, n, d/H)
         parts.append(out.transpose(1, 2).reshape(texts * n, -1))     # (texts * n, d)
     return torch.cat(parts)
 
@@ -123,14 +111,11 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
     e = encoder.embeddings
     layers = []
     for layer in encoder.encoder["layer"]:
-        layer = copy.deepcopy(layer).to(dtype)
-        project = layer.attention["self"]
         after = layer.attention["output"]
-        qkv = linear(project["query"], project["key"], project["value"])
-        out = linear(after["dense"])
-        up = linear(layer.intermediate["dense"])
-        down = linear(layer.output["dense"])
-        layers.append((qkv, out, after["LayerNorm"], up, down, layer.output["LayerNorm"]))
+        linears = [*layer.attention["self"].values(), after["dense"],
+                   layer.intermediate["dense"], layer.output["dense"]]
+        weights = [(part.weight.to(dtype), part.bias.to(dtype)) for part in linears]
+        layers.append((*weights, after["LayerNorm"], layer.output["LayerNorm"]))
 
     def embed_packed(tokens: TokenIds) -> Tensor:
         lengths = torch.tensor([len(t) for t in tokens])             # (B)
@@ -139,11 +124,12 @@ def packed(encoder: Any, dtype: torch.dtype) -> EmbedBatch:
         runs = [(len(list(run)), n) for n, run in itertools.groupby(map(len, tokens))]
         x = e["word_embeddings"](ids) + e["position_embeddings"](position)       # (N, d)
         x = e["LayerNorm"](x + e["token_type_embeddings"].weight[0]).to(dtype)   # (N, d)
-        for qkv, out, norm_1, up, down, norm_2 in layers:
-            a = attend(qkv(x), runs, c.num_attention_heads)          # (N, d)
-            x = norm_1(x + out(a))                                   # (N, d)
-            h = F.gelu(up(x))                                        # (N, intermediate_size)
-            x = norm_2(x + down(h))                                  # (N, d)
+        for query, key, value, out, up, down, norm_1, norm_2 in layers:
+            q, k, v = product(x, *query), product(x, *key), product(x, *value)   # (N, d) each
+            a = attend(q, k, v, runs, c.num_attention_heads)         # (N, d)
+            x = norm_1(x + product(a, *out))                         # (N, d)
+            h = F.gelu(product(x, *up))                              # (N, intermediate_size)
+            x = norm_2(x + product(h, *down))                        # (N, d)
         return torch.segment_reduce(x.float(), "mean", lengths=lengths, axis=0)  # (B, d)
 
     return embed_packed

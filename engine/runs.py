@@ -46,6 +46,11 @@ class Run:
     measure: Callable[[], dict[str, float]] | None = None     # on dev, with an "ndcg@10"
     best: float = -1.0                                        # of these
 
+    @property
+    def own(self) -> Path | None:
+        """Where this process writes: the folder, if it is the first."""
+        return self.out if processes()[0] == 0 else None
+
     def last(self) -> Path | None:
         """The last checkpoint. A folder has its name only once it is whole."""
         return max(self.out.glob("checkpoint-*"), default=None) if self.out else None
@@ -70,19 +75,19 @@ class Run:
             elif not wanted and len(state["losses"]) < state["steps"]:
                 raise InputError(f"{last}: an unfinished run stands there; --resume continues it, or remove it")
         barrier()                                             # all have read what the first process now removes
-        if self.out and processes()[0] == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
+        if self.own:
+            self.own.mkdir(parents=True, exist_ok=True)
             for pattern in HALF_WRITTEN if losses else (*HALF_WRITTEN, "checkpoint-*", "best", METRICS):
-                for path in self.out.glob(pattern):
+                for path in self.own.glob(pattern):
                     remove(path)
             if last and losses:
-                shutil.copy(last / METRICS, self.out)         # without the steps that are done again
+                shutil.copy(last / METRICS, self.own)         # without the steps that are done again
         return losses
 
     def log(self, **row: Any) -> None:
         """One more line of the metrics, {step, loss, lr} or {step, dev}."""
-        if self.out and processes()[0] == 0:
-            with open(self.out / METRICS, "a", encoding="utf-8") as file:
+        if self.own:
+            with open(self.own / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
     def check_finite(self, step: int, loss: float, norm: float) -> None:
@@ -93,29 +98,29 @@ class Run:
 
     def checkpoint(self, losses: list[float]) -> None:
         """Measure on dev, keep the best model, write the checkpoint, then remove those before it."""
-        if self.out and processes()[0] == 0:
+        if self.own:
             if self.measure:
                 dev = self.measure()
                 self.log(step=len(losses), dev=dev)
                 say_first(f"step {len(losses)}: dev {dev}")
                 if dev["ndcg@10"] > self.best:
                     self.best = dev["ndcg@10"]
-                    self.save(self.out / "best")
+                    self.save(self.own / "best")
             state = {"losses": losses, "steps": self.steps, "best": self.best, "key": self.key}
-            with folder_beside(self.out / f"checkpoint-{len(losses):08d}") as new:
+            with folder_beside(self.own / f"checkpoint-{len(losses):08d}") as new:
                 self.save(new)
-                shutil.copy(self.out / METRICS, new)
+                shutil.copy(self.own / METRICS, new)
                 if len(losses) < self.steps:
                     save_file(moments(self.optimiser), new / "optimiser.safetensors")
                 (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
-            for path in sorted(self.out.glob("checkpoint-*"))[:-1]:
+            for path in sorted(self.own.glob("checkpoint-*"))[:-1]:
                 remove(path)
         barrier()
 
     def finish(self) -> None:
         """The model's files, beside the checkpoint."""
-        if self.out and processes()[0] == 0:
-            save_into(self.save, self.out)
+        if self.own:
+            save_into(self.save, self.own)
 
 
 def moments(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.files import InputError
@@ -36,12 +37,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and ONEDNN and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """x y^T: (n, d), (c, d) -> (n, c)."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
-        # MKL, which `@` would use, takes twice as long on AMD's processors
-        return torch.ops.mkldnn._linear_pointwise(x, y, None, "none", [], "none")
-    return x @ y.T                                                   # (n, c)
+def product(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x y^T + bias: (n, d), (c, d), (c) -> (n, c)."""
+    if ONEDNN and x.device.type == "cpu" and (x.dtype == torch.float32 or has_bfloat16(x.device)):
+        # MKL, which `F.linear` would use, takes twice as long on AMD's processors
+        return torch.ops.mkldnn._linear_pointwise(x, y, bias, "none", [], "none")
+    return F.linear(x, y, bias)                                      # (n, c)
 
 
 # --------------------------------------------------------------------------------------------------

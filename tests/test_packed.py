@@ -57,7 +57,6 @@ def test_packed_gives_the_plain_vectors(model, batch_tokens):
 def test_blocks_and_precision_keep_the_vectors(model, precision, atol, monkeypatch):
     """In blocks of texts: float32 unit vectors in order; bfloat16 is near and not the same."""
     want = plainly(model)
-    monkeypatch.setattr(gecko, "FEW_TOKENS", 0)
     whole = model.encode(TEXTS, precision=precision)
     monkeypatch.setattr(tokens_file, "TEXTS_AT_ONCE", 50)
     monkeypatch.setitem(gecko.BATCH_TOKENS, "cpu", 100)
