@@ -91,24 +91,28 @@ def blockwise_loss(
 ) -> tuple[Tensor, Tensor]:                     # these rows' share of the loss; its gradient on x (S, B, d)
     """Replaces the sum of the loss over dims and its backward to x: no B x B matrix, some rows at a time.
 
-    Vectors are cut and normalised once for each of dims: the blocks add up the gradient on the unit vectors,
+    Vectors are cut and normalised once for each of dims: blocks add to the gradient on these unit vectors,
     which then goes through the normalisation once.
     """
-    _, B, _ = x.shape
-    value = x.new_zeros(())
-    if rows.start == rows.stop:                                      # more processes than rows
-        return value, torch.zeros_like(x)
-    sides = [side.detach().requires_grad_() for side in x]           # S of (B, d)
-    for dim in dims:
-        units = [truncate(side, dim) for side in sides]              # S of (B, dim)
-        leaves = [unit.detach().requires_grad_() for unit in units]  # the same numbers, without a graph
+    S, B, _ = x.shape
+    value, g = x.new_zeros(()), x.new_zeros(0)                       # g: (S, B, d)
+    for dim in sorted(dims, reverse=True):                           # the largest while there is no g yet
+        units = [truncate(side, dim).requires_grad_() for side in x]     # S of (B, dim)
         for some in blocks(rows, block // (B * x.element_size())):
-            share = loss(*leaves, rows=some) * ((some.stop - some.start) / B)
+            share = loss(*units, rows=some) * ((some.stop - some.start) / B)
             share.backward()
             value += share.detach()
-        while units:                                                 # one at a time, to bound the memory
-            units.pop().backward(leaves.pop().grad)
-    return value, torch.stack([side.grad for side in sides])         # scalar, (S, B, d)
+            del share                                                # its graph holds the units
+        g = g if len(g) else torch.zeros_like(x)
+        for k in range(S):
+            unit = units.pop(0)
+            if unit.grad is None:                                    # of a process without rows
+                continue
+            for some in blocks(slice(0, B), 1024):
+                vectors = x[k, some].detach().requires_grad_()       # (1024, d)
+                through, = torch.autograd.grad(truncate(vectors, dim), vectors, unit.grad[some])
+                g[k, some] += through
+    return value, g
 
 
 def blocks(rows: slice, size: int) -> Iterator[slice]:

@@ -70,7 +70,7 @@ def test_blockwise_loss_normalises_once_a_dimension():
     loss = train.batch_loss("prefinetune", TAU, torch.stack(IDS["distinct"]))
     blockwise_loss(loss, lambda x, dim: cut.append(dim) or truncate_dim(x, dim), (5, 2),
                    torch.stack(vectors(2, 7, 5, 6)).detach(), slice(0, 7), 1)
-    assert len(cut) == 2 * 2                                         # 2 sides, 2 dims
+    assert len(cut) == 2 * 2 * 2                                     # 2 sides, 2 dims, forth and back
 
 
 def test_every_tensor_is_made_on_the_device_of_the_vectors():
