@@ -346,8 +346,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
 
     print("3.2  FRet, step 1: the LLM gives a task and a query for passages")
     write_kept(out / "queries.jsonl", llm.generate(author, corpus, draws), len(draws), "generate", author)
-    queries = read_queries(out / "queries.jsonl", corpus)
-    queries, held = hold_out(queries, names)
+    queries, held = hold_out(read_queries(out / "queries.jsonl", corpus), names)
 
     print("3.2  The initial retriever, trained on (q, p_seed), beside the pairs of 3.1 if there are any")
     retriever = trained(pre, "prefinetune", [queries, *pairs], WEIGHTS, c, out / "retriever")
@@ -368,7 +367,7 @@ def recipe(o: Recipe, out: Path, sizes: Sizes | None = None,
     stages = {"BM25": None, "as it came": pre}
     if start is not pre:
         stages = {"untrained": start, "BM25": None, "pre-finetuned": pre}
-    p_neg = "p_20" if o.negative == "last" else o.negative
+    p_neg = {"last": "p_20"}.get(o.negative, o.negative)
     stages |= {"+ (q, p_seed)": retriever, f"+ FRet (p_1, {p_neg})": gecko}
     results(out, corpus, stages, asked, labelled, o.keep, save)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
@@ -241,7 +241,8 @@ def read_formats(path: Path) -> dict[str, str] | None:
 def write_folder(path: str | Path, folder: Folder) -> None:
     """Whole or not at all: written beside its place, then renamed."""
     with folder_beside(path) as new:
-        save_file(folder.weights, new / "model.safetensors", metadata={"format": "pt"})
+        # bytes, since a file that safetensors writes itself only its owner may read
+        (new / "model.safetensors").write_bytes(save(folder.weights, metadata={"format": "pt"}))
         folder.tokenizer.no_truncation()
         folder.tokenizer.save(str(new / "tokenizer.json"))
         for name, content in small_files(folder).items():

@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face in this process: the string calls of a model that scores prompts.
+"""A causal language model of Hugging Face in this process: the same string calls as an endpoint.
 
 What all prompts share is read once; a prefix once, however many texts follow it; then the texts, in batches,
 each against the keys and values of its prefix.
@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from engine.cache import Items, Strings
 from engine.files import InputError, first_line
+from engine.replies import Tops
 from engine.search import has_bfloat16
 from engine.transport import CallFailed
 
@@ -134,6 +135,14 @@ class Local(Strings):
         token = target.clamp(min=0)[:, :, None]                      # (B, L, 1)
         log_p = log_p.gather(2, token)[:, :, 0]                      # (B, L)
         return (log_p * (target >= 0)).sum(dim=1).tolist()           # (B)
+
+    def top_tokens_batch(self, ids: Tensor, cache: Any, _: list[str]) -> list[Tops]:
+        """The likeliest first tokens of each answer, with their log p."""
+        top = self.forward(ids, cache)[:, -1].log_softmax(dim=-1).topk(20)  # (B, 20) twice
+        answers = []
+        for values, tokens in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+            answers.append(list(zip(map(self.tokenizer.decode, tokens), values, strict=True)))
+        return answers
 
     def complete_batch(self, ids: Tensor, cache: Any, seeds: list[int]) -> list[str]:
         """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""

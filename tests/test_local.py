@@ -240,6 +240,14 @@ def test_a_tokenizer_that_ends_each_text_scores_the_same(folder, model, tmp_path
     assert other.log_likelihood(PAIRS) == pytest.approx(model.log_likelihood(PAIRS), abs=1e-4)
 
 
+def test_top_tokens_are_the_likeliest_and_agree_with_the_sums(model):
+    for prompt, top in zip(PREFIXES, model.top_tokens(PREFIXES), strict=True):
+        values = [log_p for _, log_p in top]
+        assert values == sorted(values, reverse=True) and len(values) == 20
+        token, log_p = next((t, v) for t, v in top if model.tokens(prompt + t)[:-1] == model.tokens(prompt))
+        assert model.log_likelihood([(prompt, token)])[0] == pytest.approx(log_p, abs=1e-4)
+
+
 def test_what_has_no_tokens_of_its_own_or_no_place_is_a_failed_call(model, folder):
     """A token across the prompt's end, an empty text, a prompt beyond the context: no score, and counted."""
     long = "tea is a drink " * 200
