@@ -240,6 +240,6 @@ def results_table(path: Path, title: str, stages: Mapping[str, Columns]) -> None
         low, high = paired_bootstrap(above or ndcg, ndcg)
         table[stage]["gain"] = [round(low, 4), round(high, 4)]
         gain = f"[{low:+.3f}, {high:+.3f}]" if above else ""
-        print(f"  {stage:20} {'   '.join(cells):26}   {gain}")
+        print(f"  {stage:22} {'   '.join(cells):26}   {gain}")
         above = ndcg
     write_json(path, table)
