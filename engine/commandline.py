@@ -56,8 +56,8 @@ class Recipe(Options):
     queries: int = flag(0, "to generate; 0: all that are recorded, else one a passage")
     rank: str = flag("", "the rankings that R sums over, see llm.py; empty: ql of what is recorded, else ql,rc",
                      RANKINGS)
-    negative: str = flag("", "p-: the last (p_20), one of the others, or none; empty: last, but sampled for an --init "
-                         "that learns from what is recorded", NEGATIVES)
+    negative: str = flag("", "p-: the last (p_20), one of the others, or none; empty: last, but sampled for an "
+                         "--init that learns from what is recorded", NEGATIVES)
     held_out: float = flag(0.2, "share of your passages whose queries are for the results alone")
     eval: str = flag("", "a BEIR folder with labels, DIR or DIR:SPLIT: its figures stand beside")
     keep: float = flag(0.0, "share of --init's own weights in a mean with the trained ones")

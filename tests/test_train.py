@@ -831,7 +831,7 @@ def test_the_recipes_hard_negative_is_last_or_sampled(documents):
         assert all(row["negative_id"] != row["positive_id"] for row in rows)
         negatives.append([row["negative_id"] for row in rows])
         retrievers.append(weights_of(gecko.load(documents / "out/retriever")))
-    assert sum(a != b for a, b in zip(*negatives)) > 0.7 * len(rows) and retrievers[0] == retrievers[1]
+    assert sum(a != b for a, b in zip(*negatives, strict=True)) > 0.7 * len(rows) and retrievers[0] == retrievers[1]
 
 
 def test_tiny_learns_from_the_documents_own_headings(documents):
