@@ -160,7 +160,10 @@ def check_modules(path: Path) -> bool:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise InputError(f"{listed}: the modules {', '.join(kinds)} are not supported; only "
                          "Transformer, Pooling and Normalize, in this order, are")
-    pooling = path / modules[1]["path"] / "config.json"
+    place = str(modules[1].get("path"))
+    if not re.fullmatch(r"\w[\w.-]*", place):
+        raise InputError(f"{listed}: {place!r} is not a name in this folder; refused")
+    pooling = path / place / "config.json"
     if listed.is_file() or pooling.is_file():
         raw = read_json(pooling, dict)
         flags = [key for key, on in raw.items() if key.startswith("pooling_mode_") and on]   # of older versions

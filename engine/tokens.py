@@ -46,7 +46,7 @@ def tokenise(
                 raise InputError(f"a text of no tokens has no embedding: {one_line(text, 60)!r}; remove it")
             tokens.append(array("i", ids))
             truncated += bool(encoding.overflowing)
-            unknown_tokens += sum(token in unknown for token in ids)
+            unknown_tokens += sum(map(ids.count, unknown))
     return tokens, truncated, unknown_tokens / max(1, sum(map(len, tokens)))
 
 

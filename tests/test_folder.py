@@ -383,7 +383,7 @@ REFUSED = {
     "made for distances": (lambda m: write(m / "config_sentence_transformers.json", {
         "similarity_fn_name": "manhattan"}), "similarity_fn_name 'manhattan'"),
     "dense": (lambda m: modules(m, "Transformer", "Pooling", "Dense"), "modules Transformer, Pooling, Dense"),
-    "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "x/config.json: not readable"),
+    "pooling outside": (lambda m: modules(m, "Transformer", "Pooling", path="../x"), "'../x' is not a name"),
     "pooling elsewhere": (lambda m: (modules(m, "Transformer", "Pooling", path="9_Pooling"), write(
         m / "9_Pooling/config.json", {"pooling_mode": "cls"})), "9_Pooling/config.json: pooling 'cls'"),
     "format of no text": (lambda m: write(m / "gecko.json", {"formats": {**gecko.FORMATS, "query": "{query}"}}),
