@@ -25,7 +25,7 @@ def kept_vectors(model: Any, folder: Path, corpus: Path, texts: Sequence[str]) -
     made_by = model_key(model)
     keys = [hashlib.blake2b(text.encode(), digest_size=16, key=made_by).digest() for text in texts]
     known: dict[bytes, np.ndarray] = {}                              # (d) each
-    with contextlib.suppress(OSError, ValueError, EOFError, IndexError):   # no file yet, a torn or another's
+    with contextlib.suppress(Exception):                             # no file yet, a torn one, or another's
         table = np.load(path)
         known.update(zip(table["key"].tolist(), table["vector"], strict=True))
     new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}

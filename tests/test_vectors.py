@@ -4,6 +4,8 @@ Invariants: kept vectors are those that encoding gives; only new texts are encod
 are ever taken, and a torn file is none.
 """
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -58,8 +60,16 @@ def test_another_model_has_other_vectors(kept):
     assert model_key(model) != key
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: b"x" * len(b)])
-def test_a_torn_file_is_made_anew(kept, tmp_path, damage):
+def archive(_):
+    """As numpy writes several tables."""
+    file = io.BytesIO()
+    np.savez(file, np.ones(3))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b[:5], lambda b: b"", lambda b: b"x" * len(b),
+                                    lambda b: b.replace(b"}", b"("), lambda b: archive(b)[:-9], archive])
+def test_a_torn_or_foreign_file_is_made_anew(kept, tmp_path, damage):
     model = small_model()
     kept(model, TEXTS)
     path = tmp_path / "m.vectors/docs.jsonl.npy"
