@@ -197,7 +197,7 @@ def labelled_pairs(paths: Iterable[str], left_out: Counter[str], c: Convert, *_:
             left_out["queries without a positive"] += 1
         for positive in positives:
             yield Row(as_text(where, row[query]), positive, negatives, symmetric=name in ("sentence2", "question2"))
-    print(f"  the column that says what is a pair: {'; '.join(sorted(labels))}")
+    print(f"  the column that says what is a pair: {'; '.join(sorted(labels)) or label}")
     if unread:
         print(f"  columns that are not read: {', '.join(sorted(unread))}")
 

@@ -154,6 +154,7 @@ def test_what_was_taken_for_the_label_is_said(tmp_path, command):
         assert said in command("pairs", path)[2]
     path = lines(tmp_path / "in.jsonl", *two_texts(3, 4, name="score"))
     assert "what is a pair: score\n" in command("pairs", path, "--positive-from", 3)[2]
+    assert "what is a pair: score\n" in command("pairs", path, "--positive-from", 5)[2]      # none is
 
 
 def test_columns_that_are_not_read_are_said(tmp_path, command):
