@@ -29,7 +29,7 @@ def tokenise(
         raise InputError(f"a length of {length} tokens leaves none for the text")
     tokenizer.no_padding()
     tokenizer.enable_truncation(length)
-    unknown = {tokenizer.token_to_id("[UNK]"), tokenizer.token_to_id("<unk>")}  # BERT's; RoBERTa's and XLM-R's
+    unknown = [i for i in map(tokenizer.token_to_id, ("[UNK]", "<unk>")) if i is not None]   # BERT's, RoBERTa's
     tokens: list[array[int]] = []                                    # a tenth of the memory of lists
     truncated = unknown_tokens = 0
     chars = CHARS_A_TOKEN * length                                   # of the beginning
