@@ -219,7 +219,7 @@ def read_prompts(path: Path, normalised: bool) -> dict[str, str]:
         raise InputError(f"{path}: similarity_fn_name {similarity!r} without "
                          "vectors of length 1 is not supported; only cosine (section 3.1) is")
     if settings.get("truncate_dim"):
-        raise InputError(f"{path}: truncate_dim {settings['truncate_dim']} is not supported; remove it, and give --dim")
+        raise InputError(f"{path}: truncate_dim {settings['truncate_dim']} is not supported; remove it, give --dim")
     stated, name = settings.get("prompts") or {}, settings.get("default_prompt_name")
     default = stated[name] if name else ""
     prompts = {name: text for name, text in stated.items() if text}

@@ -397,7 +397,7 @@ REFUSED = {
     "heads true": (lambda m: edit(m, "config.json", num_attention_heads=True), "num_attention_heads is True"),
     "heads in part": (lambda m: edit(m, "config.json", num_attention_heads=2.0), "num_attention_heads is 2.0"),
     "cut to few dimensions": (lambda m: write(m / "config_sentence_transformers.json", {"truncate_dim": 8}),
-                              "truncate_dim 8 is not supported; remove it, and give --dim"),
+                              "truncate_dim 8 is not supported; remove it, give --dim"),
     "tokenizer told elsewhere": (lambda m: write(m / "sentence_bert_config.json", {
         "tokenizer_args": {"truncation_side": "left"}}), "tokenizer_args {'truncation_side': 'left'}"),
     "length told elsewhere": (lambda m: write(m / "sentence_bert_config.json", {
