@@ -115,7 +115,7 @@ class Strings:
         """Take the answers that the file holds, and append all that come. A torn line (kill -9) is passed over."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as lines:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb+") as lines:  # +: an error before all is paid
             for line in lines:
                 with contextlib.suppress(ValueError, LookupError, TypeError):
                     row = json.loads(line)

@@ -59,8 +59,7 @@ def read_documents(root: Path) -> list[Passage]:
         if not rows:
             unread.append(name)
         for row in rows:
-            words = " ".join(row["text"].split())
-            if by_words.setdefault(words, row) is not row:
+            if by_words.setdefault(" ".join(row["text"].split()), row) is not row:
                 left_out["passages that repeat another's text"] += 1
     if unread:
         left_out[f"files without a word that is UTF-8, such as {', '.join(unread[:3])} (iconv -f LATIN1 -t UTF-8 "

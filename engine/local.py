@@ -71,8 +71,10 @@ class Local(Strings):
         self.cache_name = "cache" if "cache" in names else "past_key_values"   # as transformers' versions have it
         # subtle: padding stands between a shared head and the rest, and would count in a window, or as a place
         self.shares_head = "position_ids" in names and not any(getattr(config, name, None) for name in WINDOWS)
-        # no special token is part of an answer: a small model runs on after one
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        # no special token is part of an answer, nor an end of the model's: a small model runs on after one
+        ends = torch.tensor(model.generation_config.eos_token_id or -1)
+        special = [token.content for key, token in self.tokenizer.added_tokens_decoder.items()
+                   if token.special or key in ends]
         self.stop = re.compile("|".join(map(re.escape, [*stop, *special])))
 
     def describe(self, call: str) -> str:
@@ -139,10 +141,8 @@ class Local(Strings):
     def top_tokens_batch(self, ids: Tensor, cache: Any, _: list[str]) -> list[Tops]:
         """The likeliest first tokens of each answer, with their log p."""
         top = self.forward(ids, cache)[:, -1].log_softmax(dim=-1).topk(20)  # (B, 20) twice
-        answers = []
-        for values, tokens in zip(top.values.tolist(), top.indices.tolist(), strict=True):
-            answers.append(list(zip(map(self.tokenizer.decode, tokens), values, strict=True)))
-        return answers
+        rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        return [list(zip(map(self.tokenizer.decode, tokens), values, strict=True)) for values, tokens in rows]
 
     def complete_batch(self, ids: Tensor, cache: Any, seeds: list[int]) -> list[str]:
         """Sampled answers, a token of each at a time; a seed's answer does not depend on the other rows."""

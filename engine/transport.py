@@ -120,8 +120,9 @@ class Server:
                 raise
             except MAY_PASS as error:
                 reason = self.quoted(f"no sound reply ({type(error).__name__}: {error})")
-                replied = not isinstance(error, NO_REPLY)
-                # a server may refuse a kind of request by a reply that is none, each time
+                # a server may refuse a kind of request by a reply that is none, or by hanging up, each time
+                replied = not isinstance(error, NO_REPLY) or self.prompt_tokens and isinstance(
+                    error, ConnectionResetError)
                 if self.probing and (isinstance(error, TimeoutError) or replied and tries > 2):
                     break
             self.connection.http.close()                             # which may be in the midst of a reply

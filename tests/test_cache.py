@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine import cache
 from engine.cache import DryRun, Strings
 
 
@@ -75,6 +76,20 @@ def test_torn_and_foreign_lines_are_passed_over(tmp_path):
         last = Fake(path)
         last.complete(["p", "p"], [1, 2])
         assert not last.asked
+
+
+def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_asked(tmp_path, monkeypatch):
+    path = tmp_path / "c.jsonl"
+    Fake(path).complete(["p"], [1])
+
+    def read_only(path, mode="r", **rest):
+        if set(mode) & set("wa+"):
+            raise PermissionError(f"Permission denied: {path}")
+        return open(path, mode, **rest)
+
+    monkeypatch.setattr(cache, "open", read_only, raising=False)
+    with pytest.raises(PermissionError):
+        Fake(path)
 
 
 def test_a_dry_run_counts_calls_bytes_and_what_begins_alike():

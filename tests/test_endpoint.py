@@ -343,6 +343,24 @@ def test_a_busy_server_is_not_said_to_be_unable(monkeypatch):
             e.can("log_likelihood")
 
 
+def test_a_server_that_hangs_up_on_one_kind_of_request_is_asked_otherwise(monkeypatch):
+    """Some crash on what they cannot do. One that hangs up before its first answer is loading its model."""
+    with FakeServer("vllm") as server:
+        handle = server.handle
+
+        def hanging_up(handler, path, body):
+            if body.get("echo"):
+                return fake_server.FAULTS["closed"](handler, {})
+            return handle(handler, path, body)
+
+        monkeypatch.setattr(server, "handle", hanging_up)
+        e = endpoint(server)
+        assert e.can("complete") and not e.can("log_likelihood") and e.can("top_tokens")
+        assert "RemoteDisconnected" in e.capabilities["log_likelihood"][1]
+        with pytest.raises(LLMError, match="does not answer"):
+            endpoint(server).can("log_likelihood")
+
+
 def test_a_server_that_takes_no_seed_is_asked_without(monkeypatch):
     with FakeServer("openai") as server:
         answer = server.answer

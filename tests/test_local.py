@@ -133,6 +133,17 @@ def test_a_special_token_ends_an_answer(folder):
         assert model.stop.split(f"what is tea{token} To: more") == ["what is tea", " To: more"]
 
 
+def test_an_end_that_the_tokenizer_does_not_call_special_ends_an_answer(folder, tmp_path):
+    """Many a chat model's; another added token is a text as any other, as the blanks of some vocabularies."""
+    shutil.copytree(folder, tmp_path / "m")
+    tokenizer = opened(folder)[1].from_pretrained(folder)
+    tokenizer.add_tokens(["<|end|>", "<b>"])
+    tokenizer.save_pretrained(tmp_path / "m")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    (tmp_path / "m/generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    assert Local(str(tmp_path / "m")).stop.split("what <b>tea<|end|> To: more") == ["what <b>tea", " To: more"]
+
+
 def test_an_answer_that_was_cut_off_has_whole_lines_alone(model, monkeypatch):
     """Half a query is no query; one that is followed by a stop is whole."""
     written = model.complete(PREFIXES[:1], [7])[0]
