@@ -114,7 +114,7 @@ class Run:
                     save_file(moments(self.optimiser), new / "optimiser.safetensors")
                 (new / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
             for path in sorted(self.own.glob("checkpoint-*"))[:-1]:
-                remove(path)
+                remove(path.rename(self.own / f".{path.name}"))   # hidden: a kill may leave it half removed
         barrier()
 
     def finish(self) -> None:

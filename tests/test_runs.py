@@ -21,7 +21,7 @@ from processes import START
 from toys import beir_folder, bytes_of, records, small_model
 
 import train
-from engine import evaluate
+from engine import evaluate, runs
 from engine.beir import read_beir
 from engine.files import InputError, read_jsonl
 from gecko import load
@@ -163,3 +163,22 @@ def test_what_a_run_did_not_write_stays(tmp_path):
         (tmp_path / name).touch()
     run_in(tmp_path, replace(LOOP, steps=2))
     assert {p.name for p in tmp_path.glob(".*")} == {".model_cache"}
+
+
+def test_killed_while_an_old_checkpoint_is_removed(tmp_path, monkeypatch):
+    """Nothing of it stays once the run has been resumed."""
+    c = replace(LOOP, steps=4, save_every=2)
+
+    def killed(path):
+        if path.name.endswith("checkpoint-00000002"):
+            (path / "model.safetensors").unlink()
+            raise KeyboardInterrupt
+        remove(path)
+
+    remove = runs.remove
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "remove", killed)
+        run_in(tmp_path, c)
+    run_in(tmp_path, replace(c, resume=True))
+    assert [p.name for p in tmp_path.glob("*checkpoint-*")] == ["checkpoint-00000004"]
+    assert not list(tmp_path.glob(".*"))
