@@ -64,18 +64,18 @@ class Recipe(Options):
     precision: str = flag("float32", "of training an --init: bf16 is autocast", PRECISIONS)
 
     def __post_init__(self) -> None:
-        if self.corpus and self.llm == "recorded":
+        recorded = self.llm == "recorded"
+        if self.corpus and recorded:
             raise InputError("--corpus: name --llm too (a URL, hf:FOLDER or offline); answers are recorded for the "
                              "built-in corpus alone")
         if self.eval and not self.corpus:
             raise InputError("--eval goes with --corpus")
         if self.keep >= 1 or self.keep and self.init == "tiny":
             raise InputError(f"--keep {self.keep}: give a share below 1, and an --init that was trained before")
-        self.rank = self.rank or ("ql" if self.llm == "recorded" else "ql,rc")
+        self.rank = self.rank or ("ql" if recorded else "ql,rc")
         # chosen on the dev questions, as the ranking is
-        recorded_init = self.llm == "recorded" and self.init != "tiny"
-        self.negative = self.negative or ("sampled" if recorded_init else "last")
-        if self.llm == "recorded" and "rc" in self.rank:
+        self.negative = self.negative or ("sampled" if recorded and self.init != "tiny" else "last")
+        if recorded and "rc" in self.rank:
             raise InputError(f"--rank {self.rank}: no relevance is recorded; give ql or ql,retriever")
         super().__post_init__()
 

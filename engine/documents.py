@@ -128,7 +128,7 @@ def near_equal(queries: Sequence[str], others: Sequence[str]) -> list[bool]:
     answers = []
     for i, words in enumerate(sets):
         rarest = sorted(words, key=lambda word: (counts[word], word))
-        rarest = rarest[:len(words) // 5 + 1]                        # one more than the fifth that may differ
+        rarest = rarest[:len(words) - int(NEAR * len(words)) + 1]    # one more than those that may differ
         candidates = itertools.chain.from_iterable(by_word[word] for word in rarest)
         near = i >= len(others) and any(len(words & other) >= NEAR * len(words | other) for other in candidates)
         if not near:

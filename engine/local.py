@@ -113,7 +113,7 @@ class Local(Strings):
             try:
                 given = self.given(call, *item)
                 same.setdefault(item[0], []).append((item, given))
-            except CallFailed as error:
+            except CallFailed as error:                              # not `fail`: long ones may stand in a row
                 self.failures.append(str(error))
         for prompts, ids, cache in self.batches(list(same), self.rows if call == "complete" else PROMPTS):
             batch = [pair for prompt in prompts for pair in same[prompt]]
